@@ -1,0 +1,193 @@
+"""Build networks whose stages share one base: the bare base, a network with adapters, a merged one.
+
+A network that runs is a copy of the bare base that shares all of its tensors. Its stages read
+their tensors through the adapters' low-rank terms. Copies are cheap, so that a swap of adapters
+can be a new network put in the place of the old one, and a forward that runs meanwhile ends on
+the network it began with.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .calls import tell_calls_apart
+from .errors import LoRunError
+from .lowrank import LowRank
+from .stages import Group, Site, StageMap, TensorSpec, tensors_of
+
+
+class StageAdapter(nn.Module):
+    """What one stage adds to the base: low-rank terms, and the stage's own private tensors.
+
+    Names are those of the tensors in the denoiser, with ``/`` for the dots.
+    """
+
+    def __init__(self, lowrank: Mapping[str, LowRank], private: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, term in lowrank.items():
+            self.add_module(name.replace(".", "/"), term)
+        for name, tensor in private.items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name.replace(".", "/"), tensor)
+            else:
+                self.register_buffer(name.replace(".", "/"), tensor)
+
+
+def lowrank_terms(adapter: StageAdapter) -> dict[str, LowRank]:
+    return {name.replace("/", "."): term for name, term in adapter._modules.items()}
+
+
+def private_tensors(adapter: StageAdapter) -> dict[str, Tensor]:
+    own = {**adapter._parameters, **adapter._buffers}
+    return {name.replace("/", "."): tensor for name, tensor in own.items()}
+
+
+Choice = Mapping[tuple[str, Site], StageAdapter]  # (group's name, site) -> its adapter
+
+
+def copy_sharing_tensors(network: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
+    """A copy of the modules around the same parameters and buffers."""
+    memo = {} if memo is None else memo
+    memo.update({id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+    return copy.deepcopy(network, memo)
+
+
+def share(network: nn.Module, group: Group, values: Mapping[str, Tensor]) -> None:
+    """Give all sites of ``group`` in ``network`` one storage for each tensor, holding ``values``."""
+    modules = [network.get_submodule(site.module) for site in group.sites]
+    for spec in group.tensors:
+        if spec.common:
+            continue
+        first = _get(modules[0], spec.name)
+        value = values[spec.name].to(first)
+        base = value if spec.buffer else nn.Parameter(value, requires_grad=False)
+        for module in modules:
+            _put(module, spec, base)
+
+
+def assemble(base: nn.Module, stage_map: StageMap, choice: Choice) -> nn.Module:
+    """A network that shares the tensors of ``base``, with the adapter of each site in place."""
+    network = copy_sharing_tensors(base)
+    for group in stage_map.groups:
+        _separate(network, group)
+        looped: dict[str, list[nn.Module]] = {}
+        for site in group.sites:
+            module = network.get_submodule(site.module)
+            if site.call is not None:
+                module = copy_sharing_tensors(module)
+                looped.setdefault(site.module, []).append(module)
+            _install(module, group, choice[group.name, site])
+        for name, copies in looped.items():
+            tell_calls_apart(network.get_submodule(name), name, copies)
+    return network
+
+
+def _install(module: nn.Module, group: Group, adapter: StageAdapter) -> None:
+    terms, private = lowrank_terms(adapter), private_tensors(adapter)
+    for spec in group.tensors:
+        if spec.name in terms:
+            for alias in spec.aliases:
+                path, _, attribute = alias.rpartition(".")
+                owner = module.get_submodule(path)
+                parametrize.register_parametrization(owner, attribute, terms[spec.name], unsafe=True)
+        elif spec.name in private:
+            _put(module, spec, private[spec.name])
+
+
+def _separate(network: nn.Module, group: Group) -> None:
+    """Give each site modules of its own where several sites hold the same module object."""
+    owned: dict[int, Site] = {}
+    for site in group.sites:
+        if site.call is not None:
+            continue
+        memo: dict[int, object] = {}
+        parent, _, attribute = site.module.rpartition(".")
+        pending = [(network.get_submodule(parent), attribute)]
+        seen: set[int] = set()
+        while pending:
+            holder, name = pending.pop()
+            child = holder._modules[name]
+            if child is None:
+                continue
+            if owned.setdefault(id(child), site) is not site:
+                child = holder._modules[name] = copy_sharing_tensors(child, memo)
+                owned[id(child)] = site
+            if id(child) not in seen:
+                seen.add(id(child))
+                pending += [(child, grandchild) for grandchild in child._modules]
+
+
+def merge(base: nn.Module, stage_map: StageMap, choice: Choice) -> nn.Module:
+    """A network of the original class with dense tensors of its own.
+
+    Raises:
+        LoRunError: a module that stands for several stages has been trained apart.
+    """
+    network = copy.deepcopy(base)
+    written: dict[tuple[int, str], Tensor] = {}
+    for group in stage_map.groups:
+        for site in group.sites:
+            module, adapter = network.get_submodule(site.module), choice[group.name, site]
+            dense = dense_tensors(base.get_submodule(site.module), group, adapter)
+            for spec in group.tensors:
+                if spec.common:
+                    continue
+                place = owner_of(module, spec.name)
+                if place in written and not torch.equal(written[place], dense[spec.name]):
+                    raise LoRunError(
+                        f"expected equal stages in {site}, found different ones since its adapters were trained: "
+                        f"{stage_map.network} has one module for them all, so keep the LoRunModel and save it with "
+                        "save_pretrained"
+                    )
+                written[place] = dense[spec.name]
+                value = dense[spec.name].clone()
+                _put(module, spec, value if spec.buffer else nn.Parameter(value, requires_grad=False))
+    return network
+
+
+def dense_tensors(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> dict[str, Tensor]:
+    """What a stage's tensors amount to, from the base ``denoiser`` and the stage's adapter."""
+    terms, private = lowrank_terms(adapter), private_tensors(adapter)
+    with torch.no_grad():
+        return {
+            spec.name: private[spec.name].detach()
+            if spec.name in private
+            else terms[spec.name](_get(denoiser, spec.name)).detach()
+            for spec in group.tensors
+            if not spec.common
+        }
+
+
+def distinct_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, each once, under the first of its names."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor, _ in tensors_of(network):
+        found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def stage_values(dun: nn.Module, group: Group, spec: TensorSpec) -> Sequence[Tensor]:
+    """The tensor of each site, in the order of the stages."""
+    return [_get(dun.get_submodule(site.module), spec.name).detach() for site in group.sites]
+
+
+def owner_of(denoiser: nn.Module, name: str) -> tuple[int, str]:
+    """Where a tensor is, so that one reached in two ways is known as one: (its module's id, attribute)."""
+    path, _, attribute = name.rpartition(".")
+    return id(denoiser.get_submodule(path)), attribute
+
+
+def _get(module: nn.Module, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    return getattr(module.get_submodule(path), attribute)
+
+
+def _put(module: nn.Module, spec: TensorSpec, value: Tensor) -> None:
+    for alias in spec.aliases:
+        path, _, attribute = alias.rpartition(".")
+        setattr(module.get_submodule(path), attribute, value)

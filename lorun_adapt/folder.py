@@ -1,0 +1,113 @@
+"""Folders that appear whole or not at all, and files that are what their hash says."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import LoRunError
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
+
+
+def _digest(file) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def replace_folder(target: Path, owned: Callable[[str], bool], marker: str, fill: Callable[[Path], None]) -> None:
+    """Make ``target`` the folder that ``fill`` writes; a killed process leaves the old or the new one.
+
+    Args:
+        owned: says of a top-level name whether it is ours to replace; other files are carried over.
+        marker: the file that an existing folder must hold to be replaced.
+
+    Raises:
+        LoRunError: ``target`` exists and is something else, or can't be written.
+    """
+    target = Path(os.path.realpath(target))
+    if target.exists() and not target.is_dir():
+        raise LoRunError(f"expected a folder to save to, found a file at {target}: choose another place")
+    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+        raise LoRunError(
+            f"expected an empty folder or a saved network in {target}, found other files: choose another folder"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise LoRunError(f"expected to write beside {target}, found {error.strerror}: choose another folder") from error
+    try:
+        new.chmod(0o777 & ~_umask())
+        fill(new)
+        for entry in target.iterdir() if target.is_dir() else ():
+            if not owned(entry.name):
+                _link(entry, new / entry.name)
+        _sync(new)
+        _swap(new, target)
+    except OSError as error:
+        raise LoRunError(f"expected to write {target}, found {error.strerror}: what was there is unchanged") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True)
+    else:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_symlink():
+            continue
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:  # some file systems have no fsync for folders
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+                raise
+        finally:
+            os.close(handle)
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put ``new`` in the place of ``target`` in one step where the system has one."""
+    if not target.exists():
+        os.rename(new, target)
+    elif not _exchange(new, target):
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+        os.replace(target, old)
+        os.rename(new, target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two folders atomically: renameat2 on Linux, renamex_np on macOS; False without them."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    first, second = os.fsencode(a), os.fsencode(b)
+    if sys.platform.startswith("linux") and hasattr(libc, "renameat2"):
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        return libc.renameat2(here, first, here, second, exchange) == 0
+    if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+        return libc.renamex_np(first, second, 2) == 0  # RENAME_SWAP
+    return False
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,310 @@
+"""The converted network: one base, sets of adapters, and the network that runs."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from . import checkpoint
+from .assemble import Choice, StageAdapter, assemble, merge
+from .calls import counting
+from .errors import LoRunError
+from .report import Report, make_report
+from .stages import Group, Site, StageMap
+
+if TYPE_CHECKING:
+    import os
+
+DEFAULT_SET = "default"
+
+
+class LoRunModel(nn.Module):
+    """A deep unfolding network whose denoisers are one shared base and an adapter per stage.
+
+    Made by :func:`lorun_adapt.convert` and :func:`lorun_adapt.from_pretrained`. It is called with
+    the arguments of the original network and returns what that returns. Only adapters train
+    (``requires_grad``); the base and what is outside the stages are frozen.
+
+    Attributes:
+        base: the bare base, a network of the original class whose stages are all alike.
+        adapters: the adapter sets, ``adapters[name]["stage_03"][group]``.
+        network: the network that runs. ``set_adapter`` and ``.to`` put a new one in its place,
+            so register hooks on it after these.
+        stage_map: where the stages are.
+        peft_config: the ``LoraConfig`` of each set.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        stage_map: StageMap,
+        adapters: Choice,
+        config: LoraConfig,
+        errors: Mapping[str, Mapping[str, list[tuple[float, float]]]],
+        *,
+        trainable: set[str],
+        name: str = DEFAULT_SET,
+    ) -> None:
+        super().__init__()
+        base.requires_grad_(False)
+        self.base = base
+        self.adapters = nn.ModuleDict()
+        self.stage_map = stage_map
+        self.peft_config: dict[str, LoraConfig] = {}
+        self.errors = {group: dict(tensors) for group, tensors in errors.items()}
+        self._trainable = set(trainable)
+        self._active: dict[int, str] = {}
+        self.add_set(name, adapters, config)
+        self.network = base
+        self.training = base.training
+        self.register_state_dict_post_hook(_leave_network_out)
+        self.register_load_state_dict_pre_hook(_before_load)
+        self.register_load_state_dict_post_hook(_after_load)
+        self.set_adapter(name)
+
+    # --- running ---------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original network returns for the same arguments."""
+        network = self.network
+        if not any(site.call is not None for group in self.stage_map.groups for site in group.sites):
+            return network(*args, **kwargs)
+        with counting(network):
+            return network(*args, **kwargs)
+
+    # --- adapters --------------------------------------------------------------------------------
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The loaded adapter sets."""
+        return list(self.adapters)
+
+    @property
+    def active_adapters(self) -> dict[int, str]:
+        """The set that each stage runs with."""
+        return dict(self._active)
+
+    def set_adapter(self, adapter: str | Mapping[int, str]) -> None:
+        """Run with another set in all stages, or, with ``{stage: name}``, in some.
+
+        Raises:
+            LoRunError: an unknown set or stage, or a set without the stage; nothing changes then.
+        """
+        stages = range(len(self.stage_map))
+        wanted = dict.fromkeys(stages, adapter) if isinstance(adapter, str) else {**self._active, **adapter}
+        for stage, name in wanted.items():
+            if stage not in stages:
+                raise LoRunError(f"expected a stage in 0..{len(stages) - 1}, found {stage!r}: see print(lorun.stage_map)")
+            if name not in self.adapters:
+                raise LoRunError(f"expected an adapter among {self.adapter_names}, found {name!r}: load it first")
+            if stage_key(stage) not in self.adapters[name]:
+                held = [int(key.split("_")[1]) for key in self.adapters[name]]
+                raise LoRunError(f"expected adapter {name!r} to hold stage {stage}, found only {held}: "
+                                 "name the stages that it is for, as {stage: name}")  # fmt: skip
+        network = self._assembled(wanted)
+        self._active, self.network = wanted, network
+        for name, held in self.adapters.items():
+            for stage in held:
+                active = wanted[int(stage.split("_")[1])] == name
+                for parameter in held[stage].parameters():
+                    parameter.requires_grad_(active and (parameter.is_floating_point() or parameter.is_complex()))
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the bare base in every stage within the ``with`` block."""
+        self.network = self.base
+        try:
+            yield
+        finally:
+            self.network = self._assembled(self._active)
+
+    def load_adapter(self, path: str | os.PathLike[str], adapter_name: str, stage: int | None = None) -> None:
+        """Load a set, or one stage's adapter, under a name; it runs once :meth:`set_adapter` says so.
+
+        Args:
+            path: a saved folder (its set of that name, or its only one), the folder of a set, or,
+                with ``stage``, the folder of a single stage.
+            adapter_name: letters, digits, ``_`` and ``-``. A loaded set of that name is replaced;
+                with ``stage`` only that stage is.
+            stage: load this stage's adapter alone.
+
+        Raises:
+            LoRunError: files that are missing, damaged or not for this base; nothing changes then.
+        """
+        check_adapter_name(adapter_name)
+        adapters, config = checkpoint.load_set(self, Path(path), adapter_name, stage)
+        kept = self._choice_of(adapter_name) if stage is not None and adapter_name in self.adapters else {}
+        self.add_set(adapter_name, {**kept, **adapters}, config)
+        if adapter_name in self._active.values():
+            self.set_adapter(self._active)
+        else:
+            self.adapters[adapter_name].requires_grad_(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget a set that no stage runs with.
+
+        Raises:
+            LoRunError: an unknown set, or one in use.
+        """
+        if adapter_name not in self.adapters:
+            raise LoRunError(f"expected an adapter among {self.adapter_names}, found {adapter_name!r}: nothing to delete")
+        if adapter_name in self._active.values():
+            raise LoRunError(f"expected an adapter that is not in use, found {adapter_name!r}: set another one first")
+        del self.adapters[adapter_name], self.peft_config[adapter_name]
+
+    def merge_and_unload(self) -> nn.Module:
+        """A network of the original class with dense weights of its own; this one stays as it is.
+
+        Raises:
+            LoRunError: a module that is called in a loop, or has several parents, was trained:
+                its stages differ, and the original class has one module for them all.
+        """
+        network = merge(self.base, self.stage_map, self._choice(self._active))
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name in self._trainable)
+        return network.train(self.training)
+
+    # --- files -----------------------------------------------------------------------------------
+
+    def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Write base and adapters as safetensors and JSON; the folder appears whole or not at all.
+
+        Args:
+            path: a new or empty folder, or one saved before, which is replaced.
+            dtype: store floating-point tensors as this, for smaller files (``torch.float16``).
+
+        Raises:
+            LoRunError: ``path`` holds something else.
+        """
+        checkpoint.save(self, Path(path), dtype)
+
+    # --- figures ---------------------------------------------------------------------------------
+
+    def num_parameters(self) -> int:
+        """Parameters of base and adapters, every distinct tensor once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, in PEFT's words."""
+        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        total = self.num_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def report(self) -> Report:
+        """Parameters and bytes before and after, and the error of each adapted tensor."""
+        return make_report(self)
+
+    # --- torch -----------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRunModel:
+        # Buffers, and under some of torch's settings parameters too, are replaced place by place,
+        # which would leave each place with a tensor of its own.
+        shared = self._shared_places()
+        super()._apply(fn, recurse)
+        self._share_again(shared)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoRunModel:
+        twin = self.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise LoRunError("expected no pickling of a LoRunModel (torch.save, pickle, a spawned process), found it: use "
+                         "save_pretrained, or torch.save its state_dict()")  # fmt: skip
+
+    def _shared_places(self) -> list[list[tuple[dict[str, Any], str]]]:
+        """The places in base and adapters that hold the same tensor."""
+        places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        for root in (self.base, self.adapters):
+            for module in root.modules():
+                for held in (module._parameters, module._buffers):
+                    for name, tensor in held.items():
+                        if tensor is not None:
+                            places.setdefault(id(tensor), []).append((held, name))
+        return [group for group in places.values() if len(group) > 1]
+
+    def _share_again(self, places: list[list[tuple[dict[str, Any], str]]]) -> None:
+        for (first, name), *others in places:
+            for held, other in others:
+                held[other] = first[name]
+        if self.network is not self.base:
+            self.network = self._assembled(self._active)
+
+    # --- within ----------------------------------------------------------------------------------
+
+    def _assembled(self, active: Mapping[int, str]) -> nn.Module:
+        network = assemble(self.base, self.stage_map, self._choice(active))
+        modes = {name: module.training for name, module in self.network.named_modules()}
+        for name, module in network.named_modules():
+            module.training = modes.get(name, self.training)
+        return network
+
+    def add_set(self, name: str, adapters: Choice, config: LoraConfig) -> None:
+        """Hold a set under a name, in the place of one that has it; the network stays as it is."""
+        held: dict[int, dict[str, StageAdapter]] = {}
+        for (group, site), adapter in adapters.items():
+            held.setdefault(site.stage, {})[group] = adapter
+        self.adapters[name] = nn.ModuleDict({stage_key(s): nn.ModuleDict(held[s]) for s in sorted(held)})
+        self.peft_config[name] = config
+
+    def _choice_of(self, name: str) -> dict[tuple[str, Site], StageAdapter]:
+        return {
+            (group.name, site): self.adapter_of(group, site, name)
+            for group in self.stage_map.groups
+            for site in group.sites
+            if stage_key(site.stage) in self.adapters[name]
+        }
+
+    def _choice(self, active: Mapping[int, str]) -> dict[tuple[str, Site], StageAdapter]:
+        return {
+            (group.name, site): self.adapter_of(group, site, active[site.stage])
+            for group in self.stage_map.groups
+            for site in group.sites
+        }
+
+    def adapter_of(self, group: Group, site: Site, name: str | None = None) -> StageAdapter:
+        """The adapter of one denoiser: of the set ``name``, or of the one its stage runs with."""
+        return self.adapters[name or self._active[site.stage]][stage_key(site.stage)][group.name]
+
+
+def stage_key(stage: int) -> str:
+    return f"stage_{stage:02d}"
+
+
+def check_adapter_name(name: str) -> None:
+    """Names become folders and attributes.
+
+    Raises:
+        LoRunError: a name that can't.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or hasattr(nn.ModuleDict, name):
+        raise LoRunError(f"expected an adapter name of letters, digits, _ and -, found {name!r}: choose another")
+
+
+# The network that runs holds no tensor that base and adapters don't: it stays out of state dicts.
+
+
+def _leave_network_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in [name for name in state_dict if name.startswith(f"{prefix}network.")]:
+        del state_dict[name]
+
+
+def _before_load(module: LoRunModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, tensor in module.network.state_dict().items():
+        state_dict[f"{prefix}network.{name}"] = tensor
+    module._places_before_load = module._shared_places()
+
+
+def _after_load(module: LoRunModel, incompatible_keys: Any) -> None:
+    module._share_again(module._places_before_load)  # load_state_dict(assign=True) replaces tensors
+    del module._places_before_load
