@@ -126,5 +126,10 @@ def measure(images: Tensor, sigma: float = 0.0) -> tuple[Tensor]:
     return (y + sigma / 255 * torch.randn_like(y),)
 
 
+def first_estimate(y: Tensor) -> Tensor:
+    """The linear estimate that the network starts from: (B, 272, h, w) -> (B, 1, 33 h, 33 w)."""
+    return transpose(y, linear_estimate(sampling_matrix()).to(y).T)
+
+
 def restore(output: Tensor, images: Tensor) -> Tensor:
     return output[..., : images.shape[-2], : images.shape[-1]].clamp(0, 1)

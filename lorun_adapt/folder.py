@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import LoRunError
 
@@ -54,7 +55,7 @@ def replace_folder(target: Path, owned: Callable[[str], bool], marker: str, fill
         fill(new)
         for entry in target.iterdir() if target.is_dir() else ():
             if not owned(entry.name):
-                _link(entry, new / entry.name)
+                _carry_over(entry, new / entry.name)
         _sync(new)
         _swap(new, target)
     except OSError as error:
@@ -63,7 +64,28 @@ def replace_folder(target: Path, owned: Callable[[str], bool], marker: str, fill
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _link(source: Path, target: Path) -> None:
+def write_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Write one file, which appears whole or not at all.
+
+    Raises:
+        LoRunError: the folder can't be made or written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                fill(file)
+            os.chmod(partial, 0o666 & ~_umask())
+            os.replace(partial, path)
+        except BaseException:
+            os.unlink(partial)
+            raise
+    except OSError as error:
+        raise LoRunError(f"expected to write {path}, found {error.strerror}: choose another folder") from error
+
+
+def _carry_over(source: Path, target: Path) -> None:
     if source.is_dir() and not source.is_symlink():
         shutil.copytree(source, target, symlinks=True)
     else:

@@ -1,0 +1,189 @@
+"""The command ``lorun-adapt``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .checkpoint import from_pretrained
+from .convert import convert
+from .errors import LoRunError
+from .evaluate import evaluate
+from .stages import find_stages
+from .task import Task, load_task, to_device
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class _Rank(click.ParamType):
+    name = "rank"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        try:
+            return int(value)
+        except ValueError:
+            with contextlib.suppress(ValueError):
+                if 0 < float(value) < 1:
+                    return float(value)
+        self.fail(f"{value!r} is neither a whole number nor a share of energy between 0 and 1", param, ctx)
+
+
+def _device(ctx: click.Context, param: click.Parameter, value: str) -> torch.device:
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise click.BadParameter(str(error).splitlines()[0]) from None
+    return device
+
+
+FILE = click.Path(path_type=Path)
+TASK = click.argument("task", metavar="TASK")
+WEIGHTS = click.option("--weights", type=FILE, help="Checkpoint of the original network.  [default: the task's]")
+STAGES = click.option("--stages", multiple=True, metavar="PATTERN", help="Name the stages, as 'fcs.*'; may be repeated.")
+RANK = click.option("--rank", type=_Rank(), default="8", show_default=True,
+                    help="Rank of the adapters, or the share (0 to 1) of the residuals' energy to keep.")  # fmt: skip
+DEVICE = click.option("--device", default="cpu", show_default=True, callback=_device, help="Where to run: cpu, cuda, …")
+SEED = click.option("--seed", default=0, show_default=True, help="Seed of the random numbers.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="lorun-adapt")
+def cli() -> None:
+    """Collapse a trained deep unfolding network into one shared denoiser and a small adapter per stage.
+
+    TASK is a Python file (or package.module) that says how to build the network, how to make its
+    inputs from images, and which images its output holds: build(), measure() and restore().
+    """
+
+
+@cli.command()
+@TASK
+@WEIGHTS
+@STAGES
+@DEVICE
+@SEED
+def inspect(task: str, weights: Path | None, stages: tuple[str, ...], device: torch.device, seed: int) -> None:
+    """Show which stages are found, and what would be shared."""
+    torch.manual_seed(seed)
+    spec = load_task(task)
+    net = spec.build()
+    if weights is not None:
+        spec.load_weights(net, weights)
+    _show(find_stages(net.to(device), stages=stages or None, example_inputs=_example(spec, device)).tables())
+
+
+@cli.command("convert")
+@TASK
+@WEIGHTS
+@RANK
+@STAGES
+@click.option("--out", type=FILE, required=True, help="Folder to save to.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Store numbers as this.  [default: as they are]")
+@DEVICE
+@SEED
+def convert_(
+    task: str, weights: Path | None, rank: int | float, stages: tuple[str, ...], out: Path, dtype: str | None,
+    device: torch.device, seed: int,
+) -> None:  # fmt: skip
+    """Collapse the stages and save base and adapters."""
+    torch.manual_seed(seed)
+    spec = load_task(task)
+    net = spec.build()
+    spec.load_weights(net, weights)
+    with _working("converting"):
+        lorun = convert(net.to(device), rank=rank, stages=stages or None, example_inputs=_example(spec, device))
+    lorun.save_pretrained(out, dtype=DTYPES[dtype] if dtype else None)
+    _show(lorun.report().tables())
+    size = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
+    click.echo(f"saved to {out}: {size:,} bytes of safetensors")
+
+
+@cli.command("eval")
+@TASK
+@click.option("--images", type=FILE, required=True, help="Folder of images.")
+@WEIGHTS
+@click.option("--converted", type=FILE, help="Folder of a conversion, shown beside the original.")
+@click.option("--sigma", type=click.FloatRange(min=0), default=0.0, show_default=True,
+              help="Noise on the measurements, on a scale of 0 to 255.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@DEVICE
+@SEED
+def eval_(
+    task: str, images: Path, weights: Path | None, converted: Path | None, sigma: float, as_json: bool,
+    device: torch.device, seed: int,
+) -> None:  # fmt: skip
+    """PSNR and SSIM over a folder of images."""
+    torch.manual_seed(seed)
+    spec = load_task(task)
+    files = spec.images(images)
+    net = spec.build().to(device)
+    original = net if weights or spec.weights or converted is None else None
+    if original is not None:
+        spec.load_weights(original, weights)
+    lorun = from_pretrained(converted, net).eval() if converted is not None else None
+    result = evaluate(spec, files, original, lorun, sigma=sigma, parameters=sum(p.numel() for p in net.parameters()),
+                      parameters_converted=lorun.num_parameters() if lorun is not None else None)  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(result.as_dict(), indent=2))
+    else:
+        _show(result.tables())
+
+
+@cli.command()
+@click.option("--out", type=FILE, default=".", show_default=True, help="Folder for demo.png.")
+@RANK
+@DEVICE
+@SEED
+def demo(out: Path, rank: int | float, device: torch.device, seed: int) -> None:
+    """Convert the network that comes with the package and restore a photograph with it."""
+    from .demo import run_demo
+
+    torch.manual_seed(seed)
+    with _working("converting the reference network and restoring a photograph"):
+        lorun, tables, path = run_demo(out, rank, device)
+    _show([*lorun.stage_map.tables(), *lorun.report().tables(), *tables])
+    click.echo(f"picture: {path}")
+
+
+def _example(task: Task, device: torch.device) -> tuple[Any, ...]:
+    return to_device(task.example_inputs(), device)
+
+
+def _show(tables: list[Table]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    for item in tables:
+        console.print(item)
+
+
+@contextlib.contextmanager
+def _working(what: str) -> Iterator[None]:
+    """A spinner on a terminal, one line elsewhere; on standard error."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(f"{what} …"):
+            yield
+    else:
+        click.echo(f"{what} …", err=True)
+        yield
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends with exit code 2 and one sentence."""
+    warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+    try:
+        cli(prog_name="lorun-adapt")
+    except LoRunError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
