@@ -101,7 +101,7 @@ class _Factored:
             self.errors[spec.name] = list(zip(factors.error.sqrt().tolist(), norms.tolist()))
             self._terms[spec.name] = [
                 LowRank(a.to(stack.dtype), (b / scaling).to(stack.dtype), scaling)
-                if bool(b.any())
+                if bool((b @ a).any())
                 else untrained(spec.matrix, factors.rank, scaling, stack, generator)
                 for a, b in zip(factors.a, factors.b)
             ]

@@ -70,14 +70,16 @@ def _truncated_svd(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best rank-``rank`` pairs (N, m, r) and (N, r, n), with the scale split evenly."""
     _, vectors = torch.linalg.eigh(_gram(matrices))
     top = vectors[..., -rank:].flip(-1)
+    # Projecting keeps the product exact whatever the scale; even factors train best.
     if matrices.shape[1] <= matrices.shape[2]:
-        b, a = top, top.mH @ matrices
-        size = torch.linalg.vector_norm(a, dim=2).sqrt()
-    else:
-        b, a = matrices @ top, top.mH
-        size = torch.linalg.vector_norm(b, dim=1).sqrt()
-    # Projecting keeps b @ a exact whatever the scale; even factors train best.
-    scale = size.clamp_min(torch.finfo(torch.float64).tiny ** 0.5)
-    if matrices.shape[1] <= matrices.shape[2]:
-        return b * scale[:, None, :], a / scale[:, :, None]
-    return b / scale[:, None, :], a * scale[:, :, None]
+        a = top.mH @ matrices
+        scale = _root(torch.linalg.vector_norm(a, dim=2))
+        return top * scale[:, None, :], a / scale[:, :, None]
+    b = matrices @ top
+    scale = _root(torch.linalg.vector_norm(b, dim=1))
+    return b / scale[:, None, :], top.mH * scale[:, :, None]
+
+
+def _root(size: Tensor) -> Tensor:
+    """Square roots to divide by: 1 for what is zero, so that one factor of the pair can still train."""
+    return torch.where(size > 0, size, 1).sqrt()
