@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .calls import tell_calls_apart
 from .errors import LoRunError
-from .lowrank import LowRank
+from .lowrank import LowRank, add_term
 from .stages import Group, Site, StageMap, TensorSpec, tensors_of
 
 
@@ -94,7 +93,7 @@ def _install(module: nn.Module, group: Group, adapter: StageAdapter) -> None:
             for alias in spec.aliases:
                 path, _, attribute = alias.rpartition(".")
                 owner = module.get_submodule(path)
-                parametrize.register_parametrization(owner, attribute, terms[spec.name], unsafe=True)
+                add_term(owner, attribute, terms[spec.name])
         elif spec.name in private:
             _put(module, spec, private[spec.name])
 

@@ -9,13 +9,13 @@ puts that count back.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .errors import LoRunError
 
@@ -125,5 +125,10 @@ def tell_calls_apart(module: nn.Module, name: str, copies: list[nn.Module]) -> N
     module.lorun_calls = nn.ModuleList(copies)
     module.lorun_name = name
     module.lorun_compiled_call = 0
-    original = type_before_parametrizations(module)
-    module.__class__ = type(f"Called{original.__name__}", (Called, original), {"__module__": original.__module__})
+    module.__class__ = _called_class(type(module))
+
+
+@functools.cache
+def _called_class(original: type[nn.Module]) -> type[nn.Module]:
+    body = {"__module__": original.__module__, "lorun_plain_class": original}
+    return type(f"Called{original.__name__}", (Called, original), body)

@@ -299,12 +299,12 @@ def _leave_network_out(module: nn.Module, state_dict: dict[str, Any], prefix: st
         del state_dict[name]
 
 
-def _before_load(module: LoRunModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name, tensor in module.network.state_dict().items():
-        state_dict[f"{prefix}network.{name}"] = tensor
-    module._places_before_load = module._shared_places()
+def _before_load(module: LoRunModel, *_: Any) -> None:
+    module._loading = [module._shared_places(), module.network]
+    module.network = nn.Module()  # else it would be asked for, and given, tensors of its own
 
 
 def _after_load(module: LoRunModel, incompatible_keys: Any) -> None:
-    module._share_again(module._places_before_load)  # load_state_dict(assign=True) replaces tensors
-    del module._places_before_load
+    places, module.network = module._loading
+    del module._loading
+    module._share_again(places)  # load_state_dict(assign=True) puts other tensors into each place

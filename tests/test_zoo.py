@@ -102,8 +102,8 @@ def test_one_storage_for_the_base(case: Case, tmp_path: Path) -> None:
                 module = module if site.call is None else module.lorun_calls[site.call]
                 for name in lowrank_terms(model.adapter_of(group, site)):
                     path, _, attribute = name.rpartition(".")
-                    original = module.get_submodule(path).parametrizations[attribute].original
-                    pointers.setdefault((group.name, name), set()).add(original.data_ptr())
+                    base = module.get_submodule(path).get_parameter(f"lorun_base_{attribute}")
+                    pointers.setdefault((group.name, name), set()).add(base.data_ptr())
         assert pointers and all(len(found) == 1 for found in pointers.values())
 
 

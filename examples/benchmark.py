@@ -1,0 +1,93 @@
+"""How long a conversion takes, and what low-rank terms cost at inference.
+
+    python examples/benchmark.py
+
+Times are medians of runs that alternate between the plain and the converted network; only their
+ratios carry over to another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorun_adapt import convert
+
+
+class Stage(nn.Module):
+    """An ISTA iteration as in the reference network, for masked images of any size and with more layers at will."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.step = nn.Parameter(torch.tensor(1.0))
+        self.threshold = nn.Parameter(torch.tensor(0.01))
+        self.conv_d = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.forward_transform, self.backward_transform = _transform(width, layers), _transform(width, layers)
+        self.conv_g = nn.Conv2d(width, 1, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        r = x - self.step * mask * (mask * x - y)
+        code = self.forward_transform(self.conv_d(r))
+        code = code.sign() * F.relu(code.abs() - self.threshold)
+        return r + self.conv_g(self.backward_transform(code))
+
+
+def _transform(width: int, layers: int) -> nn.Module:
+    inner: list[nn.Module] = []
+    for _ in range(layers):
+        inner += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.ReLU()]
+    return nn.Sequential(*inner[:-1])
+
+
+class Unfolded(nn.Module):
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(Stage(width, layers) for _ in range(9))
+
+    def forward(self, y: Tensor, mask: Tensor) -> Tensor:
+        x = y
+        for stage in self.stages:
+            x = stage(x, y, mask)
+        return x
+
+
+def medians(functions: list[Callable[[], object]], repeats: int) -> list[float]:
+    """Median seconds of each function, run in turns after one warm-up round."""
+    times: list[list[float]] = [[] for _ in functions]
+    for turn in range(repeats + 1):
+        for function, seconds in zip(functions, times):
+            start = time.perf_counter()
+            function()
+            if turn:
+                seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=20)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+
+    net = Unfolded(64, 9)
+    (seconds,) = medians([lambda: convert(net)], 3)
+    print(f"conversion of {sum(p.numel() for p in net.parameters()):,} parameters: {seconds:.2f} s")
+
+    net = Unfolded(64, 2).eval()
+    lorun = convert(net)
+    for size, repeats in ((128, args.repeats), (16, args.repeats * 10)):
+        mask = (torch.rand(1, 1, size, size) > 0.5).float()
+        y = mask * torch.rand(1, 1, size, size)
+        with torch.inference_mode():
+            plain, converted = medians([lambda: net(y, mask), lambda: lorun(y, mask)], repeats)
+        print(f"inference at 64 channels, {size}x{size}: {converted / plain:.3f} times the plain network ({1000 * plain:.1f} ms)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""What conversion alone costs: rank, size, error and quality of a network, as a Markdown table.
+
+    python examples/table_of_ranks.py examples/ista_net_plus.py IMAGES
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from lorun_adapt import convert
+from lorun_adapt.evaluate import evaluate
+from lorun_adapt.task import load_task
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", help="task file")
+    parser.add_argument("images", type=Path, help="folder of images to judge on")
+    parser.add_argument("--weights", type=Path, help="checkpoint, where the task names none")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    args = parser.parse_args()
+
+    task = load_task(args.task)
+    net = task.build()
+    task.load_weights(net, args.weights)
+    files = task.images(args.images)
+    before = convert(net, rank=1).report().network_before
+    psnr = evaluate(task, files, net, None).mean()["psnr"]
+    print("| rank | parameters | bytes on disk | relative error | PSNR (dB) |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    print(f"| original | {before.parameters:,} | {before.bytes:,} | 0 | {psnr:.2f} |", flush=True)
+    for rank in args.ranks:
+        lorun = convert(net, rank=rank)
+        report = lorun.report()
+        with tempfile.TemporaryDirectory() as folder:
+            lorun.save_pretrained(folder)
+            size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+        psnr = evaluate(task, files, None, lorun).mean()["psnr_converted"]
+        print(f"| {rank} | {report.network_after.parameters:,} | {size:,} | {report.relative_error:.3f} | {psnr:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
