@@ -82,27 +82,30 @@ def main() -> None:
         os.replace(checkpoint.with_suffix(".partial"), checkpoint)
 
     limit, running, saved = args.minutes * 60, 0.0, time.monotonic()
-    with tqdm(total=round(limit), initial=round(elapsed), unit="s") as bar:
-        while elapsed < limit:
-            started = time.monotonic()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(elapsed / limit, args.peak)
-            truth = random_patches(images, args.batch)
-            measured = task.measure(truth)
-            with torch.autocast("cpu", enabled=args.bf16 and elapsed < 0.75 * limit):
-                loss = F.mse_loss(net(*measured), truth)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
-            optimizer.step()
-            steps += 1
-            running = loss.item() if not running else 0.99 * running + 0.01 * loss.item()
-            elapsed += time.monotonic() - started
-            bar.set_postfix(step=steps, psnr=f"{-10 * math.log10(running):.2f}", refresh=False)
-            bar.update(round(elapsed) - bar.n)
-            if time.monotonic() - saved > 60:
-                save_checkpoint()
-                saved = time.monotonic()
+    try:
+        with tqdm(total=round(limit), initial=round(elapsed), unit="s") as bar:
+            while elapsed < limit:
+                started = time.monotonic()
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(elapsed / limit, args.peak)
+                truth = random_patches(images, args.batch)
+                measured = task.measure(truth)
+                with torch.autocast("cpu", enabled=args.bf16 and elapsed < 0.75 * limit):
+                    loss = F.mse_loss(net(*measured), truth)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+                optimizer.step()
+                steps += 1
+                running = loss.item() if not running else 0.99 * running + 0.01 * loss.item()
+                elapsed += time.monotonic() - started
+                bar.set_postfix(step=steps, psnr=f"{-10 * math.log10(running):.2f}", refresh=False)
+                bar.update(round(elapsed) - bar.n)
+                if time.monotonic() - saved > 60:
+                    save_checkpoint()
+                    saved = time.monotonic()
+    finally:
+        save_checkpoint()
     save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, args.out)
     checkpoint.unlink(missing_ok=True)
     print(f"{steps} steps, {args.out}")

@@ -7,7 +7,7 @@ when they are collapsed (Git Re-Basin, arXiv:2209.04836, section 3.2).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -143,11 +143,17 @@ class _Reader:
         return node.op == "call_module" and isinstance(self.root.get_submodule(str(node.target)), nn.Linear)
 
 
-def align(group: Group, denoiser: nn.Module, stacks: dict[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Tensor]:
+def align(
+    group: Group,
+    denoiser: nn.Module,
+    stacks: dict[str, Tensor],
+    ranks: Mapping[str, int],
+    kept: Collection[str] = (),
+) -> dict[str, Tensor]:
     """Permute hidden channels of ``stacks`` (name -> (N, *shape)) where that lowers the error.
 
     ``ranks`` says at which rank each adapted tensor will be factorised; private tensors lose
-    nothing. Each place is judged by itself, on the two tensors that it changes.
+    nothing, and those in ``kept`` are not to be touched. Each place is judged by itself, on the two tensors that it changes.
     """
     canonical = {alias: spec.name for spec in group.tensors if not spec.common for alias in spec.aliases}
     specs = {spec.name: spec for spec in group.tensors}
@@ -163,7 +169,7 @@ def align(group: Group, denoiser: nn.Module, stacks: dict[str, Tensor], ranks: M
         if not all(name in canonical for name in names):
             continue
         rows, columns = [canonical[name] for name in place.rows], canonical[place.columns]
-        if not {rows[0], columns} & set(ranks) or len({*rows, columns}) < len(names):
+        if {*rows, columns} & set(kept) or not {rows[0], columns} & set(ranks) or len({*rows, columns}) < len(names):
             continue
         for name in (rows[0], columns):
             if name not in errors:

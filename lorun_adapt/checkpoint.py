@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from . import peft_format
-from .assemble import StageAdapter, distinct_tensors, share
+from .assemble import StageAdapter, distinct_tensors, share, stage_values
 from .card import model_card
 from .errors import LoRunError
 from .folder import replace_folder, sha256
-from .stages import Group, Site, StageMap, tensor_specs, tensors_of
+from .stages import Group, Site, StageMap, tensor_specs
 
 if TYPE_CHECKING:
     import os
@@ -88,14 +88,12 @@ def from_pretrained(path: str | os.PathLike[str], dun: nn.Module) -> LoRunModel:
     stage_map = _stage_map(dun, description, folder / CONFIG)
     base = copy.deepcopy(dun)
     for group in stage_map.groups:
-        first = dict_of(dun.get_submodule(group.sites[0].module))
-        share(base, group, {spec.name: first[spec.name].detach().clone() for spec in group.tensors})
-    tensors = _read_file(folder, BASE, description)
+        share(base, group, {spec.name: stage_values(dun, group, spec)[0].clone() for spec in group.tensors})
+    tensors = _read_file(folder / BASE, BASE, description)
     _fill_base(base, tensors, folder / BASE)
     names = list(description["adapters"])
     first_set = names[0] if names else DEFAULT_SET
-    sets = {name: _read_set(folder / ADAPTERS / name, f"{ADAPTERS}/{name}", folder, base, stage_map, description)
-            for name in names}  # fmt: skip
+    sets = {name: _read_set(folder / ADAPTERS / name, f"{ADAPTERS}/{name}", base, stage_map, description) for name in names}
     adapters, config = sets.pop(first_set)
     lorun = LoRunModel(
         base, stage_map, adapters, config, description["errors"], name=first_set,
@@ -113,7 +111,8 @@ def load_set(
     stage_map = lorun.stage_map
     if not path.is_dir():
         raise LoRunError(f"expected a folder with an adapter, found none at {path}: give a saved folder or a set's")
-    root = next((folder for folder in (path, *path.absolute().parents) if (folder / CONFIG).is_file()), None)
+    path = path.absolute()
+    root = next((folder for folder in (path, *path.parents) if (folder / CONFIG).is_file()), None)
     description = read_description(root) if root is not None else None
     if description is not None:
         held = fingerprint(distinct_tensors(lorun.base))
@@ -122,23 +121,25 @@ def load_set(
                 f"expected an adapter for the base {held[:12]}, found one for {description['fingerprint'][:12]} in "
                 f"{root}: load the base that it was trained on with from_pretrained"
             )
-    if (path / CONFIG).is_file() and description is not None:
+    if path == root and description is not None:
         names = list(description["adapters"])
         chosen = name if name in names else names[0] if len(names) == 1 else None
         if chosen is None:
             raise LoRunError(f"expected one adapter set or {name!r} in {path}, found {names}: give the folder of a set")
         path = path / ADAPTERS / chosen
+    if stage is not None and (path / f"stage_{stage:02d}").is_dir():
+        path = path / f"stage_{stage:02d}"
+    key = path.relative_to(root).as_posix() if root is not None else ""
     if stage is None:
-        return _read_set(path, "", path, lorun.base, stage_map, None)
+        return _read_set(path, key, lorun.base, stage_map, description)
     sites = [(group, site) for group in stage_map.groups for site in group.sites if site.stage == stage]
     if not sites:
         raise LoRunError(f"expected a stage in 0..{len(stage_map) - 1}, found {stage!r}: see print(lorun.stage_map)")
-    if (path / f"stage_{stage:02d}").is_dir():
-        path = path / f"stage_{stage:02d}"
     adapters, configs = {}, []
     for group, site in sites:
-        part = path if len(stage_map.groups) == 1 else path / group.name
-        adapters[group.name, site], config = _read_adapter(part, lorun.base, group, site, None, "")
+        part = "" if len(stage_map.groups) == 1 else f"/{group.name}"
+        found = _read_adapter(Path(f"{path}{part}"), f"{key}{part}", lorun.base, group, site, description)
+        adapters[group.name, site], config = found
         configs.append(config)
     return adapters, configs[0]
 
@@ -263,15 +264,17 @@ def _fill_base(base: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> No
 
 
 def _read_set(
-    path: Path, prefix: str, root: Path, base: nn.Module, stage_map: StageMap, description: Mapping[str, Any] | None
+    path: Path, key: str, base: nn.Module, stage_map: StageMap, description: Mapping[str, Any] | None
 ) -> tuple[dict[tuple[str, Site], StageAdapter], LoraConfig]:
+    """The set in the folder ``path``; ``key`` is its place in the ``description`` that has its hashes."""
     adapters, configs = {}, []
     for group in stage_map.groups:
         for site in group.sites:
             part = stage_folder(stage_map, group, site)
-            if description is not None and f"{prefix}/{part}/{TENSORS}" not in description["files"]:
+            if description is not None and f"{key}/{part}/{TENSORS}" not in description["files"]:
                 continue  # a set may hold some stages only
-            adapters[group.name, site], config = _read_adapter(path / part, base, group, site, description, f"{prefix}/{part}")
+            found = _read_adapter(path / part, f"{key}/{part}", base, group, site, description)
+            adapters[group.name, site], config = found
             configs.append(config)
     if not configs:
         raise LoRunError(f"expected adapters for {len(stage_map)} stages in {path}, found none: give a set's folder")
@@ -279,12 +282,10 @@ def _read_set(
 
 
 def _read_adapter(
-    folder: Path, base: nn.Module, group: Group, site: Site, description: Mapping[str, Any] | None, name: str
+    folder: Path, key: str, base: nn.Module, group: Group, site: Site, description: Mapping[str, Any] | None
 ) -> tuple[StageAdapter, LoraConfig]:
-    root = Path(str(folder)[: len(str(folder)) - len(name)]) if name else folder
-    key = f"{name}/" if name else ""
-    tensors = _read_file(root, key + TENSORS, description)
-    _check_hash(root, key + PEFT_CONFIG, description)
+    tensors = _read_file(folder / TENSORS, f"{key}/{TENSORS}", description)
+    _check_hash(folder / PEFT_CONFIG, f"{key}/{PEFT_CONFIG}", description)
     try:
         config = LoraConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -295,20 +296,16 @@ def _read_adapter(
     return peft_format.read(tensors, config, base.get_submodule(site.module), group, str(folder / TENSORS)), config
 
 
-def _read_file(root: Path, name: str, description: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    _check_hash(root, name, description)
+def _read_file(file: Path, key: str, description: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    _check_hash(file, key, description)
     try:
-        return load_file(root / name)
+        return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise LoRunError(f"expected a safetensors file, found damage in {root / name}: {error}; download it again") from error
+        raise LoRunError(f"expected a safetensors file, found damage in {file}: {error}; download it again") from error
 
 
-def _check_hash(root: Path, name: str, description: Mapping[str, Any] | None) -> None:
-    if not (root / name).is_file():
-        raise LoRunError(f"expected a file {root / name}, found none: download the folder again")
-    if description is not None and sha256(root / name) != description["files"].get(name):
-        raise LoRunError(f"expected {root / name} as it was saved, found another hash: download it again")
-
-
-def dict_of(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor, _ in tensors_of(module)}
+def _check_hash(file: Path, key: str, description: Mapping[str, Any] | None) -> None:
+    if not file.is_file():
+        raise LoRunError(f"expected a file {file}, found none: download the folder again")
+    if description is not None and sha256(file) != description["files"].get(key):
+        raise LoRunError(f"expected {file} as it was saved, found another hash: download it again")

@@ -18,7 +18,7 @@ from .errors import LoRunError
 from .factorise import factorise, rank_for_energy
 from .lowrank import DEFAULT_RANK, LowRank, untrained
 from .model import LoRunModel
-from .plan import Term, plan
+from .plan import Plan, plan
 from .stages import Group, StageMap, find_stages
 
 
@@ -66,7 +66,7 @@ def convert(
     adapters = {(group.name, site): factored[group.name].adapter(i)
                 for group in stage_map.groups for i, site in enumerate(group.sites)}  # fmt: skip
     errors = {group.name: factored[group.name].errors for group in stage_map.groups}
-    ranks = {name: {tensor: term.rank for tensor, term in terms.items()} for name, terms in plans.items()}
+    ranks = {name: {tensor: term.rank for tensor, term in planned.terms.items()} for name, planned in plans.items()}
     return LoRunModel(base, dataclasses.replace(stage_map, ranks=ranks), adapters, config, errors,
                       trainable={name for name, p in dun.named_parameters() if p.requires_grad})  # fmt: skip
 
@@ -74,13 +74,13 @@ def convert(
 class _Factored:
     """One group's tensors, factorised: the base and the adapter of each site."""
 
-    def __init__(self, dun: nn.Module, group: Group, terms: Mapping[str, Term]) -> None:
-        self.group, self.terms = group, dict(terms)
+    def __init__(self, dun: nn.Module, group: Group, planned: Plan) -> None:
+        self.group, terms = group, planned.terms
         stacks = {spec.name: torch.stack(list(stage_values(dun, group, spec)))
                   for spec in group.tensors if not spec.common}  # fmt: skip
         if not all(bool((stack == stack[0]).all()) for stack in stacks.values()):
             stacks = align(group, dun.get_submodule(group.sites[0].module), stacks,
-                           {name: term.rank for name, term in terms.items()})  # fmt: skip
+                           {name: term.rank for name, term in terms.items()}, planned.kept)  # fmt: skip
         self.base: dict[str, Tensor] = {}
         self.errors: dict[str, list[tuple[float, float]]] = {}  # norm lost, norm
         self._terms: dict[str, list[LowRank]] = {}
@@ -124,7 +124,9 @@ def _mean(stack: Tensor) -> Tensor:
 
 def _config_for(dun: nn.Module, stage_map: StageMap, rank: int | float) -> LoraConfig:
     """The LoraConfig that a rank, or a share of energy, stands for."""
-    if isinstance(rank, bool) or not isinstance(rank, (int, float)) or rank <= 0 or rank >= 1 and rank != int(rank):
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not 0 < rank < float("inf") or (
+        rank >= 1 and rank != int(rank)
+    ):
         raise LoRunError(f"expected a rank of 1 or more, or a share of energy between 0 and 1, found {rank!r}: choose one")
     if rank >= 1:
         return LoraConfig(r=int(rank), lora_alpha=int(rank))

@@ -113,7 +113,11 @@ def _swap(new: Path, target: Path) -> None:
     elif not _exchange(new, target):
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
         os.replace(target, old)
-        os.rename(new, target)
+        try:
+            os.rename(new, target)
+        except OSError:
+            os.replace(old, target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -46,11 +46,14 @@ def write(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> tuple[dic
                 b = b.reshape(*b.shape, *(1 for _ in layer.kernel_size))
         tensors[f"{PREFIX}{key}.lora_A.weight"] = a
         tensors[f"{PREFIX}{key}.lora_B.weight"] = b
-    with_bias = bool(layers) and all(f"{key}.bias" in private for key in layers)
+    with_bias = any(f"{key}.bias" in private for key in layers)
     rest = dict(private)
     if with_bias:
         for key, term in layers.items():
             base = denoiser.get_submodule(key).bias
+            if base is None:  # lora_bias is for all layers or none
+                tensors[f"{PREFIX}{key}.lora_B.bias"] = term.lora_B.new_zeros(term.lora_B.shape[0])
+                continue
             value = private[f"{key}.bias"]
             difference = (value - base) / term.scaling
             tensors[f"{PREFIX}{key}.lora_B.bias"] = difference
@@ -73,7 +76,7 @@ def peft_problem(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> st
         return "the stage has no low-rank term"
     if any(len(spec.aliases) > 1 for spec in group.tensors):
         return "the stage ties tensors within itself"
-    with_bias = all(f"{key}.bias" in private for key in layers)
+    with_bias = any(f"{key}.bias" in private for key in layers)
     rest = {n: t for n, t in private.items() if not (with_bias and n.endswith(".bias") and n[:-5] in layers)}
     if _modules_to_save(denoiser, rest, layers, with_bias) is None:
         return "the stage has private tensors that PEFT's modules_to_save can't name by themselves"
@@ -106,6 +109,9 @@ def read(
                 )
             terms[spec.name] = LowRank(a.reshape(-1, columns).to(like), b.reshape(rows, -1).to(like),
                                        _scaling(config, key, a.shape[0]))  # fmt: skip
+            no_bias = layer is not None and layer.bias is None and left.get(f"{PREFIX}{key}.lora_B.bias")
+            if isinstance(no_bias, Tensor) and not bool(no_bias.any()):
+                del left[f"{PREFIX}{key}.lora_B.bias"]
             continue
         value = left.pop(PREFIX + spec.name, None)
         module = spec.name.removesuffix(".bias")

@@ -56,7 +56,15 @@ def check_config(config: LoraConfig) -> None:
             raise LoRunError(f"expected a positive number for {where}, found {alpha!r}: alpha scales the adapter")
 
 
-def plan(dun: nn.Module, stage_map: StageMap, config: LoraConfig) -> dict[str, dict[str, Term]]:
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of a group's tensors: those with a term, and those to be kept as they are by request."""
+
+    terms: dict[str, Term]
+    kept: frozenset[str]
+
+
+def plan(dun: nn.Module, stage_map: StageMap, config: LoraConfig) -> dict[str, Plan]:
     """For each group, the tensors that get a low-rank term; all others stay private.
 
     Names in the config are matched by PEFT's own functions, relative to the denoiser. Without
@@ -73,12 +81,15 @@ def plan(dun: nn.Module, stage_map: StageMap, config: LoraConfig) -> dict[str, d
         denoiser = dun.get_submodule(group.sites[0].module)
         modules = [name for name, _ in denoiser.named_modules(remove_duplicate=False)]
         saved = [name for name in modules if name and matches.saved(name)]
-        plans[group.name] = {
+        kept = {
+            spec.name for spec in group.tensors for alias in spec.aliases if any(alias.startswith(f"{n}.") for n in saved)
+        }
+        terms = {
             spec.name: term
             for spec in group.tensors
-            if not any(alias.startswith(name + ".") for alias in spec.aliases for name in saved)
-            and (term := matches.term(spec)) is not None
+            if spec.name not in kept and (term := matches.term(spec)) is not None
         }
+        plans[group.name] = Plan(terms, frozenset(kept))
     matches.check_all_used()
     return plans
 
@@ -134,7 +145,7 @@ class _Matches:
         if term.rank > limit:
             warnings.warn(f"rank {term.rank} is above the limit of {spec.name!r}: {limit} is used", stacklevel=2)
             term = Term(limit, term.scaling)
-        if pair_size(spec.matrix, term.rank) > spec.numel:
+        elif pair_size(spec.matrix, term.rank) > spec.numel:
             warnings.warn(f"the rank-{term.rank} term of {spec.name!r} is larger than the tensor itself", stacklevel=2)
         return term
 

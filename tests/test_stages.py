@@ -1,0 +1,156 @@
+"""Finding stages: what is taken, what is left, and stages named by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dun_zoo import ZOO, Block, Denoiser, EncoderDecoder, HeadBodyTail, ListOfBlocks, ListOfDenoisers, Looped
+from torch import nn
+
+from lorun_adapt import LoRunError, find_stages
+
+
+def names(found) -> list[list[str]]:
+    return [[str(site) for site in group.sites] for group in found.groups]
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(x)
+
+
+def deep_denoiser(width: int = 8) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), *(Residual(width) for _ in range(4)), nn.Conv2d(width, 1, 1))
+
+
+def test_the_outermost_repetition_wins() -> None:
+    net = ListOfDenoisers([deep_denoiser() for _ in range(3)])
+    assert names(find_stages(net)) == [["denoisers.0", "denoisers.1", "denoisers.2"]]
+
+
+def test_blocks_within_an_unequal_stage_are_not_stages() -> None:
+    net = ListOfDenoisers([deep_denoiser(24), *(deep_denoiser() for _ in range(3))])
+    found = find_stages(net)
+    assert names(found) == [["denoisers.1", "denoisers.2", "denoisers.3"]]
+    listed = {item.modules: item for item in found.not_taken}
+    assert listed["denoisers.0",].parameters == sum(p.numel() for p in net.denoisers[0].parameters())
+    assert "another shape" in listed["denoisers.0",].reason
+    assert any(item.modules[0].startswith("denoisers.0.") for item in found.not_taken)
+
+
+def test_blocks_of_a_looped_denoiser_are_not_stages() -> None:
+    net = Looped()
+    net.p = deep_denoiser()
+    assert names(find_stages(net, calls={"p": 4})) == [[f"p (call {k})" for k in range(4)]]
+    assert names(find_stages(net, example_inputs=ZOO["looped"]().inputs)) == [[f"p (call {k})" for k in range(4)]]
+
+
+def test_a_small_repeated_group_is_listed() -> None:
+    net = ListOfDenoisers([Denoiser(32) for _ in range(3)])
+    net.gates = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3))
+    found = find_stages(net)
+    assert len(found.groups) == 1
+    assert [item.modules for item in found.not_taken] == [("gates.0", "gates.1", "gates.2")]
+    assert "below 5%" in str(found) and "gates.0, gates.1, gates.2" in str(found)
+
+
+def test_groups_of_unequal_length_meet_by_number() -> None:
+    found = find_stages(EncoderDecoder())
+    stages = {group.name: [site.stage for site in group.sites] for group in found.groups}
+    assert stages == {"stage_decoder": [0, 1, 2, 3], "stage_encoder": [1, 2, 3]} or sorted(stages.values()) == [
+        [0, 1, 2, 3], [1, 2, 3]]  # fmt: skip
+    assert len(found) == 4
+
+
+def test_order_is_that_of_execution_when_it_is_known() -> None:
+    class TailFirst(HeadBodyTail):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.tail, self.body, self.head = Denoiser(), nn.ModuleList([Denoiser()]), Denoiser()
+            self.loops = 0
+
+    inputs = ZOO["head_body_tail"]().inputs
+    assert names(find_stages(TailFirst(), example_inputs=inputs)) == [["head", "body.0", "tail"]]
+
+
+def test_looking_changes_nothing() -> None:
+    case = ZOO["looped"]()
+    case.net.train()
+    state = torch.get_rng_state()
+    find_stages(case.net, example_inputs=case.inputs)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert case.net.training and not any(module._forward_pre_hooks for module in case.net.modules())
+
+
+def test_modules_under_two_names_are_one_stage() -> None:
+    net = ListOfDenoisers([Denoiser() for _ in range(3)])
+    net.aliases = nn.ModuleDict({f"d{k}": denoiser for k, denoiser in enumerate(net.denoisers)})
+    assert names(find_stages(net)) == [["denoisers.0", "denoisers.1", "denoisers.2"]]
+
+
+def test_numbers_in_the_map() -> None:
+    net = ZOO["list_of_blocks"]().net
+    found = find_stages(net)
+    assert len(found) == 4
+    assert found.groups[0].parameters == sum(p.numel() for p in net.blocks[0].parameters())
+    lines = str(found).splitlines()
+    assert "ListOfBlocks: 4 stages" in lines[0]
+    assert "blocks.3" in str(found) and "\x1b" not in str(found)
+
+
+@pytest.mark.parametrize(
+    "stages, expected",
+    [
+        ("blocks.*", [["blocks.0", "blocks.1", "blocks.2", "blocks.3"]]),
+        ("blocks.?.denoiser", [[f"blocks.{k}.denoiser" for k in range(4)]]),
+        (["blocks.[01]"], [["blocks.0", "blocks.1"]]),
+        (["blocks.1", "blocks.3"], [["blocks.1", "blocks.3"]]),
+        (["blocks.*.denoiser.head", "blocks.*.denoiser.body"],
+         [[f"blocks.{k}.denoiser.{part}" for k in range(4)] for part in ("head", "body")]),
+        ([["blocks.0", "blocks.1"], ["blocks.2", "blocks.3"]], [["blocks.0", "blocks.1"], ["blocks.2", "blocks.3"]]),
+    ],
+)  # fmt: skip
+def test_named_by_hand(stages, expected) -> None:
+    assert names(find_stages(ZOO["list_of_blocks"]().net, stages=stages)) == expected
+
+
+@pytest.mark.parametrize(
+    "stages, message",
+    [
+        ("fcs.*", "match 'fcs.\\*' in ListOfBlocks, found none: its modules are blocks"),
+        (["blocks.0", "nothing"], "found 'nothing'"),
+        (["blocks.0"], "expected two stages or more"),
+        (["blocks.0", "blocks.1.denoiser"], "expected stages of equal shape, found tensor 'step'"),
+        (["blocks.0", "blocks.0.denoiser"], "one inside another"),
+    ],
+)
+def test_wrong_names_are_errors(stages, message) -> None:
+    with pytest.raises(LoRunError, match=message):
+        find_stages(ZOO["list_of_blocks"]().net, stages=stages)
+
+
+def test_unequal_shapes_by_hand_are_an_error() -> None:
+    net = ListOfBlocks([Block(Denoiser(8)), Block(Denoiser(6))])
+    with pytest.raises(LoRunError, match=r"'denoiser.head.weight' with \(8, 1, 3, 3\).* and \(6, 1, 3, 3\)"):
+        find_stages(net, stages="blocks.*")
+
+
+@pytest.mark.parametrize("net", [Denoiser(), deep_denoiser(), Looped(), nn.Linear(2, 2)])
+def test_nothing_repeated_is_an_error(net: nn.Module) -> None:
+    if isinstance(net, nn.Sequential):
+        net = nn.Sequential(*[layer for layer in net if not isinstance(layer, Residual)])
+    with pytest.raises(LoRunError, match="expected a repeated stage"):
+        find_stages(net)
+
+
+def test_wrong_calls_and_inputs_are_errors() -> None:
+    with pytest.raises(LoRunError, match="found 'q'"):
+        find_stages(Looped(), calls={"q": 3})
+    with pytest.raises(LoRunError, match="expected two calls"):
+        find_stages(Looped(), calls={"p": 1})
+    with pytest.raises(LoRunError, match="to run on example_inputs"):
+        find_stages(Looped(), example_inputs=(torch.zeros(1),))
