@@ -82,7 +82,10 @@ def matrices() -> tuple[Tensor, Tensor]:
     if not FOLDER:
         raise RuntimeError("set ISTA_NET_PLUS to the folder with the authors' weights and matrices")
     (phi,), (q,) = Path(FOLDER).glob("phi_*.mat"), Path(FOLDER).glob("Initialization_Matrix_*.mat")
-    return (torch.from_numpy(scipy.io.loadmat(phi)["phi"]).float(), torch.from_numpy(scipy.io.loadmat(q)["Qinit"]).float())
+    return (
+        torch.from_numpy(scipy.io.loadmat(phi)["phi"]).float(),
+        torch.from_numpy(scipy.io.loadmat(q)["Qinit"]).float(),
+    )
 
 
 def build() -> nn.Module:

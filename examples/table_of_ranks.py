@@ -1,6 +1,6 @@
 """What conversion alone costs: rank, size, error and quality of a network, as a Markdown table.
 
-    python examples/table_of_ranks.py examples/ista_net_plus.py IMAGES
+python examples/table_of_ranks.py examples/ista_net_plus.py IMAGES
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def main() -> None:
             lorun.save_pretrained(folder)
             size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
         psnr = evaluate(task, files, None, lorun).mean()["psnr_converted"]
-        print(f"| {rank} | {report.network_after.parameters:,} | {size:,} | {report.relative_error:.3f} | {psnr:.2f} |", flush=True)
+        print(
+            f"| {rank} | {report.network_after.parameters:,} | {size:,} | {report.relative_error:.3f} | {psnr:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -57,8 +57,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="time to train, over all restarts")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--peak", type=float, default=2e-3, help="largest learning rate")
-    parser.add_argument("--bf16", action="store_true",
-                        help="mixed precision for the first three quarters (twice as fast on a CPU with AMX)")
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="mixed precision for the first three quarters (twice as fast on a CPU with AMX)",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name(task.weights))
     args = parser.parse_args()
 
@@ -76,8 +79,13 @@ def main() -> None:
         elapsed, steps = state["elapsed"], state["steps"]
 
     def save_checkpoint() -> None:
-        state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
-                 "elapsed": elapsed, "steps": steps}
+        state = {
+            "net": net.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "elapsed": elapsed,
+            "steps": steps,
+        }
         torch.save(state, checkpoint.with_suffix(".partial"))
         os.replace(checkpoint.with_suffix(".partial"), checkpoint)
 

@@ -20,13 +20,40 @@ from .stages import Group
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ACTIVATIONS = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh,
-    nn.Softplus, nn.Hardswish, nn.Identity, nn.Dropout,
-)  # fmt: skip
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Softplus,
+    nn.Hardswish,
+    nn.Identity,
+    nn.Dropout,
+)
 ACTIVATION_FUNCTIONS = {
-    F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus, F.hardswish,
-    torch.relu, torch.sigmoid, torch.tanh, F.sigmoid, F.tanh,
-}  # fmt: skip
+    F.relu,
+    F.relu6,
+    F.leaky_relu,
+    F.elu,
+    F.selu,
+    F.celu,
+    F.gelu,
+    F.silu,
+    F.mish,
+    F.softplus,
+    F.hardswish,
+    torch.relu,
+    torch.sigmoid,
+    torch.tanh,
+    F.sigmoid,
+    F.tanh,
+}
 CONVOLUTION_FUNCTIONS = {F.conv1d, F.conv2d, F.conv3d}
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -153,7 +180,8 @@ def align(
     """Permute hidden channels of ``stacks`` (name -> (N, *shape)) where that lowers the error.
 
     ``ranks`` says at which rank each adapted tensor will be factorised; private tensors lose
-    nothing, and those in ``kept`` are not to be touched. Each place is judged by itself, on the two tensors that it changes.
+    nothing, and those in ``kept`` are not to be touched. Each place is judged by itself, on the two
+    tensors that it changes.
     """
     canonical = {alias: spec.name for spec in group.tensors if not spec.common for alias in spec.aliases}
     specs = {spec.name: spec for spec in group.tensors}
@@ -185,9 +213,16 @@ def align(
 def _permuted(stacks: Mapping[str, Tensor], rows: list[str], columns: str) -> dict[str, Tensor]:
     """Every stage's channels in the order that correlates best with the mean of all."""
     features = torch.cat(
-        [*(stacks[name].double().flatten(2) if stacks[name].ndim > 2 else stacks[name].double()[..., None]
-           for name in rows if stacks[name].dtype.is_floating_point),
-         stacks[columns].double().transpose(1, 2).flatten(2)], dim=2)  # fmt: skip
+        [
+            *(
+                stacks[name].double().flatten(2) if stacks[name].ndim > 2 else stacks[name].double()[..., None]
+                for name in rows
+                if stacks[name].dtype.is_floating_point
+            ),
+            stacks[columns].double().transpose(1, 2).flatten(2),
+        ],
+        dim=2,
+    )
     orders = [torch.arange(features.shape[1])] * len(features)
     reference = features[0]
     for _ in range(3):
@@ -198,5 +233,3 @@ def _permuted(stacks: Mapping[str, Tensor], rows: list[str], columns: str) -> di
     moved = {name: torch.stack([w[order] for w, order in zip(stacks[name], orders)]) for name in rows}
     moved[columns] = torch.stack([w[:, order] for w, order in zip(stacks[columns], orders)])
     return moved
-
-

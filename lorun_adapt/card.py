@@ -15,19 +15,32 @@ def model_card(lorun: LoRunModel, problems: Mapping[str, str]) -> str:
     before, after = report.network_before, report.network_after
     ranks = sorted({rank for tensors in lorun.stage_map.ranks.values() for rank in tensors.values()})
     lines = [
-        "---", "library_name: lorun-adapt", "tags: [lorun, deep-unfolding, lora]", "---", "",
-        f"# {lorun.stage_map.network}, one base and an adapter per stage", "",
-        f"{len(lorun.stage_map)} stages share one denoiser; ranks {', '.join(map(str, ranks)) or 'none'}; adapter sets: "
-        f"{', '.join(lorun.adapter_names)}.", "",
-        "| | original | here |", "| --- | --- | --- |",
+        "---",
+        "library_name: lorun-adapt",
+        "tags: [lorun, deep-unfolding, lora]",
+        "---",
+        "",
+        f"# {lorun.stage_map.network}, one base and an adapter per stage",
+        "",
+        f"{len(lorun.stage_map)} stages share one denoiser; ranks {', '.join(map(str, ranks)) or 'none'}; "
+        f"adapter sets: {', '.join(lorun.adapter_names)}.",
+        "",
+        "| | original | here |",
+        "| --- | --- | --- |",
         f"| parameters | {before.parameters:,} | {after.parameters:,} |",
-        f"| bytes in memory | {before.bytes:,} | {after.bytes:,} |", "",
-        "```python", "import lorun_adapt", "", f"net = ...  # your {lorun.stage_map.network}, with any weights",
-        'lorun = lorun_adapt.from_pretrained("path/of/this/folder", net)', "```", "",
-    ]  # fmt: skip
+        f"| bytes in memory | {before.bytes:,} | {after.bytes:,} |",
+        "",
+        "```python",
+        "import lorun_adapt",
+        "",
+        f"net = ...  # your {lorun.stage_map.network}, with any weights",
+        'lorun = lorun_adapt.from_pretrained("path/of/this/folder", net)',
+        "```",
+        "",
+    ]
     if problems:
         lines.append("`PeftModel.from_pretrained` refuses these adapters, because:")
         lines += [f"- {problem} (first in `{where}`)" for problem, where in problems.items()]
     else:
-        lines.append("`PeftModel.from_pretrained(base_denoiser, \"adapters/default/stage_00\")` loads a stage in PEFT.")
+        lines.append('`PeftModel.from_pretrained(base_denoiser, "adapters/default/stage_00")` loads a stage in PEFT.')
     return "\n".join(lines) + "\n"

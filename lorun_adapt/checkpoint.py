@@ -29,8 +29,9 @@ from . import peft_format
 from .assemble import StageAdapter, distinct_tensors, share, stage_values
 from .card import model_card
 from .errors import LoRunError
+from .find import tensor_specs
 from .folder import replace_folder, sha256
-from .stages import Group, Site, StageMap, tensor_specs
+from .stages import Group, Site, StageMap
 
 if TYPE_CHECKING:
     import os
@@ -93,12 +94,19 @@ def from_pretrained(path: str | os.PathLike[str], dun: nn.Module) -> LoRunModel:
     _fill_base(base, tensors, folder / BASE)
     names = list(description["adapters"])
     first_set = names[0] if names else DEFAULT_SET
-    sets = {name: _read_set(folder / ADAPTERS / name, f"{ADAPTERS}/{name}", base, stage_map, description) for name in names}
+    sets = {
+        name: _read_set(folder / ADAPTERS / name, f"{ADAPTERS}/{name}", base, stage_map, description) for name in names
+    }
     adapters, config = sets.pop(first_set)
     lorun = LoRunModel(
-        base, stage_map, adapters, config, description["errors"], name=first_set,
+        base,
+        stage_map,
+        adapters,
+        config,
+        description["errors"],
+        name=first_set,
         trainable={name for name, p in dun.named_parameters() if p.requires_grad},
-    )  # fmt: skip
+    )
     for name, (adapters, config) in sets.items():
         lorun.add_set(name, adapters, config)
     return lorun
@@ -217,13 +225,22 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
         version = description["format"]
-        for key, kind in (("network", str), ("groups", list), ("adapters", list), ("ranks", dict), ("errors", dict),
-                          ("fingerprint", str), ("files", dict)):  # fmt: skip
+        for key, kind in (
+            ("network", str),
+            ("groups", list),
+            ("adapters", list),
+            ("ranks", dict),
+            ("errors", dict),
+            ("fingerprint", str),
+            ("files", dict),
+        ):
             if not isinstance(description[key], kind):
                 raise TypeError(key)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise LoRunError(f"expected the description of a conversion, found damage in {file}: {error!r}; save it anew "
-                         "or download it again") from error  # fmt: skip
+        raise LoRunError(
+            f"expected the description of a conversion, found damage in {file}: {error!r}; save it anew "
+            "or download it again"
+        ) from error
     if version != FORMAT:
         raise LoRunError(f"expected format {FORMAT} in {file}, found {version!r}: update lorun-adapt")
     return description
@@ -232,21 +249,27 @@ def read_description(folder: Path) -> dict[str, Any]:
 def _stage_map(dun: nn.Module, description: Mapping[str, Any], file: Path) -> StageMap:
     network = type_before_parametrizations(dun).__name__
     if description["network"] != network:
-        raise LoRunError(f"expected the class {description['network']}, found {network} for {file}: build the network "
-                         "that was converted")  # fmt: skip
+        raise LoRunError(
+            f"expected the class {description['network']}, found {network} for {file}: build the network "
+            "that was converted"
+        )
     groups = []
     for entry in description["groups"]:
         try:
             sites = tuple(Site(site["stage"], site["module"], site["call"]) for site in entry["sites"])
             specs = tensor_specs(dun, sites, set(entry["common"]))
         except (AttributeError, KeyError, TypeError) as error:
-            raise LoRunError(f"expected the stages that {file} names in {network}, found {error}: build the network "
-                             "that was converted, with as many stages") from error  # fmt: skip
+            raise LoRunError(
+                f"expected the stages that {file} names in {network}, found {error}: build the network "
+                "that was converted, with as many stages"
+            ) from error
         shapes = {spec.name: list(spec.shape) for spec in specs}
         if shapes != entry["tensors"]:
             name = next(n for n in {**shapes, **entry["tensors"]} if shapes.get(n) != entry["tensors"].get(n))
-            raise LoRunError(f"expected {name!r} of shape {entry['tensors'].get(name)}, found {shapes.get(name)} in the "
-                             f"stages of {network} for {file}: build the network that was converted")  # fmt: skip
+            raise LoRunError(
+                f"expected {name!r} of shape {entry['tensors'].get(name)}, found {shapes.get(name)} in the "
+                f"stages of {network} for {file}: build the network that was converted"
+            )
         groups.append(Group(entry["name"], sites, specs))
     return StageMap(network, tuple(groups), (), description["ranks"])
 
@@ -256,8 +279,10 @@ def _fill_base(base: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> No
     for name in (*places, *tensors):
         if name not in tensors or name not in places or tensors[name].shape != places[name].shape:
             here, there = (tuple(t[name].shape) if name in t else "nothing" for t in (places, tensors))
-            raise LoRunError(f"expected {name!r} of shape {here}, found {there} in {file}: build the network that was "
-                             "converted, or download the file again")  # fmt: skip
+            raise LoRunError(
+                f"expected {name!r} of shape {here}, found {there} in {file}: build the network that was "
+                "converted, or download the file again"
+            )
     with torch.no_grad():
         for name, place in places.items():
             place.copy_(tensors[name])
@@ -289,10 +314,14 @@ def _read_adapter(
     try:
         config = LoraConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise LoRunError(f"expected a LoraConfig in {folder / PEFT_CONFIG}, found {error!r}: save the adapter anew") from error
+        raise LoRunError(
+            f"expected a LoraConfig in {folder / PEFT_CONFIG}, found {error!r}: save the adapter anew"
+        ) from error
     if type(config) is not LoraConfig:
-        raise LoRunError(f"expected a LoraConfig in {folder / PEFT_CONFIG}, found {type(config).__name__}: "
-                         "only LoRA adapters can be loaded")  # fmt: skip
+        raise LoRunError(
+            f"expected a LoraConfig in {folder / PEFT_CONFIG}, found {type(config).__name__}: "
+            "only LoRA adapters can be loaded"
+        )
     return peft_format.read(tensors, config, base.get_submodule(site.module), group, str(folder / TENSORS)), config
 
 

@@ -20,7 +20,7 @@ from .checkpoint import from_pretrained
 from .convert import convert
 from .errors import LoRunError
 from .evaluate import evaluate
-from .stages import find_stages
+from .find import find_stages
 from .task import Task, load_task, to_device
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -51,9 +51,16 @@ def _device(ctx: click.Context, param: click.Parameter, value: str) -> torch.dev
 FILE = click.Path(path_type=Path)
 TASK = click.argument("task", metavar="TASK")
 WEIGHTS = click.option("--weights", type=FILE, help="Checkpoint of the original network.  [default: the task's]")
-STAGES = click.option("--stages", multiple=True, metavar="PATTERN", help="Name the stages, as 'fcs.*'; may be repeated.")
-RANK = click.option("--rank", type=_Rank(), default="8", show_default=True,
-                    help="Rank of the adapters, or the share (0 to 1) of the residuals' energy to keep.")  # fmt: skip
+STAGES = click.option(
+    "--stages", multiple=True, metavar="PATTERN", help="Name the stages, as 'fcs.*'; may be repeated."
+)
+RANK = click.option(
+    "--rank",
+    type=_Rank(),
+    default="8",
+    show_default=True,
+    help="Rank of the adapters, or the share (0 to 1) of the residuals' energy to keep.",
+)
 DEVICE = click.option("--device", default="cpu", show_default=True, callback=_device, help="Where to run: cpu, cuda, …")
 SEED = click.option("--seed", default=0, show_default=True, help="Seed of the random numbers.")
 
@@ -94,9 +101,15 @@ def inspect(task: str, weights: Path | None, stages: tuple[str, ...], device: to
 @DEVICE
 @SEED
 def convert_(
-    task: str, weights: Path | None, rank: int | float, stages: tuple[str, ...], out: Path, dtype: str | None,
-    device: torch.device, seed: int,
-) -> None:  # fmt: skip
+    task: str,
+    weights: Path | None,
+    rank: int | float,
+    stages: tuple[str, ...],
+    out: Path,
+    dtype: str | None,
+    device: torch.device,
+    seed: int,
+) -> None:
     """Collapse the stages and save base and adapters."""
     torch.manual_seed(seed)
     spec = load_task(task)
@@ -115,15 +128,26 @@ def convert_(
 @click.option("--images", type=FILE, required=True, help="Folder of images.")
 @WEIGHTS
 @click.option("--converted", type=FILE, help="Folder of a conversion, shown beside the original.")
-@click.option("--sigma", type=click.FloatRange(min=0), default=0.0, show_default=True,
-              help="Noise on the measurements, on a scale of 0 to 255.")  # fmt: skip
+@click.option(
+    "--sigma",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Noise on the measurements, on a scale of 0 to 255.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @DEVICE
 @SEED
 def eval_(
-    task: str, images: Path, weights: Path | None, converted: Path | None, sigma: float, as_json: bool,
-    device: torch.device, seed: int,
-) -> None:  # fmt: skip
+    task: str,
+    images: Path,
+    weights: Path | None,
+    converted: Path | None,
+    sigma: float,
+    as_json: bool,
+    device: torch.device,
+    seed: int,
+) -> None:
     """PSNR and SSIM over a folder of images."""
     torch.manual_seed(seed)
     spec = load_task(task)
@@ -133,8 +157,15 @@ def eval_(
     if original is not None:
         spec.load_weights(original, weights)
     lorun = from_pretrained(converted, net).eval() if converted is not None else None
-    result = evaluate(spec, files, original, lorun, sigma=sigma, parameters=sum(p.numel() for p in net.parameters()),
-                      parameters_converted=lorun.num_parameters() if lorun is not None else None)  # fmt: skip
+    result = evaluate(
+        spec,
+        files,
+        original,
+        lorun,
+        sigma=sigma,
+        parameters=sum(p.numel() for p in net.parameters()),
+        parameters_converted=lorun.num_parameters() if lorun is not None else None,
+    )
     if as_json:
         click.echo(json.dumps(result.as_dict(), indent=2))
     else:

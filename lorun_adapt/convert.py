@@ -16,10 +16,11 @@ from .align import align
 from .assemble import StageAdapter, share, stage_values
 from .errors import LoRunError
 from .factorise import factorise, rank_for_energy
+from .find import find_stages
 from .lowrank import DEFAULT_RANK, LowRank, untrained
 from .model import LoRunModel
 from .plan import Plan, plan
-from .stages import Group, StageMap, find_stages
+from .stages import Group, StageMap
 
 
 def convert(
@@ -63,12 +64,21 @@ def convert(
     factored = {group.name: _Factored(dun, group, plans[group.name]) for group in stage_map.groups}
     for group in stage_map.groups:
         share(base, group, factored[group.name].base)
-    adapters = {(group.name, site): factored[group.name].adapter(i)
-                for group in stage_map.groups for i, site in enumerate(group.sites)}  # fmt: skip
+    adapters = {
+        (group.name, site): factored[group.name].adapter(i)
+        for group in stage_map.groups
+        for i, site in enumerate(group.sites)
+    }
     errors = {group.name: factored[group.name].errors for group in stage_map.groups}
     ranks = {name: {tensor: term.rank for tensor, term in planned.terms.items()} for name, planned in plans.items()}
-    return LoRunModel(base, dataclasses.replace(stage_map, ranks=ranks), adapters, config, errors,
-                      trainable={name for name, p in dun.named_parameters() if p.requires_grad})  # fmt: skip
+    return LoRunModel(
+        base,
+        dataclasses.replace(stage_map, ranks=ranks),
+        adapters,
+        config,
+        errors,
+        trainable={name for name, p in dun.named_parameters() if p.requires_grad},
+    )
 
 
 class _Factored:
@@ -76,11 +86,17 @@ class _Factored:
 
     def __init__(self, dun: nn.Module, group: Group, planned: Plan) -> None:
         self.group, terms = group, planned.terms
-        stacks = {spec.name: torch.stack(list(stage_values(dun, group, spec)))
-                  for spec in group.tensors if not spec.common}  # fmt: skip
+        stacks = {
+            spec.name: torch.stack(list(stage_values(dun, group, spec))) for spec in group.tensors if not spec.common
+        }
         if not all(bool((stack == stack[0]).all()) for stack in stacks.values()):
-            stacks = align(group, dun.get_submodule(group.sites[0].module), stacks,
-                           {name: term.rank for name, term in terms.items()}, planned.kept)  # fmt: skip
+            stacks = align(
+                group,
+                dun.get_submodule(group.sites[0].module),
+                stacks,
+                {name: term.rank for name, term in terms.items()},
+                planned.kept,
+            )
         self.base: dict[str, Tensor] = {}
         self.errors: dict[str, list[tuple[float, float]]] = {}  # norm lost, norm
         self._terms: dict[str, list[LowRank]] = {}
@@ -124,10 +140,15 @@ def _mean(stack: Tensor) -> Tensor:
 
 def _config_for(dun: nn.Module, stage_map: StageMap, rank: int | float) -> LoraConfig:
     """The LoraConfig that a rank, or a share of energy, stands for."""
-    if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not 0 < rank < float("inf") or (
-        rank >= 1 and rank != int(rank)
+    if (
+        isinstance(rank, bool)
+        or not isinstance(rank, (int, float))
+        or not 0 < rank < float("inf")
+        or (rank >= 1 and rank != int(rank))
     ):
-        raise LoRunError(f"expected a rank of 1 or more, or a share of energy between 0 and 1, found {rank!r}: choose one")
+        raise LoRunError(
+            f"expected a rank of 1 or more, or a share of energy between 0 and 1, found {rank!r}: choose one"
+        )
     if rank >= 1:
         return LoraConfig(r=int(rank), lora_alpha=int(rank))
     ranks: dict[str, int] = {}
@@ -154,7 +175,9 @@ def _check_weights(dun: nn.Module, stage_map: StageMap) -> None:
                         "with torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.remove_weight_norm"
                     )
                 if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in module.parameters(recurse=False)):
-                    raise LoRunError(f"expected weights in {where}, found a lazy module: run the network once, then load")
+                    raise LoRunError(
+                        f"expected weights in {where}, found a lazy module: run the network once, then load"
+                    )
             for spec in group.tensors:
                 for tensor in stage_values(dun, group, spec):
                     if (tensor.is_floating_point() or tensor.is_complex()) and not bool(torch.isfinite(tensor).all()):

@@ -44,8 +44,9 @@ def run_demo(out: Path, rank: int, device: torch.device) -> tuple[LoRunModel, li
     for name, image in images.items():
         size = (f"{sizes[name].parameters:,}", kilobytes(sizes[name].bytes)) if name in sizes else ("-", "-")
         rows.append((name, *size, f"{psnr(image[0], truth[0]):.2f}", f"{ssim(image[0], truth[0]):.4f}"))
-    result = table("compressive sensing of one photograph at 25 %",
-                   ("", "parameters>", "bytes>", "PSNR (dB)>", "SSIM>"), rows)  # fmt: skip
+    result = table(
+        "compressive sensing of one photograph at 25 %", ("", "parameters>", "bytes>", "PSNR (dB)>", "SSIM>"), rows
+    )
     path = out / "demo.png"
     write_file(path, lambda file: picture(images, truth).save(file, format="PNG", optimize=True))
     return lorun, [result], path

@@ -54,8 +54,11 @@ class Evaluation:
     def tables(self) -> list[Table]:
         columns = ("image", "PSNR>", "SSIM>", "PSNR converted>", "SSIM converted>")
         rows = [(s.name, *_cells(asdict(s))) for s in self.images]
-        sizes = table("", ("", "original>", "converted>"),
-                      [("parameters", f"{self.parameters:,}", f"{self.parameters_converted or 0:,}")])  # fmt: skip
+        sizes = table(
+            "",
+            ("", "original>", "converted>"),
+            [("parameters", f"{self.parameters:,}", f"{self.parameters_converted or 0:,}")],
+        )
         result = [table("", columns, [*rows, ("mean", *_cells(self.mean()))])]
         return result if self.parameters_converted is None else [*result, sizes]
 
@@ -79,8 +82,10 @@ def evaluate(
     for path in tqdm(files, desc="restoring", unit="image", delay=2, disable=None, leave=False):
         images = task.read(path)[None]
         if min(images.shape[-2:]) - 2 * task.border < WINDOW:
-            raise LoRunError(f"expected images of {WINDOW} pixels a side or more, found {tuple(images.shape[-2:])} in {path}: "
-                             "remove it")  # fmt: skip
+            raise LoRunError(
+                f"expected images of {WINDOW} pixels a side or more, found {tuple(images.shape[-2:])} in {path}: "
+                "remove it"
+            )
         arguments = task.measure(images, sigma)
         values: list[float | None] = []
         for net in (original, converted):
@@ -105,10 +110,15 @@ def ssim(image: Tensor, truth: Tensor, border: int = 0) -> float:
     """Structural similarity of (C, H, W) images in [0, 1], with the window of Wang et al. (2004)."""
     return float(
         structural_similarity(
-            _cut(truth, border).double().numpy(), _cut(image, border).double().numpy(), data_range=1.0, channel_axis=0,
-            gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+            _cut(truth, border).double().numpy(),
+            _cut(image, border).double().numpy(),
+            data_range=1.0,
+            channel_axis=0,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
         )
-    )  # fmt: skip
+    )
 
 
 def device_of(net: nn.Module) -> torch.device:

@@ -102,13 +102,17 @@ class LoRunModel(nn.Module):
         wanted = dict.fromkeys(stages, adapter) if isinstance(adapter, str) else {**self._active, **adapter}
         for stage, name in wanted.items():
             if stage not in stages:
-                raise LoRunError(f"expected a stage in 0..{len(stages) - 1}, found {stage!r}: see print(lorun.stage_map)")
+                raise LoRunError(
+                    f"expected a stage in 0..{len(stages) - 1}, found {stage!r}: see print(lorun.stage_map)"
+                )
             if name not in self.adapters:
                 raise LoRunError(f"expected an adapter among {self.adapter_names}, found {name!r}: load it first")
             if stage_key(stage) not in self.adapters[name]:
                 held = [int(key.split("_")[1]) for key in self.adapters[name]]
-                raise LoRunError(f"expected adapter {name!r} to hold stage {stage}, found only {held}: "
-                                 "name the stages that it is for, as {stage: name}")  # fmt: skip
+                raise LoRunError(
+                    f"expected adapter {name!r} to hold stage {stage}, found only {held}: "
+                    "name the stages that it is for, as {stage: name}"
+                )
         network = self._assembled(wanted)
         self._active, self.network = wanted, network
         for name, held in self.adapters.items():
@@ -155,7 +159,9 @@ class LoRunModel(nn.Module):
             LoRunError: an unknown set, or one in use.
         """
         if adapter_name not in self.adapters:
-            raise LoRunError(f"expected an adapter among {self.adapter_names}, found {adapter_name!r}: nothing to delete")
+            raise LoRunError(
+                f"expected an adapter among {self.adapter_names}, found {adapter_name!r}: nothing to delete"
+            )
         if adapter_name in self._active.values():
             raise LoRunError(f"expected an adapter that is not in use, found {adapter_name!r}: set another one first")
         del self.adapters[adapter_name], self.peft_config[adapter_name]
@@ -219,8 +225,10 @@ class LoRunModel(nn.Module):
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise LoRunError("expected no pickling of a LoRunModel (torch.save, pickle, a spawned process), found it: use "
-                         "save_pretrained, or torch.save its state_dict()")  # fmt: skip
+        raise LoRunError(
+            "expected no pickling of a LoRunModel (torch.save, pickle, a spawned process), found it: use "
+            "save_pretrained, or torch.save its state_dict()"
+        )
 
     def _shared_places(self) -> list[list[tuple[dict[str, Any], str]]]:
         """The places in base and adapters that hold the same tensor."""
@@ -287,7 +295,11 @@ def check_adapter_name(name: str) -> None:
     Raises:
         LoRunError: a name that can't.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or hasattr(nn.ModuleDict, name):
+    if (
+        not isinstance(name, str)
+        or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)
+        or hasattr(nn.ModuleDict, name)
+    ):
         raise LoRunError(f"expected an adapter name of letters, digits, _ and -, found {name!r}: choose another")
 
 

@@ -107,8 +107,9 @@ def read(
                     f"expected a low-rank pair for {spec.name!r} of shape {spec.shape}, found {tuple(a.shape)} and "
                     f"{tuple(b.shape)} in {where}: load it into the network it was made for"
                 )
-            terms[spec.name] = LowRank(a.reshape(-1, columns).to(like), b.reshape(rows, -1).to(like),
-                                       _scaling(config, key, a.shape[0]))  # fmt: skip
+            terms[spec.name] = LowRank(
+                a.reshape(-1, columns).to(like), b.reshape(rows, -1).to(like), _scaling(config, key, a.shape[0])
+            )
             no_bias = layer is not None and layer.bias is None and left.get(f"{PREFIX}{key}.lora_B.bias")
             if isinstance(no_bias, Tensor) and not bool(no_bias.any()):
                 del left[f"{PREFIX}{key}.lora_B.bias"]
@@ -121,13 +122,17 @@ def read(
             value = _bias(denoiser.get_submodule(module).bias.detach(), difference, _scaling(config, module, rank))
         if value is None or value.shape != spec.shape:
             found = "nothing" if value is None else tuple(value.shape)
-            raise LoRunError(f"expected {spec.name!r} of shape {spec.shape}, found {found} in {where}: the file is for "
-                             "another network or damaged")  # fmt: skip
+            raise LoRunError(
+                f"expected {spec.name!r} of shape {spec.shape}, found {found} in {where}: the file is for "
+                "another network or damaged"
+            )
         value = value.to(spec.dtype if like is None else like.dtype).to(next(iter(denoiser.parameters())).device)
         private[spec.name] = value if spec.buffer else nn.Parameter(value, value.is_floating_point())
     if left:
-        raise LoRunError(f"expected only the denoiser's tensors, found {sorted(left)[0]!r} in {where}: the file is for "
-                         "another network or damaged")  # fmt: skip
+        raise LoRunError(
+            f"expected only the denoiser's tensors, found {sorted(left)[0]!r} in {where}: the file is for "
+            "another network or damaged"
+        )
     return StageAdapter(terms, private)
 
 
@@ -171,15 +176,23 @@ def _config(
     (rank, alpha), _ = kinds.most_common(1)[0] if kinds else ((1, 1.0), 0)
     keys = {key if (key := name.removesuffix(".weight")) in layers else name: term for name, term in terms.items()}
     ranks = {"^" + re.escape(key): term.rank for key, term in keys.items() if term.rank != rank}
-    alphas = {"^" + re.escape(key): _number(term.rank * term.scaling) for key, term in keys.items()
-              if term.rank * term.scaling != alpha}  # fmt: skip
+    alphas = {
+        "^" + re.escape(key): _number(term.rank * term.scaling)
+        for key, term in keys.items()
+        if term.rank * term.scaling != alpha
+    }
     if problem is not None:
         ranks = {REFUSED: 0, **ranks}
     return LoraConfig(
-        r=rank, lora_alpha=_number(alpha), rank_pattern=ranks, alpha_pattern=alphas, lora_bias=with_bias,
-        target_modules="|".join(re.escape(key) for key in sorted(keys)) or "^$", modules_to_save=saved or None,
+        r=rank,
+        lora_alpha=_number(alpha),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        lora_bias=with_bias,
+        target_modules="|".join(re.escape(key) for key in sorted(keys)) or "^$",
+        modules_to_save=saved or None,
         inference_mode=True,
-    )  # fmt: skip
+    )
 
 
 def _number(value: float) -> int | float:
@@ -193,4 +206,3 @@ def _scaling(config: LoraConfig, key: str, rank: int) -> float:
 
 def _bias(base: Tensor, difference: Tensor, scaling: float) -> Tensor:
     return base + difference.to(base) * scaling
-

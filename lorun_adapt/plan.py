@@ -15,12 +15,19 @@ from torch import nn
 
 from .errors import LoRunError
 from .lowrank import LAYERS, pair_size
-from .stages import Group, StageMap, TensorSpec
+from .stages import StageMap, TensorSpec
 
 READ = {
-    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
-    "target_parameters", "modules_to_save",
-}  # fmt: skip
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+    "target_parameters",
+    "modules_to_save",
+}
 ABOUT = {"peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping"}
 
 
@@ -39,7 +46,9 @@ def check_config(config: LoraConfig) -> None:
         LoRunError: another kind of config, an option that has no meaning here, or a bad rank.
     """
     if type(config) is not LoraConfig:
-        raise LoRunError(f"expected a peft.LoraConfig, found {type(config).__name__}: pass LoraConfig(r=8, lora_alpha=8)")
+        raise LoRunError(
+            f"expected a peft.LoraConfig, found {type(config).__name__}: pass LoraConfig(r=8, lora_alpha=8)"
+        )
     default = LoraConfig()
     for option in dataclasses.fields(LoraConfig):
         value = getattr(config, option.name)
@@ -82,7 +91,10 @@ def plan(dun: nn.Module, stage_map: StageMap, config: LoraConfig) -> dict[str, P
         modules = [name for name, _ in denoiser.named_modules(remove_duplicate=False)]
         saved = [name for name in modules if name and matches.saved(name)]
         kept = {
-            spec.name for spec in group.tensors for alias in spec.aliases if any(alias.startswith(f"{n}.") for n in saved)
+            spec.name
+            for spec in group.tensors
+            for alias in spec.aliases
+            if any(alias.startswith(f"{n}.") for n in saved)
         }
         terms = {
             spec.name: term

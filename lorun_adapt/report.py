@@ -62,7 +62,9 @@ class Report:
             rows.append((item.stage, ", ".join(item.modules), *_cells(item.before, item.after), worst))
         rows.append(("", "shared base", *_cells(Size(), self.base), ""))
         rows.append(("", "all denoisers", *_cells(self.denoisers_before, self.denoisers_after), ""))
-        rows.append(("", "whole network", *_cells(self.network_before, self.network_after), f"{self.relative_error:.3f}"))
+        rows.append(
+            ("", "whole network", *_cells(self.network_before, self.network_after), f"{self.relative_error:.3f}")
+        )
         return [table("", columns, rows)]
 
     def __str__(self) -> str:
@@ -103,9 +105,14 @@ def make_report(lorun: LoRunModel) -> Report:
     buffers = {id(buffer) for buffer in lorun.base.buffers()}
     whole = _sum((t.numel(), t.dtype, id(t) in buffers) for t in distinct_tensors(lorun.base).values())
     return Report(
-        tuple(stages[key] for key in sorted(stages)), base, before, base + adapters, whole - base + before,
-        whole + adapters, (lost / norm) ** 0.5 if norm else 0.0,
-    )  # fmt: skip
+        tuple(stages[key] for key in sorted(stages)),
+        base,
+        before,
+        base + adapters,
+        whole - base + before,
+        whole + adapters,
+        (lost / norm) ** 0.5 if norm else 0.0,
+    )
 
 
 def _adapter_size(adapter: StageAdapter) -> Size:

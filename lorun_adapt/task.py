@@ -57,7 +57,9 @@ class Task:
     def build(self) -> nn.Module:
         net = self._call("build")
         if not isinstance(net, nn.Module):
-            raise LoRunError(f"expected build() of {self.name} to return an nn.Module, found {type(net).__name__}: return it")
+            raise LoRunError(
+                f"expected build() of {self.name} to return an nn.Module, found {type(net).__name__}: return it"
+            )
         return net.eval()
 
     def measure(self, images: Tensor, sigma: float = 0.0) -> tuple[Any, ...]:
@@ -77,8 +79,10 @@ class Task:
         restored = self._call("restore", output, images)
         if not isinstance(restored, Tensor) or restored.shape != images.shape:
             found = tuple(restored.shape) if isinstance(restored, Tensor) else type(restored).__name__
-            raise LoRunError(f"expected restore() of {self.name} to return images of shape {tuple(images.shape)}, found "
-                             f"{found}: cut off what measure() added")  # fmt: skip
+            raise LoRunError(
+                f"expected restore() of {self.name} to return images of shape {tuple(images.shape)}, found "
+                f"{found}: cut off what measure() added"
+            )
         return restored.float().cpu()
 
     def example_inputs(self) -> tuple[Any, ...]:
@@ -91,8 +95,11 @@ class Task:
         if not folder.is_dir():
             raise LoRunError(f"expected a folder of images, found none at {folder}: give an existing folder")
         own = hasattr(self.module, "read")
-        files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")
-                       and (own or p.suffix.lower() in IMAGES))  # fmt: skip
+        files = sorted(
+            p
+            for p in folder.iterdir()
+            if p.is_file() and not p.name.startswith(".") and (own or p.suffix.lower() in IMAGES)
+        )
         if not files:
             raise LoRunError(f"expected images in {folder}, found none: give a folder with files such as .png")
         return files
@@ -103,22 +110,30 @@ class Task:
             image = self._call("read", path)
             if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != self.channels:
                 found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-                raise LoRunError(f"expected read() of {self.name} to return a tensor ({self.channels}, H, W), found {found} "
-                                 f"for {path}: mind channels")  # fmt: skip
+                raise LoRunError(
+                    f"expected read() of {self.name} to return a tensor ({self.channels}, H, W), found {found} "
+                    f"for {path}: mind channels"
+                )
             return image.float()
         if self.channels not in (1, 3):
-            raise LoRunError(f"expected 1 or 3 channels in {self.name}, found {self.channels}: define read(path) for others")
+            raise LoRunError(
+                f"expected 1 or 3 channels in {self.name}, found {self.channels}: define read(path) for others"
+            )
         try:
             with Image.open(path) as image:
                 return image_tensor(image, self.channels)
         except (UnidentifiedImageError, OSError) as error:
-            raise LoRunError(f"expected an image, found {error} in {path}: remove the file or define read(path)") from error
+            raise LoRunError(
+                f"expected an image, found {error} in {path}: remove the file or define read(path)"
+            ) from error
 
     def load_weights(self, net: nn.Module, path: Path | None) -> None:
         """Load a checkpoint, or the task's own weights, into ``net``."""
         path = path or self.weights
         if path is None:
-            raise LoRunError(f"expected weights for {self.name}, found none: give --weights, or set weights in the task")
+            raise LoRunError(
+                f"expected weights for {self.name}, found none: give --weights, or set weights in the task"
+            )
         if not path.is_file():
             raise LoRunError(f"expected a checkpoint, found no file at {path}: give an existing file")
         own = hasattr(self.module, "load")
@@ -128,8 +143,8 @@ class Task:
         except (RuntimeError, TypeError, AttributeError) as error:
             detail = " ".join(str(error).split())
             raise LoRunError(
-                f"expected the weights of {type(net).__name__}, found others in {path}: {detail[:600]}; build the network "
-                f"they are for{'' if own else ', or define load(path, net) in the task'}"
+                f"expected the weights of {type(net).__name__}, found others in {path}: {detail[:600]}; build the "
+                f"network they are for{'' if own else ', or define load(path, net) in the task'}"
             ) from error
 
     def _call(self, function: str, *args: Any, **kwargs: Any) -> Any:
@@ -141,7 +156,9 @@ class Task:
         except LoRunError:
             raise
         except Exception as error:
-            raise LoRunError(f"expected {what} to run, found {type(error).__name__}: {error} ({_where(error)})") from error
+            raise LoRunError(
+                f"expected {what} to run, found {type(error).__name__}: {error} ({_where(error)})"
+            ) from error
 
 
 def load_task(name: str) -> Task:
@@ -160,14 +177,17 @@ def load_task(name: str) -> Task:
         ) from error
     for function in ("build", "measure", "restore"):
         if not callable(getattr(module, function, None)):
-            raise LoRunError(f"expected a function {function}() in {name}, found none: a task file needs build, measure "
-                             "and restore")  # fmt: skip
+            raise LoRunError(
+                f"expected a function {function}() in {name}, found none: a task file needs build, measure and restore"
+            )
     options: dict[str, Any] = {}
     for option, least in (("channels", 1), ("patch", 1), ("border", 0)):
         value = getattr(module, option, None)
         if value is not None:
             if not isinstance(value, int) or value < least:
-                raise LoRunError(f"expected {option} in {name} to be a whole number from {least}, found {value!r}: change it")
+                raise LoRunError(
+                    f"expected {option} in {name} to be a whole number from {least}, found {value!r}: change it"
+                )
             options[option] = value
     weights = getattr(module, "weights", None)
     if weights is not None:
@@ -205,17 +225,21 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         try:
             return _without_prefix(load_file(path))
         except SafetensorError as error:
-            raise LoRunError(f"expected a safetensors file, found damage in {path}: {error}; download it again") from error
+            raise LoRunError(
+                f"expected a safetensors file, found damage in {path}: {error}; download it again"
+            ) from error
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, pickle.UnpicklingError among them
         raise LoRunError(
-            f"expected a file of tensors alone, found {type(error).__name__} in {path}: {str(error).splitlines()[0]}; if "
-            "it holds other objects, save its state_dict by itself, or define load(path, net) in the task"
+            f"expected a file of tensors alone, found {type(error).__name__} in {path}: {str(error).splitlines()[0]}; "
+            "if it holds other objects, save its state_dict by itself, or define load(path, net) in the task"
         ) from error
     found = _state_dict_in(held, 2)
     if found is None:
-        raise LoRunError(f"expected a state_dict in {path}, found {_contents(held)}: define load(path, net) in the task")
+        raise LoRunError(
+            f"expected a state_dict in {path}, found {_contents(held)}: define load(path, net) in the task"
+        )
     return _without_prefix(found)
 
 
@@ -244,7 +268,7 @@ def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def image_tensor(image: Image.Image, channels: int) -> Tensor:
     """(C, H, W) in [0, 1]; 16-bit grey images keep their depth."""
-    if image.mode.startswith("I;16") and channels == 1:
+    if image.mode[0] == "I" and channels == 1:  # I;16, or I where Pillow has read 16 bits into 32
         return torch.from_numpy(np.asarray(image).astype(np.float32))[None] / 65535
     pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
     return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1).contiguous()

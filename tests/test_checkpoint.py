@@ -40,8 +40,11 @@ def files(path: Path) -> dict[str, bytes]:
 
 
 def test_the_folder(saved: Path, blocks: Case, lorun: LoRunModel) -> None:
-    stages = [f"adapters/default/stage_0{k}/{name}" for k in range(4)
-              for name in ("adapter_config.json", "adapter_model.safetensors")]  # fmt: skip
+    stages = [
+        f"adapters/default/stage_0{k}/{name}"
+        for k in range(4)
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    ]
     assert sorted(files(saved)) == sorted(["README.md", "base.safetensors", "lorun_config.json", *stages])
     description = json.loads((saved / "lorun_config.json").read_text())
     assert set(description["files"]) == set(files(saved)) - {"lorun_config.json"}
@@ -57,8 +60,11 @@ def test_the_folder(saved: Path, blocks: Case, lorun: LoRunModel) -> None:
 def test_a_stage_of_several_modules_has_a_folder_for_each(tmp_path: Path) -> None:
     lorun_adapt.convert(ZOO["pair_blocks"]().net, rank=2).save_pretrained(tmp_path / "saved")
     names = {name for name in files(tmp_path / "saved") if name.startswith("adapters/default/stage_01")}
-    assert names == {f"adapters/default/stage_01/blocks_{part}/{file}" for part in ("encoder", "decoder")
-                     for file in ("adapter_config.json", "adapter_model.safetensors")}  # fmt: skip
+    assert names == {
+        f"adapters/default/stage_01/blocks_{part}/{file}"
+        for part in ("encoder", "decoder")
+        for file in ("adapter_config.json", "adapter_model.safetensors")
+    }
 
 
 def test_smaller_files(lorun: LoRunModel, blocks: Case, tmp_path: Path) -> None:
@@ -68,7 +74,8 @@ def test_smaller_files(lorun: LoRunModel, blocks: Case, tmp_path: Path) -> None:
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     torch.testing.assert_close(loaded(*blocks.inputs), lorun(*blocks.inputs), rtol=1e-2, atol=1e-3)
     assert checkpoint.fingerprint(dict(loaded.base.named_parameters())) != checkpoint.fingerprint(
-        dict(lorun.base.named_parameters()))  # fmt: skip
+        dict(lorun.base.named_parameters())
+    )
     description = json.loads((tmp_path / "half/lorun_config.json").read_text())
     assert description["fingerprint"] == checkpoint.fingerprint(checkpoint.distinct_tensors(loaded.base))
     with pytest.raises(LoRunError, match="int8"):
@@ -222,8 +229,10 @@ def test_disable_adapter_is_the_bare_base(two, blocks: Case) -> None:
     lorun, trained, _ = two
     with lorun.disable_adapter():
         assert torch.equal(lorun(*blocks.inputs), lorun.base(*blocks.inputs))
-        assert all(torch.equal(a, b) for a, b in zip(lorun.network.blocks[0].parameters(),
-                                                     lorun.network.blocks[3].parameters()))  # fmt: skip
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(lorun.network.blocks[0].parameters(), lorun.network.blocks[3].parameters())
+        )
     with pytest.raises(KeyError), lorun.disable_adapter():
         raise KeyError
     assert torch.equal(lorun(*blocks.inputs), trained)

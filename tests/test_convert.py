@@ -91,7 +91,7 @@ def test_rank_for_energy() -> None:
 
 def test_by_default_where_it_is_smaller(net: nn.Module) -> None:
     lorun = convert(net, rank=2)
-    assert adapted(lorun) == {"layers.0.weight": 2, "layers.2.weight": 2, "layers.5.weight": 2, "layers.8.weight": 2}  # fmt: skip
+    assert adapted(lorun) == {"layers.0.weight": 2, "layers.2.weight": 2, "layers.5.weight": 2, "layers.8.weight": 2}
     assert convert(net).peft_config["default"].r == 8
     assert adapted(convert(net, rank=8)) == {"layers.2.weight": 8, "layers.5.weight": 8, "layers.8.weight": 8}
     small = convert(net, rank=15)
@@ -124,9 +124,13 @@ def test_config_and_rank_together(net: nn.Module) -> None:
 
 def test_target_modules(net: nn.Module) -> None:
     assert adapted(convert(net, LoraConfig(target_modules=["layers.2", "8"], r=4))) == {
-        "layers.2.weight": 4, "layers.8.weight": 4}  # fmt: skip
+        "layers.2.weight": 4,
+        "layers.8.weight": 4,
+    }
     assert adapted(convert(net, LoraConfig(target_modules=r"layers\.[25]", r=4))) == {
-        "layers.2.weight": 4, "layers.5.weight": 4}  # fmt: skip
+        "layers.2.weight": 4,
+        "layers.5.weight": 4,
+    }
     with pytest.raises(LoRunError, match="to match"):
         convert(net, LoraConfig(target_modules=["nothing"]))
 
@@ -148,8 +152,11 @@ def test_targets_match_as_peft_matches() -> None:
         config = LoraConfig(r=2, **options)
         ours = convert(net, config)
         wrapped = get_peft_model(net.denoisers[0].__class__(), LoraConfig(r=2, **options))
-        layers = {n.removeprefix("base_model.model.") + ".weight": m for n, m in wrapped.named_modules()
-                  if isinstance(m, LoraLayer)}  # fmt: skip
+        layers = {
+            n.removeprefix("base_model.model.") + ".weight": m
+            for n, m in wrapped.named_modules()
+            if isinstance(m, LoraLayer)
+        }
         assert adapted(ours) == {name: layer.r["default"] for name, layer in layers.items()}
         assert scalings(ours) == pytest.approx({name: layer.scaling["default"] for name, layer in layers.items()})
 
@@ -184,9 +191,17 @@ def test_named_targets_are_adapted_whatever_their_size(net: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"lora_dropout": 0.1}, {"bias": "all"}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_bias": True},
-     {"fan_in_fan_out": True}, {"layers_to_transform": [0], "target_modules": ["0"]}, {"task_type": "CAUSAL_LM"}],
-)  # fmt: skip
+    [
+        {"lora_dropout": 0.1},
+        {"bias": "all"},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"lora_bias": True},
+        {"fan_in_fan_out": True},
+        {"layers_to_transform": [0], "target_modules": ["0"]},
+        {"task_type": "CAUSAL_LM"},
+    ],
+)
 def test_options_without_a_meaning_are_errors(net: nn.Module, options) -> None:
     with pytest.raises(LoRunError, match=next(iter(options))):
         convert(net, LoraConfig(**options))
@@ -290,8 +305,7 @@ def test_where_channels_can_be_permuted() -> None:
     places = hidden_channels(dncnn(8, 4))
     assert "layers.3.running_mean" in places[1].rows and places[1].columns == "layers.5.weight"
     raw = hidden_channels(ZOO["list_of_raw_kernels"]().net.blocks[0])
-    assert [(place.rows, place.columns) for place in raw] == [
-        (("analysis",), "inner"), (("inner",), "outer")]  # fmt: skip
+    assert [(place.rows, place.columns) for place in raw] == [(("analysis",), "inner"), (("inner",), "outer")]
 
 
 def test_skips_and_shared_layers_are_left_alone() -> None:
@@ -336,13 +350,16 @@ def test_report(net: nn.Module) -> None:
     assert report.network_after.parameters == lorun.num_parameters()
     assert report.denoisers_before.parameters == sum(p.numel() for p in net.denoisers.parameters())
     assert sum(item.after.parameters for item in report.stages) + report.base.parameters == (
-        report.denoisers_after.parameters)  # fmt: skip
+        report.denoisers_after.parameters
+    )
     group = lorun.stage_map.groups[0]
     for item, denoiser in zip(report.stages, net.denoisers):
         assert set(item.errors) == set(adapted(lorun))
         weight = lorun.merge_and_unload().denoisers[item.stage].layers[11].weight
         if not hidden_channels(denoiser):
-            assert item.errors["layers.11.weight"] == pytest.approx(relative(weight, denoiser.layers[11].weight), rel=1e-3)
+            assert item.errors["layers.11.weight"] == pytest.approx(
+                relative(weight, denoiser.layers[11].weight), rel=1e-3
+            )
     assert "whole network" in str(report) and f"{lorun.num_parameters():,}" in str(report)
     assert len(group.sites) == len(report.stages)
 
@@ -361,7 +378,9 @@ def test_peft_reads_what_it_can_represent(tmp_path) -> None:
         net = ListOfDenoisers([make() for _ in range(3)]).eval()
         config = LoraConfig(r=2, lora_alpha=3, use_rslora=True, target_modules=".*", rank_pattern={"tail": 1})
         if make is not Denoiser:
-            config = LoraConfig(r=2, target_modules=r"layers\.(0|2|5|8|11)", rank_pattern={"layers.5": 4, "layers.11": 1})
+            config = LoraConfig(
+                r=2, target_modules=r"layers\.(0|2|5|8|11)", rank_pattern={"layers.5": 4, "layers.11": 1}
+            )
         with pytest.warns(UserWarning, match="larger"):
             lorun = convert(net, config)
         lorun.save_pretrained(tmp_path / "saved")

@@ -45,7 +45,9 @@ def test_reference_network() -> None:
         energy, lost = energy + float(stack.square().sum()), lost + float((stack - stack.mean(0)).square().sum())
     assert lost > 0.5 * energy  # honestly separate stages
     photograph = torch.from_numpy(camera()) / 255
-    images = torch.stack([photograph[100:170, 200:240], photograph[300:370, 100:140]])[:, None]  # no multiple of the block
+    images = torch.stack([photograph[100:170, 200:240], photograph[300:370, 100:140]])[
+        :, None
+    ]  # no multiple of the block
     (y,) = task.measure(images)
     assert y.shape == (2, 272, 3, 2)
     with torch.no_grad():
@@ -88,7 +90,9 @@ def test_published_network(tmp_path, capsys, monkeypatch) -> None:
     task = EXAMPLES / "ista_net_plus.py"
     code, out, _ = call(capsys, monkeypatch, "convert", task, "--rank", 8, "--out", tmp_path / "out")
     assert code == 0 and "fcs.8" in out
-    code, out, _ = call(capsys, monkeypatch, "eval", task, "--converted", tmp_path / "out", "--images", images, "--json")
+    code, out, _ = call(
+        capsys, monkeypatch, "eval", task, "--converted", tmp_path / "out", "--images", images, "--json"
+    )
     result = json.loads(out)
     assert result["parameters"] == 336_978 and result["parameters_converted"] <= 136_000
     assert 28.7 < result["mean"]["psnr"] < 30 and 20 < result["mean"]["psnr_converted"] < result["mean"]["psnr"]
@@ -97,7 +101,9 @@ def test_published_network(tmp_path, capsys, monkeypatch) -> None:
     net = spec.build()
     spec.load_weights(net, None)
     full = lorun_adapt.convert(net, rank=28)  # the last rank at which the large kernels are adapted
-    assert set(full.stage_map.ranks["denoiser"]) == {f"conv{k}_{way}" for k in (1, 2) for way in ("forward", "backward")}
+    assert set(full.stage_map.ranks["denoiser"]) == {
+        f"conv{k}_{way}" for k in (1, 2) for way in ("forward", "backward")
+    }
     file = spec.images(images)[0]
     scores = evaluate(spec, [file], net, full.merge_and_unload()).images[0]
     assert abs(scores.psnr - scores.psnr_converted) < 0.5

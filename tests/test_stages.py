@@ -24,7 +24,9 @@ class Residual(nn.Module):
 
 
 def deep_denoiser(width: int = 8) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), *(Residual(width) for _ in range(4)), nn.Conv2d(width, 1, 1))
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1), *(Residual(width) for _ in range(4)), nn.Conv2d(width, 1, 1)
+    )
 
 
 def test_the_outermost_repetition_wins() -> None:
@@ -62,7 +64,9 @@ def test_groups_of_unequal_length_meet_by_number() -> None:
     found = find_stages(EncoderDecoder())
     stages = {group.name: [site.stage for site in group.sites] for group in found.groups}
     assert stages == {"stage_decoder": [0, 1, 2, 3], "stage_encoder": [1, 2, 3]} or sorted(stages.values()) == [
-        [0, 1, 2, 3], [1, 2, 3]]  # fmt: skip
+        [0, 1, 2, 3],
+        [1, 2, 3],
+    ]
     assert len(found) == 4
 
 
@@ -109,11 +113,13 @@ def test_numbers_in_the_map() -> None:
         ("blocks.?.denoiser", [[f"blocks.{k}.denoiser" for k in range(4)]]),
         (["blocks.[01]"], [["blocks.0", "blocks.1"]]),
         (["blocks.1", "blocks.3"], [["blocks.1", "blocks.3"]]),
-        (["blocks.*.denoiser.head", "blocks.*.denoiser.body"],
-         [[f"blocks.{k}.denoiser.{part}" for k in range(4)] for part in ("head", "body")]),
+        (
+            ["blocks.*.denoiser.head", "blocks.*.denoiser.body"],
+            [[f"blocks.{k}.denoiser.{part}" for k in range(4)] for part in ("head", "body")],
+        ),
         ([["blocks.0", "blocks.1"], ["blocks.2", "blocks.3"]], [["blocks.0", "blocks.1"], ["blocks.2", "blocks.3"]]),
     ],
-)  # fmt: skip
+)
 def test_named_by_hand(stages, expected) -> None:
     assert names(find_stages(ZOO["list_of_blocks"]().net, stages=stages)) == expected
 

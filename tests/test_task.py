@@ -84,7 +84,9 @@ def run(*arguments: object) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str, str]:
+def call(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
+) -> tuple[int, str, str]:
     """The same within this process."""
     monkeypatch.setattr(sys, "argv", ["lorun-adapt", *map(str, arguments)])
     monkeypatch.setattr("warnings.showwarning", None)
@@ -97,11 +99,36 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
 def test_from_checkpoint_to_scores(task_file, weights, images, tmp_path, capsys, monkeypatch) -> None:
     code, out, _ = call(capsys, monkeypatch, "inspect", task_file, "--weights", weights)
     assert code == 0 and "Colour: 3 stages" in out and "net.blocks.2" in out and "\x1b" not in out
-    code, out, _ = call(capsys, monkeypatch, "convert", task_file, "--weights", weights, "--rank", 2, "--out", tmp_path / "out",
-                        "--stages", "net.blocks.*")  # fmt: skip
+    code, out, _ = call(
+        capsys,
+        monkeypatch,
+        "convert",
+        task_file,
+        "--weights",
+        weights,
+        "--rank",
+        2,
+        "--out",
+        tmp_path / "out",
+        "--stages",
+        "net.blocks.*",
+    )
     assert code == 0 and "whole network" in out and (tmp_path / "out/base.safetensors").exists()
-    code, out, _ = call(capsys, monkeypatch, "eval", task_file, "--weights", weights, "--converted", tmp_path / "out",
-                        "--images", images, "--sigma", 5, "--json")  # fmt: skip
+    code, out, _ = call(
+        capsys,
+        monkeypatch,
+        "eval",
+        task_file,
+        "--weights",
+        weights,
+        "--converted",
+        tmp_path / "out",
+        "--images",
+        images,
+        "--sigma",
+        5,
+        "--json",
+    )
     result = json.loads(out)
     assert code == 0 and set(result) == {"images", "mean", "parameters", "parameters_converted"}
     assert [entry["name"] for entry in result["images"]] == ["a.JPG", "b.png"]
@@ -178,12 +205,15 @@ def test_mistakes_in_a_task(task_file: Path, change: str, message: str) -> None:
 
 
 def test_a_task_that_adds_no_noise(task_file: Path) -> None:
-    task_file.write_text(TASK + textwrap.dedent("""
+    task_file.write_text(
+        TASK
+        + textwrap.dedent("""
         def measure(images, sigma=0.0):
             if sigma:
                 raise ValueError("the camera is noiseless")
             return images, {}
-    """))
+    """)
+    )
     task = load_task(str(task_file))
     assert len(task.measure(torch.rand(1, 3, 8, 8))) == 2
     with pytest.raises(LoRunError, match="the camera is noiseless"):
@@ -191,13 +221,16 @@ def test_a_task_that_adds_no_noise(task_file: Path) -> None:
 
 
 def test_own_read_and_load(task_file: Path, tmp_path: Path) -> None:
-    task_file.write_text(TASK + textwrap.dedent("""
+    task_file.write_text(
+        TASK
+        + textwrap.dedent("""
         import numpy as np
         def read(path):
             return torch.from_numpy(np.load(path))
         def load(path, net):
             return {"net." + k: v for k, v in torch.load(path, weights_only=True)[1].items()}
-    """))
+    """)
+    )
     (tmp_path / "data").mkdir()
     np.save(tmp_path / "data/x.npy", np.full((3, 16, 16), 0.25, np.float32))
     task = load_task(str(task_file))
@@ -223,10 +256,17 @@ def test_images_as_they_come(task_file: Path, tmp_path: Path) -> None:
         task.read(tmp_path / "bad.png")
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda s: s, lambda s: {"params_ema": s}, lambda s: {"model": {"state_dict": s}, "epoch": 1}, lambda s: {"net": s},
-    lambda s: {f"module.{k}": v for k, v in s.items()}, lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"params_ema": s},
+        lambda s: {"model": {"state_dict": s}, "epoch": 1},
+        lambda s: {"net": s},
+        lambda s: {f"module.{k}": v for k, v in s.items()},
+        lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+    ],
+)
 def test_state_dicts_as_they_come(tmp_path: Path, wrap) -> None:
     state = nn.Linear(2, 3).state_dict()
     torch.save(wrap(state), tmp_path / "net.pt")

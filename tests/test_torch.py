@@ -75,7 +75,9 @@ def test_buffers_follow_to(lorun: LoRunModel) -> None:
     case = ZOO["list_of_dncnns"]()
     lorun = lorun_adapt.convert(case.net, rank=2).double()
     assert {tensor.dtype for tensor in (*lorun.network.parameters(), *lorun.network.buffers())} == {
-        torch.float64, torch.int64}  # fmt: skip
+        torch.float64,
+        torch.int64,
+    }
     lorun.train()
     lorun(*(x.double() for x in case.inputs))
     adapter = lorun.adapters["default"]["stage_00"]["denoiser"]
@@ -330,4 +332,9 @@ def test_a_shared_body_is_found_with_calls() -> None:
     torch.manual_seed(0)
     found = lorun_adapt.find_stages(HeadBodyTail(loops=3), calls={"body": 3})
     assert [str(site) for site in found.groups[0].sites] == [
-        "head", "body (call 0)", "body (call 1)", "body (call 2)", "tail"]  # fmt: skip
+        "head",
+        "body (call 0)",
+        "body (call 1)",
+        "body (call 2)",
+        "tail",
+    ]

@@ -70,7 +70,9 @@ def test_a_stage_changes_alone(case: Case) -> None:
             for term in lowrank_terms(lorun.adapter_of(group, site)).values():
                 torch.nn.init.normal_(term.lora_B)
             after = stage_weights(lorun)
-            changed = {key for key in before if any(not torch.equal(before[key][n], after[key][n]) for n in before[key])}
+            changed = {
+                key for key in before if any(not torch.equal(before[key][n], after[key][n]) for n in before[key])
+            }
             assert changed == {(group.name, site.stage)}
             assert not torch.equal(lorun(*case.inputs), output)
 
