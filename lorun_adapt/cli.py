@@ -8,22 +8,22 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-from rich.console import Console
-from rich.table import Table
 
-from . import __version__
-from .checkpoint import from_pretrained
-from .convert import convert
+from ._version import __version__
 from .errors import LoRunError
-from .evaluate import evaluate
-from .find import find_stages
-from .task import Task, load_task, to_device
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+    from .task import Task
+
+# torch and PEFT take seconds to import: each command imports what it runs, so that --help is quick.
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 class _Rank(click.ParamType):
@@ -40,6 +40,8 @@ class _Rank(click.ParamType):
 
 
 def _device(ctx: click.Context, param: click.Parameter, value: str) -> torch.device:
+    import torch
+
     try:
         device = torch.device(value)
         torch.empty(0, device=device)
@@ -83,6 +85,11 @@ def cli() -> None:
 @SEED
 def inspect(task: str, weights: Path | None, stages: tuple[str, ...], device: torch.device, seed: int) -> None:
     """Show which stages are found, and what would be shared."""
+    import torch
+
+    from .find import find_stages
+    from .task import load_task
+
     torch.manual_seed(seed)
     spec = load_task(task)
     net = spec.build()
@@ -97,7 +104,7 @@ def inspect(task: str, weights: Path | None, stages: tuple[str, ...], device: to
 @RANK
 @STAGES
 @click.option("--out", type=FILE, required=True, help="Folder to save to.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Store numbers as this.  [default: as they are]")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Store numbers as this.  [default: as they are]")
 @DEVICE
 @SEED
 def convert_(
@@ -111,13 +118,18 @@ def convert_(
     seed: int,
 ) -> None:
     """Collapse the stages and save base and adapters."""
+    import torch
+
+    from .conversion import convert
+    from .task import load_task
+
     torch.manual_seed(seed)
     spec = load_task(task)
     net = spec.build()
     spec.load_weights(net, weights)
     with _working("converting"):
         lorun = convert(net.to(device), rank=rank, stages=stages or None, example_inputs=_example(spec, device))
-    lorun.save_pretrained(out, dtype=DTYPES[dtype] if dtype else None)
+    lorun.save_pretrained(out, dtype=getattr(torch, dtype) if dtype else None)
     _show(lorun.report().tables())
     size = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     click.echo(f"saved to {out}: {size:,} bytes of safetensors")
@@ -149,6 +161,12 @@ def eval_(
     seed: int,
 ) -> None:
     """PSNR and SSIM over a folder of images."""
+    import torch
+
+    from .checkpoint import from_pretrained
+    from .evaluate import evaluate
+    from .task import load_task
+
     torch.manual_seed(seed)
     spec = load_task(task)
     files = spec.images(images)
@@ -179,6 +197,8 @@ def eval_(
 @SEED
 def demo(out: Path, rank: int | float, device: torch.device, seed: int) -> None:
     """Convert the network that comes with the package and restore a photograph with it."""
+    import torch
+
     from .demo import run_demo
 
     torch.manual_seed(seed)
@@ -189,10 +209,14 @@ def demo(out: Path, rank: int | float, device: torch.device, seed: int) -> None:
 
 
 def _example(task: Task, device: torch.device) -> tuple[Any, ...]:
+    from .task import to_device
+
     return to_device(task.example_inputs(), device)
 
 
 def _show(tables: list[Table]) -> None:
+    from rich.console import Console
+
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     for item in tables:
         console.print(item)
@@ -201,6 +225,8 @@ def _show(tables: list[Table]) -> None:
 @contextlib.contextmanager
 def _working(what: str) -> Iterator[None]:
     """A spinner on a terminal, one line elsewhere; on standard error."""
+    from rich.console import Console
+
     console = Console(stderr=True)
     if console.is_terminal:
         with console.status(f"{what} …"):

@@ -10,7 +10,7 @@ from rich.table import Table
 from skimage.data import camera
 from torch import Tensor
 
-from .convert import convert
+from .conversion import convert
 from .errors import LoRunError
 from .evaluate import psnr, ssim
 from .folder import write_file
