@@ -7,7 +7,7 @@ when they are collapsed (Git Re-Basin, arXiv:2209.04836, section 3.2).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, fx, nn
 
+from .assemble import copy_network
 from .factorise import factorise
 from .stages import Group
 
@@ -67,26 +68,22 @@ class HiddenChannels:
 
 
 def hidden_channels(denoiser: nn.Module) -> list[HiddenChannels]:
-    """Where the structure allows a permutation; empty where it can't be traced by ``torch.fx``."""
-    found: list[HiddenChannels] = []
-    _trace_into(denoiser, "", found)
-    return found
+    """Where the structure allows a permutation; empty where the forward can't be traced by ``torch.fx``.
 
-
-def _trace_into(module: nn.Module, prefix: str, found: list[HiddenChannels]) -> None:
+    The whole denoiser is traced or nothing: what a part of it computes does not say what the rest
+    makes of its channels.
+    """
     try:
-        graph = fx.Tracer().trace(module)
-    except Exception:  # a forward that depends on its data can't be traced: look at its parts
-        for name, child in module.named_children():
-            if any(True for _ in child.parameters()):
-                _trace_into(child, f"{prefix}{name}.", found)
-        return
-    found += _Reader(module, graph, prefix).pairs()
+        twin = copy_network(denoiser).eval()
+        graph = fx.Tracer().trace(twin)
+    except Exception:  # a forward that depends on its data; torch.fx raises many kinds
+        return []
+    return _Reader(twin, graph).pairs()
 
 
 class _Reader:
-    def __init__(self, root: nn.Module, graph: fx.Graph, prefix: str) -> None:
-        self.root, self.prefix = root, prefix
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        self.root = root
         self.nodes = list(graph.nodes)
         self.uses: dict[str, list[fx.Node]] = {}  # weight -> the nodes that convolve with it
         self.layers: dict[fx.Node, tuple[str, str | None]] = {}  # node -> weight, bias
@@ -163,7 +160,7 @@ class _Reader:
             for norm in sorted(norms):
                 module = self.root.get_submodule(norm)
                 rows += [f"{norm}.{name}" for name, t in module.state_dict().items() if t.ndim == 1]
-            result.append(HiddenChannels(tuple(self.prefix + name for name in rows), self.prefix + target))
+            result.append(HiddenChannels(tuple(rows), target))
         return result
 
     def _kind(self, node: fx.Node) -> bool:
@@ -172,7 +169,7 @@ class _Reader:
 
 def align(
     group: Group,
-    denoiser: nn.Module,
+    denoisers: Sequence[nn.Module],
     stacks: dict[str, Tensor],
     ranks: Mapping[str, int],
     kept: Collection[str] = (),
@@ -192,7 +189,9 @@ def align(
         return float(factorise(stack.reshape(len(stack), *specs[name].matrix), ranks[name]).error.sum())
 
     errors: dict[str, float] = {}
-    for place in hidden_channels(denoiser):
+    # Stages of one class may still differ in what their forward does with a flag.
+    traced = [hidden_channels(denoiser) for denoiser in denoisers]
+    for place in [place for place in traced[0] if all(place in other for other in traced)]:
         names = (*place.rows, place.columns)
         if not all(name in canonical for name in names):
             continue

@@ -9,7 +9,7 @@ the network it began with.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,15 @@ from .stages import Group, Site, StageMap, TensorSpec, tensors_of
 class StageAdapter(nn.Module):
     """What one stage adds to the base: low-rank terms, and the stage's own private tensors.
 
-    Names are those of the tensors in the denoiser, with ``/`` for the dots.
+    Names are those of the tensors in the denoiser, with ``/`` for the dots. ``lorun_frozen`` are
+    those that the network's authors don't train.
     """
 
-    def __init__(self, lowrank: Mapping[str, LowRank], private: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, lowrank: Mapping[str, LowRank], private: Mapping[str, Tensor], frozen: Collection[str] = ()
+    ) -> None:
         super().__init__()
+        self.lorun_frozen = frozenset(name.replace(".", "/") for name in frozen)
         for name, term in lowrank.items():
             self.add_module(name.replace(".", "/"), term)
         for name, tensor in private.items():
@@ -49,10 +53,20 @@ def private_tensors(adapter: StageAdapter) -> dict[str, Tensor]:
 Choice = Mapping[tuple[str, Site], StageAdapter]  # (group's name, site) -> its adapter
 
 
-def copy_sharing_tensors(network: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
-    """A copy of the modules around the same parameters and buffers."""
+def copy_network(
+    network: nn.Module, *, share_tensors: bool = False, memo: dict[int, object] | None = None
+) -> nn.Module:
+    """``copy.deepcopy`` of a network, or, with ``share_tensors``, of its modules around the same tensors.
+
+    Activations that modules keep as attributes, which deepcopy refuses, are taken without their graph.
+    """
     memo = {} if memo is None else memo
-    memo.update({id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+    if share_tensors:
+        memo.update({id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+    for module in network.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     return copy.deepcopy(network, memo)
 
 
@@ -71,14 +85,14 @@ def share(network: nn.Module, group: Group, values: Mapping[str, Tensor]) -> Non
 
 def assemble(base: nn.Module, stage_map: StageMap, choice: Choice) -> nn.Module:
     """A network that shares the tensors of ``base``, with the adapter of each site in place."""
-    network = copy_sharing_tensors(base)
+    network = copy_network(base, share_tensors=True)
     for group in stage_map.groups:
         _separate(network, group)
         looped: dict[str, list[nn.Module]] = {}
         for site in group.sites:
             module = network.get_submodule(site.module)
             if site.call is not None:
-                module = copy_sharing_tensors(module)
+                module = copy_network(module, share_tensors=True)
                 looped.setdefault(site.module, []).append(module)
             _install(module, group, choice[group.name, site])
         for name, copies in looped.items():
@@ -90,17 +104,17 @@ def _install(module: nn.Module, group: Group, adapter: StageAdapter) -> None:
     terms, private = lowrank_terms(adapter), private_tensors(adapter)
     for spec in group.tensors:
         if spec.name in terms:
-            for alias in spec.aliases:
+            places = {owner_of(module, alias): alias for alias in spec.aliases}  # a module may have two names
+            for alias in places.values():
                 path, _, attribute = alias.rpartition(".")
-                owner = module.get_submodule(path)
-                add_term(owner, attribute, terms[spec.name])
+                add_term(module.get_submodule(path), attribute, terms[spec.name])
         elif spec.name in private:
             _put(module, spec, private[spec.name])
 
 
 def _separate(network: nn.Module, group: Group) -> None:
     """Give each site modules of its own where several sites hold the same module object."""
-    owned: dict[int, Site] = {}
+    owned: dict[int, Site | None] = _shared_with_the_outside(network, group)
     for site in group.sites:
         if site.call is not None:
             continue
@@ -114,11 +128,28 @@ def _separate(network: nn.Module, group: Group) -> None:
             if child is None:
                 continue
             if owned.setdefault(id(child), site) is not site:
-                child = holder._modules[name] = copy_sharing_tensors(child, memo)
+                child = holder._modules[name] = copy_network(child, share_tensors=True, memo=memo)
                 owned[id(child)] = site
             if id(child) not in seen:
                 seen.add(id(child))
                 pending += [(child, grandchild) for grandchild in child._modules]
+
+
+def _shared_with_the_outside(network: nn.Module, group: Group) -> dict[int, None]:
+    """Modules that several sites hold and that the network uses elsewhere too, where they stay the base's."""
+    sites = {id(network.get_submodule(site.module)) for site in group.sites if site.call is None}
+    holders: dict[int, int] = {}
+    for site in dict.fromkeys(site.module for site in group.sites if site.call is None):
+        for module in network.get_submodule(site).modules():
+            holders[id(module)] = holders.get(id(module), 0) + 1
+    outside: set[int] = set()
+    pending = [network]
+    while pending:
+        module = pending.pop()
+        if id(module) not in outside and id(module) not in sites:
+            outside.add(id(module))
+            pending += [child for child in module.children() if child is not None]
+    return {module: None for module in outside if holders.get(module, 0) > 1}
 
 
 def merge(base: nn.Module, stage_map: StageMap, choice: Choice) -> nn.Module:
@@ -127,7 +158,7 @@ def merge(base: nn.Module, stage_map: StageMap, choice: Choice) -> nn.Module:
     Raises:
         LoRunError: a module that stands for several stages has been trained apart.
     """
-    network = copy.deepcopy(base)
+    network = copy_network(base)
     written: dict[tuple[int, str], Tensor] = {}
     for group in stage_map.groups:
         for site in group.sites:

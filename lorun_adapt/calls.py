@@ -77,7 +77,8 @@ def counting(network: nn.Module) -> Iterator[None]:
 
 def _keep(forward: _Forward):
     def pack(tensor: Tensor) -> tuple[Tensor, int, dict[str, int]]:
-        return tensor, tensor._version, forward.counts_to_keep()
+        # Detached: keeping an output itself would tie the graph to itself, and free neither.
+        return tensor.detach(), tensor._version, forward.counts_to_keep()
 
     return pack
 

@@ -11,7 +11,6 @@ A stage of several denoisers has a subfolder for each.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from . import peft_format
-from .assemble import StageAdapter, distinct_tensors, share, stage_values
+from .assemble import StageAdapter, copy_network, distinct_tensors, share, stage_values
 from .card import model_card
 from .errors import LoRunError
 from .find import tensor_specs
@@ -65,7 +64,7 @@ def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None) -> None:
                     problems.setdefault(problem, f"{name}/{stage_folder(lorun.stage_map, group, site)}")
         (folder / CARD).write_text(model_card(lorun, problems), encoding="utf-8")
         files = {str(p.relative_to(folder).as_posix()): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-        description = _describe(lorun, base, files)
+        description = _describe(lorun, files)
         (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
     replace_folder(path, {CONFIG, BASE, ADAPTERS, CARD}.__contains__, CONFIG, fill)
@@ -87,7 +86,7 @@ def from_pretrained(path: str | os.PathLike[str], dun: nn.Module) -> LoRunModel:
     folder = Path(path)
     description = read_description(folder)
     stage_map = _stage_map(dun, description, folder / CONFIG)
-    base = copy.deepcopy(dun)
+    base = copy_network(dun)
     for group in stage_map.groups:
         share(base, group, {spec.name: stage_values(dun, group, spec)[0].clone() for spec in group.tensors})
     tensors = _read_file(folder / BASE, BASE, description)
@@ -105,10 +104,12 @@ def from_pretrained(path: str | os.PathLike[str], dun: nn.Module) -> LoRunModel:
         config,
         description["errors"],
         name=first_set,
+        fingerprint=description["fingerprint"],
         trainable={name for name, p in dun.named_parameters() if p.requires_grad},
     )
     for name, (adapters, config) in sets.items():
         lorun.add_set(name, adapters, config)
+    lorun.set_adapter(dict(enumerate(description["active"])))
     return lorun
 
 
@@ -123,7 +124,7 @@ def load_set(
     root = next((folder for folder in (path, *path.parents) if (folder / CONFIG).is_file()), None)
     description = read_description(root) if root is not None else None
     if description is not None:
-        held = fingerprint(distinct_tensors(lorun.base))
+        held = lorun.fingerprint
         if description["fingerprint"] != held:
             raise LoRunError(
                 f"expected an adapter for the base {held[:12]}, found one for {description['fingerprint'][:12]} in "
@@ -188,7 +189,7 @@ def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.contiguous().clone()  # safetensors refuses tensors that share storage
 
 
-def _describe(lorun: LoRunModel, base: Mapping[str, Tensor], files: Mapping[str, str]) -> dict[str, Any]:
+def _describe(lorun: LoRunModel, files: Mapping[str, str]) -> dict[str, Any]:
     import peft
 
     from . import __version__
@@ -208,7 +209,8 @@ def _describe(lorun: LoRunModel, base: Mapping[str, Tensor], files: Mapping[str,
         "adapters": lorun.adapter_names,
         "ranks": {group: dict(ranks) for group, ranks in lorun.stage_map.ranks.items()},
         "errors": lorun.errors,
-        "fingerprint": fingerprint(base),
+        "fingerprint": lorun.fingerprint,
+        "active": [lorun.active_adapters[stage] for stage in range(len(lorun.stage_map))],
         "versions": {"lorun-adapt": __version__, "torch": torch.__version__, "peft": peft.__version__},
         "files": dict(files),
     }
@@ -232,6 +234,7 @@ def read_description(folder: Path) -> dict[str, Any]:
             ("ranks", dict),
             ("errors", dict),
             ("fingerprint", str),
+            ("active", list),
             ("files", dict),
         ):
             if not isinstance(description[key], kind):

@@ -85,12 +85,11 @@ def cli() -> None:
 @SEED
 def inspect(task: str, weights: Path | None, stages: tuple[str, ...], device: torch.device, seed: int) -> None:
     """Show which stages are found, and what would be shared."""
-    import torch
 
     from .find import find_stages
     from .task import load_task
 
-    torch.manual_seed(seed)
+    _seed(seed)
     spec = load_task(task)
     net = spec.build()
     if weights is not None:
@@ -123,7 +122,7 @@ def convert_(
     from .conversion import convert
     from .task import load_task
 
-    torch.manual_seed(seed)
+    _seed(seed)
     spec = load_task(task)
     net = spec.build()
     spec.load_weights(net, weights)
@@ -161,13 +160,12 @@ def eval_(
     seed: int,
 ) -> None:
     """PSNR and SSIM over a folder of images."""
-    import torch
 
     from .checkpoint import from_pretrained
     from .evaluate import evaluate
     from .task import load_task
 
-    torch.manual_seed(seed)
+    _seed(seed)
     spec = load_task(task)
     files = spec.images(images)
     net = spec.build().to(device)
@@ -197,15 +195,25 @@ def eval_(
 @SEED
 def demo(out: Path, rank: int | float, device: torch.device, seed: int) -> None:
     """Convert the network that comes with the package and restore a photograph with it."""
-    import torch
 
     from .demo import run_demo
 
-    torch.manual_seed(seed)
+    _seed(seed)
     with _working("converting the reference network and restoring a photograph"):
         lorun, tables, path = run_demo(out, rank, device)
     _show([*lorun.stage_map.tables(), *lorun.report().tables(), *tables])
     click.echo(f"picture: {path}")
+
+
+def _seed(seed: int) -> None:
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _example(task: Task, device: torch.device) -> tuple[Any, ...]:

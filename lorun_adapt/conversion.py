@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
+import types
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .align import align
-from .assemble import StageAdapter, share, stage_values
+from .assemble import StageAdapter, copy_network, share, stage_values
 from .errors import LoRunError
 from .factorise import factorise, rank_for_energy
 from .find import find_stages
@@ -60,7 +60,7 @@ def convert(
         config = _config_for(dun, stage_map, DEFAULT_RANK if rank is None else rank)
     plans = plan(dun, stage_map, config)
 
-    base = copy.deepcopy(dun)
+    base = copy_network(dun)
     factored = {group.name: _Factored(dun, group, plans[group.name]) for group in stage_map.groups}
     for group in stage_map.groups:
         share(base, group, factored[group.name].base)
@@ -92,7 +92,7 @@ class _Factored:
         if not all(bool((stack == stack[0]).all()) for stack in stacks.values()):
             stacks = align(
                 group,
-                dun.get_submodule(group.sites[0].module),
+                [dun.get_submodule(site.module) for site in group.sites],
                 stacks,
                 {name: term.rank for name, term in terms.items()},
                 planned.kept,
@@ -129,7 +129,8 @@ class _Factored:
                 value = self._private[spec.name][index].clone()
                 trains = not spec.buffer and (value.is_floating_point() or value.is_complex())
                 private[spec.name] = value if spec.buffer else nn.Parameter(value, requires_grad=trains)
-        return StageAdapter({name: terms[index] for name, terms in self._terms.items()}, private)
+        frozen = [spec.name for spec in self.group.tensors if spec.frozen]
+        return StageAdapter({name: terms[index] for name, terms in self._terms.items()}, private, frozen)
 
 
 def _mean(stack: Tensor) -> Tensor:
@@ -174,6 +175,11 @@ def _check_weights(dun: nn.Module, stage_map: StageMap) -> None:
                         f"expected plain weights in {where}, found a parametrization or weight_norm: bake it in first, "
                         "with torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.remove_weight_norm"
                     )
+                if (attribute := _hidden_tensors(module)) is not None:
+                    raise LoRunError(
+                        f"expected modules and parameters in {where}, found them in the plain attribute {attribute!r}, "
+                        "where an adapter can't reach them: use nn.ModuleList, nn.ParameterList or a method instead"
+                    )
                 if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in module.parameters(recurse=False)):
                     raise LoRunError(
                         f"expected weights in {where}, found a lazy module: run the network once, then load"
@@ -185,3 +191,23 @@ def _check_weights(dun: nn.Module, stage_map: StageMap) -> None:
                             f"expected finite weights, found NaN or Inf in {spec.name!r} of a stage like "
                             f"{site.module}: convert a checkpoint that is not damaged"
                         )
+
+
+def _hidden_tensors(module: nn.Module) -> str | None:
+    """An attribute through which a forward would read parameters past the module that owns them."""
+    for name, value in vars(module).items():
+        if isinstance(value, (list, tuple, dict)) and not name.startswith("_"):
+            items = value.values() if isinstance(value, dict) else value
+            if any(isinstance(item, nn.Parameter) for item in items):
+                return name
+        cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _filled(cell)]
+        if any(isinstance(cell, (nn.Module, nn.Parameter)) for cell in cells):
+            return name
+    return None
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a variable that has no value yet
+        return False

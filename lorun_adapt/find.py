@@ -88,6 +88,12 @@ def _search(
     ]
     # Blocks that follow each other in a Sequential see no measurements: layers, rather than stages.
     main = max(tops, key=lambda item: (not _in_sequential(dun, item[0]), item[1]), default=None)
+    if main is not None and _in_sequential(dun, main[0]) and _owner(dun, main[0]) and not trace.ran:
+        raise LoRunError(
+            f"expected stages, found only layers that follow each other in {_owner(dun, main[0])}, such as "
+            f"{abridged(_names(main[0]))}: if it is called in a loop, pass example_inputs= or calls=, else name the "
+            "stages with stages="
+        )
     taken = []
     for sites, size in tops:
         owner, home = _owner(dun, sites), _owner(dun, main[0])
@@ -257,10 +263,10 @@ def _assemble(dun: nn.Module, sets: Sequence[Sequence[tuple[str, int | None]]]) 
 
 
 def _stage_indices(sets: Sequence[Sequence[tuple[str, int | None]]]) -> list[list[int]]:
-    """Stages by position, or by the numbers in the names where groups differ in length."""
-    if len({len(sites) for sites in sets}) > 1:
-        numbers = [[_number(path) for path, call in sites if call is None] for sites in sets]
-        if all(None not in n and len(set(n)) == len(n) == len(sites) for n, sites in zip(numbers, sets)):
+    """Stages by position, or by the numbers in the names where groups do not have the same."""
+    numbers = [[_number(path) for path, call in sites if call is None] for sites in sets]
+    if all(None not in n and len(set(n)) == len(n) == len(sites) for n, sites in zip(numbers, sets)):
+        if len({frozenset(n) for n in numbers}) > 1:
             lowest = min(min(n) for n in numbers)  # type: ignore[type-var]
             return [[number - lowest for number in n] for n in numbers]  # type: ignore[operator]
     return [list(range(len(sites))) for sites in sets]
@@ -272,8 +278,8 @@ def _number(path: str) -> int | None:
 
 
 def _group_name(sites: Sequence[tuple[str, int | None]], used: Sequence[str]) -> str:
-    parts = [re.sub(r"_?\d+_?", "", part) for part in sites[0][0].split(".")]
-    name = re.sub(r"[^\w-]", "_", "_".join(part for part in parts if part)) or "denoiser"
+    parts = re.split(r"[^A-Za-z-]+", sites[0][0])  # the name less its numbers
+    name = "_".join(part for part in parts if part) or "denoiser"
     return name if name not in used and not hasattr(nn.ModuleDict, name) else f"{name}_{len(used)}"
 
 
@@ -291,23 +297,24 @@ def tensor_specs(dun: nn.Module, sites: Sequence[Site], common: set[str] | None 
         names.setdefault(id(tensor), []).append(name)
         buffers[name] = buffer
     specs = []
+    some_train = any(parameter.requires_grad for parameter in dun.parameters())
     for aliases in names.values():
         name = aliases[0]
         tensor, path = tables[0][name], name.rpartition(".")[0]
         owners = [module.get_submodule(path) for module in modules]
         same = all(other[name] is tensor for other in tables)
+        frozen = not buffers[name] and some_train and not tensor.requires_grad
         if common is not None:
             one_for_all = name in common
-        elif buffers[name]:
+        elif buffers[name] or frozen:
             # Running statistics drift apart in training; other buffers are constants where they agree.
             moving = isinstance(owners[0], nn.modules.batchnorm._NormBase)
             one_for_all = not moving and (same or all(_equal(other[name], tensor) for other in tables))
         else:
             one_for_all = same and len({id(owner) for owner in owners}) > 1
         owner = type_before_parametrizations(owners[0])
-        specs.append(
-            TensorSpec(name, tuple(tensor.shape), tensor.dtype, buffers[name], tuple(aliases), owner, one_for_all)
-        )
+        shape = tuple(tensor.shape)
+        specs.append(TensorSpec(name, shape, tensor.dtype, buffers[name], tuple(aliases), owner, frozen, one_for_all))
     return tuple(specs)
 
 

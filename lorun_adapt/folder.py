@@ -41,6 +41,11 @@ def replace_folder(target: Path, owned: Callable[[str], bool], marker: str, fill
     target = Path(os.path.realpath(target))
     if target.exists() and not target.is_dir():
         raise LoRunError(f"expected a folder to save to, found a file at {target}: choose another place")
+    here = Path(os.path.realpath(os.curdir))
+    if target.is_dir() and (here == target or target in here.parents):
+        raise LoRunError(
+            f"expected a folder that can be replaced, found {target}, in which this program runs: save to one within it"
+        )
     if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
         raise LoRunError(
             f"expected an empty folder or a saved network in {target}, found other files: choose another folder"

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from . import checkpoint
-from .assemble import Choice, StageAdapter, assemble, merge
+from .assemble import Choice, StageAdapter, assemble, distinct_tensors, merge
 from .calls import counting
 from .errors import LoRunError
 from .report import Report, make_report
@@ -52,6 +52,7 @@ class LoRunModel(nn.Module):
         *,
         trainable: set[str],
         name: str = DEFAULT_SET,
+        fingerprint: str | None = None,
     ) -> None:
         super().__init__()
         base.requires_grad_(False)
@@ -62,6 +63,7 @@ class LoRunModel(nn.Module):
         self.errors = {group: dict(tensors) for group, tensors in errors.items()}
         self._trainable = set(trainable)
         self._active: dict[int, str] = {}
+        self._fingerprint = fingerprint
         self.add_set(name, adapters, config)
         self.network = base
         self.training = base.training
@@ -69,6 +71,13 @@ class LoRunModel(nn.Module):
         self.register_load_state_dict_pre_hook(_before_load)
         self.register_load_state_dict_post_hook(_after_load)
         self.set_adapter(name)
+
+    @property
+    def fingerprint(self) -> str:
+        """What names the base in files: the same for a base that was stored, or moved, to another dtype."""
+        if self._fingerprint is None or any(parameter.requires_grad for parameter in self.base.parameters()):
+            self._fingerprint = checkpoint.fingerprint(distinct_tensors(self.base))
+        return self._fingerprint
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -115,20 +124,23 @@ class LoRunModel(nn.Module):
                 )
         network = self._assembled(wanted)
         self._active, self.network = wanted, network
-        for name, held in self.adapters.items():
-            for stage in held:
-                active = wanted[int(stage.split("_")[1])] == name
-                for parameter in held[stage].parameters():
-                    parameter.requires_grad_(active and (parameter.is_floating_point() or parameter.is_complex()))
+        for name in self.adapters:
+            for (_, site), adapter in self._choice_of(name).items():
+                for tensor, parameter in adapter.named_parameters():
+                    trains = parameter.is_floating_point() or parameter.is_complex()
+                    trains = trains and wanted[site.stage] == name and tensor not in adapter.lorun_frozen
+                    parameter.requires_grad_(trains)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Run the bare base in every stage within the ``with`` block."""
-        self.network = self.base
+        before, self.network = self.network, self.base
         try:
             yield
         finally:
-            self.network = self._assembled(self._active)
+            self.network = before
+            if before is not self.base:  # else within another `with`
+                self.network = self._assembled(self._active)
 
     def load_adapter(self, path: str | os.PathLike[str], adapter_name: str, stage: int | None = None) -> None:
         """Load a set, or one stage's adapter, under a name; it runs once :meth:`set_adapter` says so.
@@ -213,6 +225,7 @@ class LoRunModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRunModel:
         # Buffers, and under some of torch's settings parameters too, are replaced place by place,
         # which would leave each place with a tensor of its own.
+        _ = self.fingerprint  # of the base as it was before a change of dtype
         shared = self._shared_places()
         super()._apply(fn, recurse)
         self._share_again(shared)
@@ -319,4 +332,5 @@ def _before_load(module: LoRunModel, *_: Any) -> None:
 def _after_load(module: LoRunModel, incompatible_keys: Any) -> None:
     places, module.network = module._loading
     del module._loading
+    module._fingerprint = None
     module._share_again(places)  # load_state_dict(assign=True) puts other tensors into each place

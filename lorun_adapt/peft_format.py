@@ -133,7 +133,7 @@ def read(
             f"expected only the denoiser's tensors, found {sorted(left)[0]!r} in {where}: the file is for "
             "another network or damaged"
         )
-    return StageAdapter(terms, private)
+    return StageAdapter(terms, private, [spec.name for spec in group.tensors if spec.frozen])
 
 
 def _layer(denoiser: nn.Module, name: str) -> nn.Module | None:

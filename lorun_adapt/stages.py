@@ -23,6 +23,7 @@ class TensorSpec:
     buffer: bool
     aliases: tuple[str, ...]  # all names of the tensor inside the denoiser, `name` first
     owner: type[nn.Module]  # class of the module that holds it
+    frozen: bool = False  # the authors don't train it (in a network of which they train something)
     common: bool = False  # the authors tie it, or it is a constant: one for all stages, never adapted
 
     @property
@@ -40,6 +41,7 @@ class TensorSpec:
         # Recurrent layers keep a second list of their weights, which a parametrization would miss.
         return (
             not self.buffer
+            and not self.frozen
             and not self.common
             and numeric
             and not issubclass(self.owner, nn.RNNBase)

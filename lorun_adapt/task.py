@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -74,7 +75,7 @@ class Task:
 
     def run(self, net: nn.Module, arguments: tuple[Any, ...], images: Tensor) -> Tensor:
         """Restored images, shape of ``images``, on the CPU."""
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: some forwards differentiate within themselves
             output = self._guard("the network's forward", net, *arguments)
         restored = self._call("restore", output, images)
         if not isinstance(restored, Tensor) or restored.shape != images.shape:
@@ -168,7 +169,7 @@ def load_task(name: str) -> Task:
         LoRunError: no such file or module, an error in it, or a function that is missing.
     """
     try:
-        module = _module_of_file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
+        module = _module_of_file(Path(name)) if name.endswith(".py") else _module_by_name(name)
     except LoRunError:
         raise
     except Exception as error:
@@ -193,6 +194,12 @@ def load_task(name: str) -> Task:
     if weights is not None:
         options["weights"] = Path(module.__file__ or ".").parent / weights
     return Task(name, module, **options)
+
+
+def _module_by_name(name: str) -> ModuleType:
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does; a console script does not
+    return importlib.import_module(name)
 
 
 def _module_of_file(path: Path) -> ModuleType:
@@ -260,9 +267,8 @@ def _contents(held: object) -> str:
 
 def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = dict(state)
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name[len(prefix) :]: tensor for name, tensor in state.items()}
+    while prefix := next((p for p in PREFIXES if state and all(name.startswith(p) for name in state)), None):
+        state = {name[len(prefix) :]: tensor for name, tensor in state.items()}
     return state
 
 

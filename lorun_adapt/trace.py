@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
+from .assemble import copy_network
 from .errors import LoRunError
 
 
@@ -21,6 +21,10 @@ class Trace:
     def _calls(self, path: str) -> Sequence[int]:
         return self._events.get(id(self._dun.get_submodule(path)), ())
 
+    @property
+    def ran(self) -> bool:
+        return bool(self._events)
+
     def count(self, path: str) -> int:
         return len(self._calls(path))
 
@@ -33,7 +37,7 @@ class Trace:
 
 def trace_calls(dun: nn.Module, example_inputs: Sequence[object]) -> Trace:
     """Run a copy of ``dun`` in evaluation mode, with the caller's random state left as it was."""
-    twin = copy.deepcopy(dun).eval()
+    twin = copy_network(dun).eval()
     # Paired by name: a module object that stands under several names is one object in the copy too.
     originals = {id(twin.get_submodule(name)): id(module) for name, module in dun.named_modules()}
     events: dict[int, list[int]] = {}

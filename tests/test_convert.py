@@ -317,6 +317,53 @@ def test_skips_and_shared_layers_are_left_alone() -> None:
     assert hidden_channels(Skip()) == []
 
 
+class SometimesSkips(Denoiser):
+    """One class, but a flag decides whether hidden channels meet others on the way."""
+
+    def __init__(self, skip: bool) -> None:
+        super().__init__()
+        self.skip = skip
+
+    def forward(self, x):
+        hidden = torch.relu(self.head(x))
+        inner = torch.relu(self.body(hidden))
+        return self.tail(inner + hidden if self.skip else inner)
+
+
+class TracedInPartOnly(Denoiser):
+    """The sequence by itself would allow what the features taken from within it forbid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(self.head, nn.ReLU(), self.body, nn.ReLU())
+
+    def forward(self, x):
+        if x.shape[-1] % 2:
+            raise ValueError
+        features = []
+        for layer in self.layers:
+            x = layer(x)
+            features.append(x)
+        return self.tail(features[1] * features[3])
+
+
+@pytest.mark.parametrize(
+    "denoisers", [[SometimesSkips(k > 0) for k in range(4)], [TracedInPartOnly() for _ in range(4)]]
+)
+def test_aligning_never_changes_the_function(denoisers) -> None:
+    net = ListOfDenoisers(denoisers)
+    inputs = ZOO["list_of_denoisers"]().inputs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lorun = convert(net, LoraConfig(r=7, target_modules=["body", "2"]))
+    assert 0 < lorun.report().relative_error < 0.3
+    merged = lorun.merge_and_unload()
+    for plain, original in zip(merged.denoisers, net.denoisers):  # private tensors tell whether channels moved
+        assert torch.equal(plain.tail.weight, original.tail.weight)
+        assert torch.equal(plain.head.weight, original.head.weight)
+    assert relative(lorun(*inputs), net(*inputs)) < 0.3
+
+
 def test_permuted_copies_become_one() -> None:
     denoiser = Denoiser()
     net = ListOfDenoisers([shuffled(denoiser) for _ in range(4)])
@@ -331,7 +378,7 @@ def test_aligning_never_raises_the_error() -> None:
     group = lorun_adapt.find_stages(net).groups[0]
     stacks = {spec.name: torch.stack([b.get_parameter(spec.name).data for b in net.blocks]) for spec in group.tensors}
     ranks = {"denoiser.body.weight": 3, "denoiser.head.weight": 2}
-    moved = align(group, net.blocks[0], stacks, ranks)
+    moved = align(group, list(net.blocks), stacks, ranks)
 
     def total(held):
         return sum(float(factorise(held[n].flatten(2), r).error.sum()) for n, r in ranks.items())
@@ -416,3 +463,95 @@ def test_layers_of_one_dimension() -> None:
         warnings.simplefilter("ignore")
         lorun = convert(net, LoraConfig(r=8, target_modules="all-linear"))
     assert relative(lorun(*inputs), net(*inputs)) < 1e-5
+
+
+# --- networks as people write them ---------------------------------------------------------------
+
+
+def test_what_the_authors_froze_stays_frozen(tmp_path) -> None:
+    class Transformed(Denoiser):
+        def __init__(self, k: int) -> None:
+            super().__init__()
+            self.dct = nn.Parameter(torch.eye(8), requires_grad=False)
+            self.noise = nn.Parameter(torch.full((2, 2), float(k)), requires_grad=False)
+
+        def forward(self, x):
+            return super().forward(x @ self.dct) + 0 * self.noise.sum()
+
+    net = ListOfDenoisers([Transformed(k) for k in range(3)])
+    lorun = convert(net, rank=1)
+    specs = {spec.name: spec for spec in lorun.stage_map.groups[0].tensors}
+    assert specs["dct"].common and not specs["noise"].common and not specs["noise"].adaptable
+    lorun.save_pretrained(tmp_path / "saved")
+    for model in (lorun, lorun_adapt.from_pretrained(tmp_path / "saved", net)):
+        assert not {"noise", "dct"} & {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
+        assert float(model.network.denoisers[2].noise.sum()) == 8
+    assert not lorun.merge_and_unload().denoisers[0].dct.requires_grad
+    net.requires_grad_(False)  # frozen as a whole, for inference: its stages are adapted all the same
+    assert set(lorun.stage_map.ranks["denoiser"]) < set(convert(net, rank=1).stage_map.ranks["denoiser"])
+
+
+def test_an_operator_used_outside_the_stages_stays_the_base() -> None:
+    class Operator(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.rand(8, 8))
+
+        def forward(self, x):
+            return x @ self.kernel
+
+    class Uses(Block):
+        def __init__(self, operator: nn.Module) -> None:
+            super().__init__(Denoiser())
+            self.operator = operator
+
+        def forward(self, x, y, mask):
+            return super().forward(self.operator(x), y, mask)
+
+    class Net(ListOfBlocks):
+        def __init__(self) -> None:
+            operator = Operator()
+            super().__init__([Uses(operator) for _ in range(3)])
+            self.operator = operator
+
+        def forward(self, y, mask):
+            return super().forward(self.operator(y), mask)
+
+    net = Net()
+    lorun = convert(net, rank=2)
+    for term in lowrank_terms(lorun.adapters["default"]["stage_00"]["denoiser"]).values():
+        nn.init.ones_(term.lora_B)
+    kernels = [lorun.network.operator.kernel, *(block.operator.kernel for block in lorun.network.blocks)]
+    assert [torch.equal(kernel, net.operator.kernel) for kernel in kernels] == [True, False, True, True]
+
+
+def test_activations_kept_as_attributes() -> None:
+    class Keeps(Denoiser):
+        def forward(self, x):
+            self.feature = torch.relu(self.head(x))
+            return x + self.tail(torch.relu(self.body(self.feature)))
+
+    net = ListOfDenoisers([Keeps() for _ in range(3)])
+    inputs = ZOO["list_of_denoisers"]().inputs
+    net(*inputs)
+    kept = net.denoisers[0].feature
+    lorun = convert(net, rank=2)
+    assert net.denoisers[0].feature is kept
+    expected = lorun(*inputs)
+    with lorun.disable_adapter():
+        lorun(*inputs)
+        with lorun.disable_adapter():
+            pass
+        assert torch.equal(lorun(*inputs), lorun.base(*inputs))
+    assert torch.equal(lorun(*inputs), expected)
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [lambda d: setattr(d, "kernels", [d.body.weight]), lambda d: setattr(d, "run", lambda x: d.body(x))],
+)
+def test_parameters_out_of_reach_are_an_error(hide) -> None:
+    net = ListOfDenoisers([Denoiser() for _ in range(3)])
+    hide(net.denoisers[1])
+    with pytest.raises(LoRunError, match=r"denoisers.1.*'(kernels|run)'"):
+        convert(net)

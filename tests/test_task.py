@@ -204,6 +204,26 @@ def test_mistakes_in_a_task(task_file: Path, change: str, message: str) -> None:
         task.run(net, task.measure(image), image)
 
 
+def test_a_task_module_of_the_current_folder(task_file: Path, monkeypatch, capsys) -> None:
+    package = task_file.parent / "mine"
+    package.mkdir()
+    task_file.rename(package / "task.py")
+    monkeypatch.chdir(task_file.parent)
+    code, out, _ = call(capsys, monkeypatch, "inspect", "mine.task")
+    assert code == 0 and "Colour: 3 stages" in out
+
+
+def test_a_forward_that_differentiates(task_file: Path) -> None:
+    step = """with torch.enable_grad():
+            z = y.detach().requires_grad_()
+            y = y - 0.1 * torch.autograd.grad(z.square().sum(), z)[0]
+        flat = y.reshape"""
+    task_file.write_text(TASK.replace("flat = y.reshape", step))
+    task = load_task(str(task_file))
+    image = torch.rand(1, 3, 16, 16)
+    assert task.run(task.build(), task.measure(image), image).shape == image.shape
+
+
 def test_a_task_that_adds_no_noise(task_file: Path) -> None:
     task_file.write_text(
         TASK
@@ -264,7 +284,7 @@ def test_images_as_they_come(task_file: Path, tmp_path: Path) -> None:
         lambda s: {"model": {"state_dict": s}, "epoch": 1},
         lambda s: {"net": s},
         lambda s: {f"module.{k}": v for k, v in s.items()},
-        lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+        lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
     ],
 )
 def test_state_dicts_as_they_come(tmp_path: Path, wrap) -> None:

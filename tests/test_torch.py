@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
@@ -279,6 +280,30 @@ def test_recomputation_finds_its_call(reentrant: bool, part: str) -> None:
         gradients.append([leaf.grad, *(p.grad.clone() for p in lorun.adapters.parameters())])
     for plain, recomputed in zip(*gradients):
         torch.testing.assert_close(recomputed, plain)
+
+
+def test_forwards_without_backward_leave_nothing(loop) -> None:
+    lorun, inputs = loop
+    output = lorun(*inputs)
+    kept = torch.multiprocessing.reductions.StorageWeakRef(output.untyped_storage())
+    hidden = []
+    lorun.network.p.lorun_calls[1].register_forward_hook(
+        lambda _, __, out: hidden.append(torch.multiprocessing.reductions.StorageWeakRef(out.untyped_storage()))
+    )
+    other = lorun(*inputs)
+    del output, other
+    gc.collect()
+    assert kept.expired() and len(hidden) == 1 and hidden[0].expired()
+
+
+def test_second_derivatives_through_a_loop(loop) -> None:
+    lorun, (y, mask) = loop
+    y = y.clone().requires_grad_()
+    gradients = []
+    for run in (lambda y: lorun(y, mask), lambda y: unrolled(lorun, y, mask)):
+        (first,) = torch.autograd.grad(run(y).square().sum(), y, create_graph=True)
+        gradients.append(torch.autograd.grad(first.square().sum(), y)[0])
+    torch.testing.assert_close(*gradients)
 
 
 def test_in_place_changes_are_still_caught(loop) -> None:
