@@ -72,8 +72,8 @@ def _sum(base: Tensor, a: Tensor, b: Tensor, factor: Tensor | None) -> Tensor:
     if factor is not None:
         b = b * factor
     if torch.is_autocast_enabled(base.device.type):  # the product then has the low precision, the sum must not
-        return base + (b @ a).view(base.shape)
-    return torch.mm(b, a).view(base.shape).add_(base)
+        return base + (b @ a).view_as(base)
+    return torch.mm(b, a).view_as(base).add_(base)
 
 
 def untrained(matrix: tuple[int, int], rank: int, scaling: float, like: Tensor, generator: torch.Generator) -> LowRank:

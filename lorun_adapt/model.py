@@ -62,6 +62,7 @@ class LoRunModel(nn.Module):
         self.peft_config: dict[str, LoraConfig] = {}
         self.errors = {group: dict(tensors) for group, tensors in errors.items()}
         self._trainable = set(trainable)
+        self._looped = any(site.call is not None for group in stage_map.groups for site in group.sites)
         self._active: dict[int, str] = {}
         self._fingerprint = fingerprint
         self.add_set(name, adapters, config)
@@ -84,7 +85,7 @@ class LoRunModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original network returns for the same arguments."""
         network = self.network
-        if not any(site.call is not None for group in self.stage_map.groups for site in group.sites):
+        if not self._looped:
             return network(*args, **kwargs)
         with counting(network):
             return network(*args, **kwargs)
