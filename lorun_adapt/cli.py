@@ -50,12 +50,22 @@ def _device(ctx: click.Context, param: click.Parameter, value: str) -> torch.dev
     return device
 
 
+class _Command(click.Command):
+    """A command that takes ``--stages A B`` for ``--stages A --stages B`` once its TASK is given."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--stages" in args and not args[0].startswith("-"):
+            place = args.index("--stages") + 2
+            while place < len(args) and not args[place].startswith("-"):
+                args = [*args[:place], "--stages", *args[place:]]
+                place += 2
+        return super().parse_args(ctx, args)
+
+
 FILE = click.Path(path_type=Path)
 TASK = click.argument("task", metavar="TASK")
 WEIGHTS = click.option("--weights", type=FILE, help="Checkpoint of the original network.  [default: the task's]")
-STAGES = click.option(
-    "--stages", multiple=True, metavar="PATTERN", help="Name the stages, as 'fcs.*'; may be repeated."
-)
+STAGES = click.option("--stages", multiple=True, metavar="PATTERN ...", help="Name the stages, as 'fcs.*'.")
 RANK = click.option(
     "--rank",
     type=_Rank(),
@@ -77,7 +87,7 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(cls=_Command)
 @TASK
 @WEIGHTS
 @STAGES
@@ -94,10 +104,12 @@ def inspect(task: str, weights: Path | None, stages: tuple[str, ...], device: to
     net = spec.build()
     if weights is not None:
         spec.load_weights(net, weights)
-    _show(find_stages(net.to(device), stages=stages or None, example_inputs=_example(spec, device)).tables())
+    with _working("looking for stages"):
+        found = find_stages(net.to(device), stages=stages or None, example_inputs=_example(spec, device))
+    _show(found.tables())
 
 
-@cli.command("convert")
+@cli.command("convert", cls=_Command)
 @TASK
 @WEIGHTS
 @RANK

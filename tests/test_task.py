@@ -142,6 +142,13 @@ def test_from_checkpoint_to_scores(task_file, weights, images, tmp_path, capsys,
     assert code == 0 and "mean" in out and "a.JPG" in out
 
 
+def test_several_patterns(task_file, capsys, monkeypatch) -> None:
+    patterns = ("net.blocks.*.denoiser.head", "net.blocks.*.denoiser.body")
+    for arguments in (("--stages", *patterns, "--seed", 1), ("--stages", patterns[0], "--stages", patterns[1])):
+        code, out, _ = call(capsys, monkeypatch, "inspect", task_file, *arguments)
+        assert code == 0 and "net.blocks.2.denoiser.head" in out and "net.blocks.2.denoiser.body" in out
+
+
 def test_the_same_seed_the_same_noise(task_file, weights, images, capsys, monkeypatch) -> None:
     arguments = ("eval", task_file, "--weights", weights, "--images", images, "--sigma", 20, "--json", "--seed")
     first, again, other = (call(capsys, monkeypatch, *arguments, seed)[1] for seed in (1, 1, 2))
@@ -174,7 +181,7 @@ def test_mistakes_end_with_a_sentence(arguments, message, task_file, weights, im
 
 def test_as_a_process(task_file, weights, tmp_path) -> None:
     code, out, err = run("inspect", task_file, "--weights", weights)
-    assert code == 0 and "3 stages" in out and err == ""
+    assert code == 0 and "3 stages" in out and err == "looking for stages …\n"
     code, out, err = run("inspect", tmp_path / "nothing.py")
     assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ")
     assert run("--help")[0] == 0 and run("nothing")[0] == 2
