@@ -74,7 +74,7 @@ def hidden_channels(denoiser: nn.Module) -> list[HiddenChannels]:
     makes of its channels.
     """
     try:
-        twin = copy_network(denoiser).eval()
+        twin = copy_network(denoiser, share_tensors=True).eval()
         graph = fx.Tracer().trace(twin)
     except Exception:  # a forward that depends on its data; torch.fx raises many kinds
         return []
@@ -189,9 +189,11 @@ def align(
         return float(factorise(stack.reshape(len(stack), *specs[name].matrix), ranks[name]).error.sum())
 
     errors: dict[str, float] = {}
-    # Stages of one class may still differ in what their forward does with a flag.
-    traced = [hidden_channels(denoiser) for denoiser in denoisers]
-    for place in [place for place in traced[0] if all(place in other for other in traced)]:
+    places = hidden_channels(denoisers[0])
+    for denoiser in denoisers[1:] if places else ():  # one class may still do different things with a flag
+        found = hidden_channels(denoiser)
+        places = [place for place in places if place in found]
+    for place in places:
         names = (*place.rows, place.columns)
         if not all(name in canonical for name in names):
             continue

@@ -86,8 +86,12 @@ class _Factored:
 
     def __init__(self, dun: nn.Module, group: Group, planned: Plan) -> None:
         self.group, terms = group, planned.terms
+        self.device = stage_values(dun, group, group.tensors[0])[0].device
+        # On the CPU: the matrices are small, and not every accelerator has float64.
         stacks = {
-            spec.name: torch.stack(list(stage_values(dun, group, spec))) for spec in group.tensors if not spec.common
+            spec.name: torch.stack([tensor.cpu() for tensor in stage_values(dun, group, spec)])
+            for spec in group.tensors
+            if not spec.common
         }
         if not all(bool((stack == stack[0]).all()) for stack in stacks.values()):
             stacks = align(
@@ -130,7 +134,8 @@ class _Factored:
                 trains = not spec.buffer and (value.is_floating_point() or value.is_complex())
                 private[spec.name] = value if spec.buffer else nn.Parameter(value, requires_grad=trains)
         frozen = [spec.name for spec in self.group.tensors if spec.frozen]
-        return StageAdapter({name: terms[index] for name, terms in self._terms.items()}, private, frozen)
+        adapter = StageAdapter({name: terms[index] for name, terms in self._terms.items()}, private, frozen)
+        return adapter.to(self.device)
 
 
 def _mean(stack: Tensor) -> Tensor:
@@ -184,13 +189,13 @@ def _check_weights(dun: nn.Module, stage_map: StageMap) -> None:
                     raise LoRunError(
                         f"expected weights in {where}, found a lazy module: run the network once, then load"
                     )
-            for spec in group.tensors:
-                for tensor in stage_values(dun, group, spec):
-                    if (tensor.is_floating_point() or tensor.is_complex()) and not bool(torch.isfinite(tensor).all()):
-                        raise LoRunError(
-                            f"expected finite weights, found NaN or Inf in {spec.name!r} of a stage like "
-                            f"{site.module}: convert a checkpoint that is not damaged"
-                        )
+        for spec in group.tensors:
+            for site, tensor in zip(group.sites, stage_values(dun, group, spec)):
+                if (tensor.is_floating_point() or tensor.is_complex()) and not bool(torch.isfinite(tensor).all()):
+                    raise LoRunError(
+                        f"expected finite weights, found NaN or Inf in {spec.name!r} of {site}: convert a checkpoint "
+                        "that is not damaged"
+                    )
 
 
 def _hidden_tensors(module: nn.Module) -> str | None:

@@ -154,7 +154,8 @@ def _numel(dun: nn.Module, paths: Iterable[str]) -> int:
 
 
 def _inside(sites: Sequence[tuple[str, int | None]], others: Sequence[tuple[str, int | None]]) -> bool:
-    return any(path.startswith(other + ".") for path, _ in sites for other, _ in others)
+    outer = {path for path, _ in others}
+    return any(path[:end] in outer for path, _ in sites for end in range(len(path)) if path[end] == ".")
 
 
 def _in_sequential(dun: nn.Module, sites: Sequence[tuple[str, int | None]]) -> bool:
