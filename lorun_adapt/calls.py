@@ -54,15 +54,16 @@ class _Threads(threading.local):
 _threads = _Threads()
 
 
+def count_while_compiling(network: nn.Module) -> None:
+    """Start a forward that ``torch.compile`` traces: there the calls are counted once and for all."""
+    for module in network.modules():
+        if isinstance(module, Called):
+            module.lorun_compiled_call = 0
+
+
 @contextmanager
-def counting(network: nn.Module) -> Iterator[None]:
-    """One forward of ``network``, within which its looped modules count their calls from zero."""
-    if torch.compiler.is_compiling():
-        for module in network.modules():
-            if isinstance(module, Called):
-                module.lorun_compiled_call = 0
-        yield
-        return
+def counting() -> Iterator[None]:
+    """One forward, within which looped modules count their calls from zero."""
     forward = _Forward()
     _threads.open.append(forward)
     try:

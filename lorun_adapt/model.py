@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .assemble import Choice, StageAdapter, assemble, distinct_tensors, merge
-from .calls import counting
+from .calls import count_while_compiling, counting
 from .errors import LoRunError
 from .report import Report, make_report
 from .stages import Group, Site, StageMap
@@ -87,7 +87,10 @@ class LoRunModel(nn.Module):
         network = self.network
         if not self._looped:
             return network(*args, **kwargs)
-        with counting(network):
+        if torch.compiler.is_compiling():
+            count_while_compiling(network)
+            return network(*args, **kwargs)
+        with counting():
             return network(*args, **kwargs)
 
     # --- adapters --------------------------------------------------------------------------------
