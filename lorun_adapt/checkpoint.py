@@ -56,10 +56,9 @@ def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None) -> None:
                 part = folder / ADAPTERS / name / stage_folder(lorun.stage_map, group, site)
                 part.mkdir(parents=True)
                 denoiser = lorun.base.get_submodule(site.module)
-                tensors, config = peft_format.write(denoiser, group, adapter)
+                tensors, config, problem = peft_format.write(denoiser, group, adapter)
                 save_file({key: _stored(t, dtype) for key, t in tensors.items()}, part / TENSORS)
                 config.save_pretrained(str(part))
-                problem = peft_format.peft_problem(denoiser, group, adapter)
                 if problem:
                     problems.setdefault(problem, f"{name}/{stage_folder(lorun.stage_map, group, site)}")
         (folder / CARD).write_text(model_card(lorun, problems), encoding="utf-8")

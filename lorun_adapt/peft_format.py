@@ -27,8 +27,8 @@ REFUSED = ".*"  # rank_pattern's key for a rank of 0
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def write(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> tuple[dict[str, Tensor], LoraConfig]:
-    """The adapter's tensors by PEFT's names, and its config.
+def write(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> tuple[dict[str, Tensor], LoraConfig, str | None]:
+    """The adapter's tensors by PEFT's names, its config, and why PEFT can't represent it, if so.
 
     ``denoiser`` holds the base's values: PEFT keeps a stage's bias as what it adds to the base's.
     """
@@ -62,7 +62,8 @@ def write(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> tuple[dic
     tensors.update({PREFIX + name: value for name, value in rest.items()})
     saved = _modules_to_save(denoiser, rest, layers, with_bias)
     problem = peft_problem(denoiser, group, adapter)
-    return {name: t.detach() for name, t in tensors.items()}, _config(terms, layers, with_bias, saved or [], problem)
+    config = _config(terms, layers, with_bias, saved or [], problem)
+    return {name: t.detach() for name, t in tensors.items()}, config, problem
 
 
 def peft_problem(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> str | None:
@@ -92,13 +93,14 @@ def read(
         LoRunError: a missing, an extra or a mis-shaped tensor.
     """
     left = dict(tensors)
+    parameters = dict(denoiser.named_parameters(remove_duplicate=False))
     terms, private = {}, {}
     for spec in group.tensors:
         if spec.common:
             continue
         layer = _layer(denoiser, spec.name)
         key = spec.name.removesuffix(".weight") if layer is not None else spec.name
-        like = dict(denoiser.named_parameters(remove_duplicate=False)).get(spec.name)
+        like = parameters.get(spec.name)
         a, b = left.pop(f"{PREFIX}{key}.lora_A.weight", None), left.pop(f"{PREFIX}{key}.lora_B.weight", None)
         if a is not None and b is not None and like is not None:
             rows, columns = spec.matrix
