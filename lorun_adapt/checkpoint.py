@@ -30,7 +30,7 @@ from .card import model_card
 from .errors import LoRunError
 from .find import tensor_specs
 from .folder import replace_folder, sha256
-from .stages import Group, Site, StageMap
+from .stages import Group, Site, StageMap, stage_key
 
 if TYPE_CHECKING:
     import os
@@ -135,8 +135,8 @@ def load_set(
         if chosen is None:
             raise LoRunError(f"expected one adapter set or {name!r} in {path}, found {names}: give the folder of a set")
         path = path / ADAPTERS / chosen
-    if stage is not None and (path / f"stage_{stage:02d}").is_dir():
-        path = path / f"stage_{stage:02d}"
+    if stage is not None and (path / stage_key(stage)).is_dir():
+        path = path / stage_key(stage)
     key = path.relative_to(root).as_posix() if root is not None else ""
     if stage is None:
         return _read_set(path, key, lorun.base, stage_map, description)
@@ -165,7 +165,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def stage_folder(stage_map: StageMap, group: Group, site: Site) -> str:
-    stage = f"stage_{site.stage:02d}"
+    stage = stage_key(site.stage)
     return stage if len(stage_map.groups) == 1 else f"{stage}/{group.name}"
 
 
@@ -177,7 +177,7 @@ def _adapters(lorun: LoRunModel, name: str) -> list[tuple[tuple[Group, Site], St
         ((group, site), lorun.adapter_of(group, site, name))
         for group in lorun.stage_map.groups
         for site in group.sites
-        if f"stage_{site.stage:02d}" in lorun.adapters[name]
+        if stage_key(site.stage) in lorun.adapters[name]
     ]
 
 

@@ -18,7 +18,7 @@ from .assemble import Choice, StageAdapter, assemble, distinct_tensors, merge
 from .calls import count_while_compiling, counting
 from .errors import LoRunError
 from .report import Report, make_report
-from .stages import Group, Site, StageMap
+from .stages import Group, Site, StageMap, stage_key
 
 if TYPE_CHECKING:
     import os
@@ -300,10 +300,6 @@ class LoRunModel(nn.Module):
     def adapter_of(self, group: Group, site: Site, name: str | None = None) -> StageAdapter:
         """The adapter of one denoiser: of the set ``name``, or of the one its stage runs with."""
         return self.adapters[name or self._active[site.stage]][stage_key(site.stage)][group.name]
-
-
-def stage_key(stage: int) -> str:
-    return f"stage_{stage:02d}"
 
 
 def check_adapter_name(name: str) -> None:

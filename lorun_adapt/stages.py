@@ -144,3 +144,8 @@ def tensors_of(module: nn.Module) -> list[tuple[str, Tensor, bool]]:
 
 def abridged(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])}, … {names[-1]} ({len(names)})"
+
+
+def stage_key(stage: int) -> str:
+    """A stage's name in attributes and folders."""
+    return f"stage_{stage:02d}"
