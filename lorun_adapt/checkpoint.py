@@ -11,66 +11,75 @@ A stage of several denoisers has a subfolder for each.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from . import peft_format
-from .assemble import StageAdapter, copy_network, distinct_tensors, share, stage_values
+from .assemble import StageAdapter, copy_network, distinct_tensors, lowrank_terms, share, stage_values
 from .card import model_card
+from .description import CONFIG, as_text, describe, read_description, stage_map_of
 from .errors import LoRunError
-from .find import tensor_specs
 from .folder import replace_folder, sha256
-from .stages import Group, Site, StageMap, stage_key
+from .peft_config import config_from_json
+from .reading import DTYPES, Slot, file_limit, parse_json, parse_tensors, read_file
+from .stages import Group, Site, StageMap, is_sound, stage_key, tensors_of
 
 if TYPE_CHECKING:
-    import os
-
     from .model import LoRunModel
 
-FORMAT = 1
-CONFIG, BASE, ADAPTERS, CARD = "lorun_config.json", "base.safetensors", "adapters", "README.md"
+AdapterSet = tuple[dict[tuple[str, Site], StageAdapter], LoraConfig]
+Loaded = TypeVar("Loaded")
+
+BASE, ADAPTERS, CARD = "base.safetensors", "adapters", "README.md"
 TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BASE_KEY = "lorun_base"  # the fingerprint of the base, in the metadata of a safetensors file
+RETRIES = 20
 
 
 def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None) -> None:
     """What :meth:`LoRunModel.save_pretrained` does."""
-    if dtype is not None and not dtype.is_floating_point:
+    if dtype is not None and (not dtype.is_floating_point or dtype not in DTYPES.values()):
         raise LoRunError(f"expected a floating-point dtype to save as, found {dtype}: use torch.float16, for example")
+    about = {"format": "pt", BASE_KEY: lorun.fingerprint}
 
     def fill(folder: Path) -> None:
-        base = {name: _stored(t, dtype) for name, t in distinct_tensors(lorun.base).items()}
-        save_file(base, folder / BASE)
+        _write_tensors(folder / BASE, distinct_tensors(lorun.base), dtype, about, _buffers(lorun.base))
         problems: dict[str, str] = {}
         for name in lorun.adapter_names:
             for (group, site), adapter in _adapters(lorun, name):
-                part = folder / ADAPTERS / name / stage_folder(lorun.stage_map, group, site)
-                part.mkdir(parents=True)
+                part = f"{name}/{stage_folder(lorun.stage_map, group, site)}"
+                (folder / ADAPTERS / part).mkdir(parents=True)
                 denoiser = lorun.base.get_submodule(site.module)
                 tensors, config, problem = peft_format.write(denoiser, group, adapter)
-                save_file({key: _stored(t, dtype) for key, t in tensors.items()}, part / TENSORS)
-                config.save_pretrained(str(part))
+                buffers = {peft_format.PREFIX + spec.name for spec in group.tensors if spec.buffer}
+                _write_tensors(folder / ADAPTERS / part / TENSORS, tensors, dtype, about, buffers)
+                config.save_pretrained(str(folder / ADAPTERS / part))
                 if problem:
-                    problems.setdefault(problem, f"{name}/{stage_folder(lorun.stage_map, group, site)}")
+                    problems.setdefault(problem, part)
         (folder / CARD).write_text(model_card(lorun, problems), encoding="utf-8")
         files = {str(p.relative_to(folder).as_posix()): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-        description = _describe(lorun, files)
-        (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(as_text(describe(lorun, files)), encoding="utf-8")
 
     replace_folder(path, {CONFIG, BASE, ADAPTERS, CARD}.__contains__, CONFIG, fill)
 
 
 def from_pretrained(path: str | os.PathLike[str], dun: nn.Module) -> LoRunModel:
     """Load a saved conversion.
+
+    Nothing in the folder is trusted: every file is within the bounds of what ``dun`` can have and
+    has the hash noted for it, every tensor has the network's shape and finite values, and nothing
+    is executed. A load that a save of the same folder overtakes begins again.
 
     Args:
         path: a folder that ``save_pretrained`` wrote.
@@ -80,76 +89,84 @@ def from_pretrained(path: str | os.PathLike[str], dun: nn.Module) -> LoRunModel:
     Raises:
         LoRunError: files that are missing, damaged, or for another network.
     """
-    from .model import DEFAULT_SET, LoRunModel
-
     folder = Path(path)
-    description = read_description(folder)
-    stage_map = _stage_map(dun, description, folder / CONFIG)
+    return _undisturbed(folder, lambda: _load(folder, dun))
+
+
+def _load(folder: Path, dun: nn.Module) -> LoRunModel:
+    from .model import LoRunModel
+
+    description = read_description(folder, dun)
+    stage_map = stage_map_of(dun, description, folder / CONFIG)
+    saved = _Saved(folder, description)
+    of_dun = {name: Slot(tuple(tensor.shape), tensor.dtype) for name, tensor, _ in tensors_of(dun)}
+    content = saved.content(BASE, file_limit(of_dun))
+    files = {name: _read_set_files(saved, f"{ADAPTERS}/{name}", dun, stage_map) for name in description["adapters"]}
+
     base = copy_network(dun)
     for group in stage_map.groups:
         share(base, group, {spec.name: stage_values(dun, group, spec)[0].clone() for spec in group.tensors})
-    tensors = _read_file(folder / BASE, BASE, description)
-    _fill_base(base, tensors, folder / BASE)
-    names = list(description["adapters"])
-    first_set = names[0] if names else DEFAULT_SET
-    sets = {
-        name: _read_set(folder / ADAPTERS / name, f"{ADAPTERS}/{name}", base, stage_map, description) for name in names
-    }
-    adapters, config = sets.pop(first_set)
-    lorun = LoRunModel(
+    _fill_base(base, content, folder / BASE)
+    sets = {name: _adapter_set(found, base) for name, found in files.items()}
+    ranks: dict[str, dict[str, int]] = {}
+    for (group_name, _), adapter in [pair for adapters, _ in sets.values() for pair in adapters.items()]:
+        ranks.setdefault(group_name, {name: term.rank for name, term in lowrank_terms(adapter).items()})
+    return LoRunModel(
         base,
-        stage_map,
-        adapters,
-        config,
+        dataclasses.replace(stage_map, ranks=ranks),
+        sets,
         description["errors"],
-        name=first_set,
+        active=dict(enumerate(description["active"])),
         fingerprint=description["fingerprint"],
         trainable={name for name, p in dun.named_parameters() if p.requires_grad},
     )
-    for name, (adapters, config) in sets.items():
-        lorun.add_set(name, adapters, config)
-    lorun.set_adapter(dict(enumerate(description["active"])))
-    return lorun
 
 
-def load_set(
-    lorun: LoRunModel, path: Path, name: str, stage: int | None
-) -> tuple[dict[tuple[str, Site], StageAdapter], LoraConfig]:
+def load_set(lorun: LoRunModel, path: Path, name: str, stage: int | None) -> AdapterSet:
     """What :meth:`LoRunModel.load_adapter` reads: the adapters by group and site, and a config."""
+    return _undisturbed(path, lambda: _load_set(lorun, path, name, stage))
+
+
+def _load_set(lorun: LoRunModel, path: Path, name: str, stage: int | None) -> AdapterSet:
     stage_map = lorun.stage_map
     if not path.is_dir():
         raise LoRunError(f"expected a folder with an adapter, found none at {path}: give a saved folder or a set's")
-    path = path.absolute()
-    root = next((folder for folder in (path, *path.parents) if (folder / CONFIG).is_file()), None)
-    description = read_description(root) if root is not None else None
-    if description is not None:
-        held = lorun.fingerprint
-        if description["fingerprint"] != held:
-            raise LoRunError(
-                f"expected an adapter for the base {held[:12]}, found one for {description['fingerprint'][:12]} in "
-                f"{root}: load the base that it was trained on with from_pretrained"
-            )
-    if path == root and description is not None:
-        names = list(description["adapters"])
+    if stage is not None and (isinstance(stage, bool) or stage not in range(len(stage_map))):
+        raise LoRunError(f"expected a stage in 0..{len(stage_map) - 1}, found {stage!r}: see print(lorun.stage_map)")
+    saved, key = _place_of(path, lorun)
+    if saved.description is not None and key == "":
+        names = saved.description["adapters"]
         chosen = name if name in names else names[0] if len(names) == 1 else None
         if chosen is None:
             raise LoRunError(f"expected one adapter set or {name!r} in {path}, found {names}: give the folder of a set")
-        path = path / ADAPTERS / chosen
-    if stage is not None and (path / stage_key(stage)).is_dir():
-        path = path / stage_key(stage)
-    key = path.relative_to(root).as_posix() if root is not None else ""
+        key = f"{ADAPTERS}/{chosen}"
     if stage is None:
-        return _read_set(path, key, lorun.base, stage_map, description)
-    sites = [(group, site) for group in stage_map.groups for site in group.sites if site.stage == stage]
-    if not sites:
-        raise LoRunError(f"expected a stage in 0..{len(stage_map) - 1}, found {stage!r}: see print(lorun.stage_map)")
-    adapters, configs = {}, []
-    for group, site in sites:
-        part = "" if len(stage_map.groups) == 1 else f"/{group.name}"
-        found = _read_adapter(Path(f"{path}{part}"), f"{key}{part}", lorun.base, group, site, description)
-        adapters[group.name, site], config = found
-        configs.append(config)
-    return adapters, configs[0]
+        return _adapter_set(_read_set_files(saved, key, lorun.base, stage_map, lorun.fingerprint), lorun.base)
+    if (saved.folder / key / stage_key(stage)).is_dir():
+        key = f"{key}/{stage_key(stage)}".lstrip("/")
+    found = []
+    for group in stage_map.groups:
+        for site in group.sites:
+            if site.stage == stage:
+                part = f"{key}/{group.name}".lstrip("/") if len(stage_map.groups) > 1 else key
+                found.append(_read_adapter_files(saved, part, lorun.base, group, site, lorun.fingerprint))
+    return _adapter_set(found, lorun.base)
+
+
+def _place_of(path: Path, lorun: LoRunModel) -> tuple[_Saved, str]:
+    """The saved folder that ``path`` is or lies in, if it knows of it, and the place within."""
+    path = path.absolute()
+    for root in (path, *path.parents):
+        if not os.path.lexists(root / CONFIG):
+            continue
+        key = "" if root == path else path.relative_to(root).as_posix()
+        description = read_description(root, lorun.base)
+        if key and not any(name.startswith(f"{key}/") for name in description["files"]):
+            break  # something that was put there later
+        if description["fingerprint"] != lorun.fingerprint:
+            raise _other_base(lorun.fingerprint, description["fingerprint"], str(root / CONFIG))
+        return _Saved(root, description), key
+    return _Saved(path, None), ""
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -169,6 +186,26 @@ def stage_folder(stage_map: StageMap, group: Group, site: Site) -> str:
     return stage if len(stage_map.groups) == 1 else f"{stage}/{group.name}"
 
 
+def _undisturbed(folder: Path, load: Callable[[], Loaded]) -> Loaded:
+    """What ``load`` returns, tried again where a save has put another folder in the place meanwhile."""
+    for _ in range(RETRIES):
+        before = _identity(folder)
+        try:
+            return load()
+        except LoRunError:
+            if _identity(folder) == before:
+                raise
+    return load()
+
+
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+
+
 # --- writing -------------------------------------------------------------------------------------
 
 
@@ -181,162 +218,152 @@ def _adapters(lorun: LoRunModel, name: str) -> list[tuple[tuple[Group, Site], St
     ]
 
 
-def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    tensor = tensor.detach()
-    if dtype is not None and tensor.is_floating_point():
-        tensor = tensor.to(dtype)
-    return tensor.contiguous().clone()  # safetensors refuses tensors that share storage
+def _write_tensors(
+    file: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, about: dict[str, str], buffers: set[str]
+) -> None:
+    stored = {}
+    for name, held in tensors.items():
+        tensor = held.detach().cpu()
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        if tensor.dtype not in DTYPES.values():
+            raise LoRunError(f"expected a dtype that safetensors has, found {tensor.dtype} in {name!r}: change it")
+        if not is_sound(tensor, name in buffers):
+            reason = "NaN or Inf" if not is_sound(held.detach(), name in buffers) else f"numbers too large for {dtype}"
+            raise LoRunError(
+                f"expected finite numbers to save, found {reason} in {name!r}: go back to weights from before training "
+                "diverged, or save with a wider dtype; nothing was written"
+            )
+        stored[name] = tensor.contiguous().clone()  # safetensors refuses tensors that share storage
+    # Not save_file: what that raises when a disk is full is no OSError.
+    file.write_bytes(to_safetensors(stored, about))
 
 
-def _describe(lorun: LoRunModel, files: Mapping[str, str]) -> dict[str, Any]:
-    import peft
-
-    from . import __version__
-
-    return {
-        "format": FORMAT,
-        "network": lorun.stage_map.network,
-        "groups": [
-            {
-                "name": group.name,
-                "sites": [{"stage": s.stage, "module": s.module, "call": s.call} for s in group.sites],
-                "tensors": {spec.name: list(spec.shape) for spec in group.tensors},
-                "common": [spec.name for spec in group.tensors if spec.common],
-            }
-            for group in lorun.stage_map.groups
-        ],
-        "adapters": lorun.adapter_names,
-        "ranks": {group: dict(ranks) for group, ranks in lorun.stage_map.ranks.items()},
-        "errors": lorun.errors,
-        "fingerprint": lorun.fingerprint,
-        "active": [lorun.active_adapters[stage] for stage in range(len(lorun.stage_map))],
-        "versions": {"lorun-adapt": __version__, "torch": torch.__version__, "peft": peft.__version__},
-        "files": dict(files),
-    }
+def _buffers(network: nn.Module) -> set[str]:
+    return {name for name, _, buffer in tensors_of(network) if buffer}
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """``lorun_config.json``, checked for what the rest of the reading relies on."""
-    file = folder / CONFIG
-    if not file.is_file():
-        raise LoRunError(f"expected {CONFIG} in {folder}, found none: give a folder that save_pretrained wrote")
-    try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-        version = description["format"]
-        for key, kind in (
-            ("network", str),
-            ("groups", list),
-            ("adapters", list),
-            ("ranks", dict),
-            ("errors", dict),
-            ("fingerprint", str),
-            ("active", list),
-            ("files", dict),
-        ):
-            if not isinstance(description[key], kind):
-                raise TypeError(key)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise LoRunError(
-            f"expected the description of a conversion, found damage in {file}: {error!r}; save it anew "
-            "or download it again"
-        ) from error
-    if version != FORMAT:
-        raise LoRunError(f"expected format {FORMAT} in {file}, found {version!r}: update lorun-adapt")
-    return description
+@dataclass(frozen=True)
+class _Saved:
+    """A folder to read from, and the description that has its files' hashes, if there is one."""
 
+    folder: Path
+    description: Mapping[str, Any] | None
 
-def _stage_map(dun: nn.Module, description: Mapping[str, Any], file: Path) -> StageMap:
-    network = type_before_parametrizations(dun).__name__
-    if description["network"] != network:
-        raise LoRunError(
-            f"expected the class {description['network']}, found {network} for {file}: build the network "
-            "that was converted"
-        )
-    groups = []
-    for entry in description["groups"]:
-        try:
-            sites = tuple(Site(site["stage"], site["module"], site["call"]) for site in entry["sites"])
-            specs = tensor_specs(dun, sites, set(entry["common"]))
-        except (AttributeError, KeyError, TypeError) as error:
+    def content(self, name: str, limit: int) -> bytes:
+        known = self.description["files"].get(name) if self.description is not None else None
+        if self.description is not None and known is None:
             raise LoRunError(
-                f"expected the stages that {file} names in {network}, found {error}: build the network "
-                "that was converted, with as many stages"
-            ) from error
-        shapes = {spec.name: list(spec.shape) for spec in specs}
-        if shapes != entry["tensors"]:
-            name = next(n for n in {**shapes, **entry["tensors"]} if shapes.get(n) != entry["tensors"].get(n))
-            raise LoRunError(
-                f"expected {name!r} of shape {entry['tensors'].get(name)}, found {shapes.get(name)} in the "
-                f"stages of {network} for {file}: build the network that was converted"
+                f"expected a hash of {name!r}, found none in {self.folder / CONFIG}: it was put there later, or the "
+                "folder is damaged; download it again"
             )
-        groups.append(Group(entry["name"], sites, specs))
-    return StageMap(network, tuple(groups), (), description["ranks"])
+        content = read_file(self.folder, name, limit)
+        if known is not None and hashlib.sha256(content).hexdigest() != known:
+            raise LoRunError(f"expected {self.folder / name} as it was saved, found another hash: download it again")
+        return content
+
+    def folders(self, key: str) -> list[str]:
+        """The names of the folders in ``key``."""
+        try:
+            return sorted(entry.name for entry in (self.folder / key).iterdir() if entry.is_dir())
+        except OSError:
+            return []
 
 
-def _fill_base(base: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
-    places = distinct_tensors(base)
-    for name in (*places, *tensors):
-        if name not in tensors or name not in places or tensors[name].shape != places[name].shape:
-            here, there = (tuple(t[name].shape) if name in t else "nothing" for t in (places, tensors))
+@dataclass(frozen=True)
+class _AdapterFiles:
+    """One denoiser's adapter, read and checked but for its values."""
+
+    group: Group
+    site: Site
+    tensors: dict[str, Tensor]
+    config: LoraConfig
+    where: str
+
+
+def _read_set_files(
+    saved: _Saved, key: str, dun: nn.Module, stage_map: StageMap, fingerprint: str | None = None
+) -> list[_AdapterFiles]:
+    """The set in the folder ``key``."""
+    parts = {stage_folder(stage_map, g, s): (g, s) for g in stage_map.groups for s in g.sites}
+    stages = {part.partition("/")[0] for part in parts}
+    extra = [name for name in saved.folders(key) if re.fullmatch(r"stage_\d+", name) and name not in stages]
+    if extra:
+        raise LoRunError(
+            f"expected {len(stage_map)} stages, found {extra[-1]} in {saved.folder / key}: it is for another network"
+        )
+    found = []
+    for part, (group, site) in parts.items():
+        place = f"{key}/{part}".lstrip("/")
+        if saved.description is not None:
+            held = any(f"{place}/{name}" in saved.description["files"] for name in (TENSORS, PEFT_CONFIG))
+        else:
+            held = (saved.folder / place).is_dir()
+        if held:  # a set may hold some stages only
+            found.append(_read_adapter_files(saved, place, dun, group, site, fingerprint))
+    if not found:
+        raise LoRunError(
+            f"expected adapters for {len(stage_map)} stages in {saved.folder / key}, found none: give a set's folder, "
+            "or say with stage= whose adapter it is"
+        )
+    return found
+
+
+def _read_adapter_files(
+    saved: _Saved, key: str, dun: nn.Module, group: Group, site: Site, fingerprint: str | None
+) -> _AdapterFiles:
+    slots, highest = peft_format.slots(dun.get_submodule(site.module), group), peft_format.highest_rank(group)
+    names = [f"{key}/{name}".lstrip("/") for name in (PEFT_CONFIG, TENSORS)]
+    pickle = saved.folder / key / "adapter_model.bin"
+    if pickle.exists() and not (saved.folder / names[1]).exists():
+        raise LoRunError(
+            f"expected {TENSORS}, found a pickle at {pickle}: pickles can run code and are never read; save the "
+            "adapter with safe_serialization=True"
+        )
+    where = [str(saved.folder / name) for name in names]
+    config = config_from_json(parse_json(saved.content(names[0], 65_536 + 600 * len(slots)), where[0]), where[0])
+    content = saved.content(names[1], file_limit(slots, highest))
+    tensors, about = parse_tensors(content, slots, where[1], highest)
+    if fingerprint is not None and about.get(BASE_KEY, fingerprint) != fingerprint:
+        raise _other_base(fingerprint, about[BASE_KEY], where[1])
+    return _AdapterFiles(group, site, tensors, config, where[1])
+
+
+def _adapter_set(files: Sequence[_AdapterFiles], base: nn.Module) -> AdapterSet:
+    adapters = {
+        (item.group.name, item.site): peft_format.read(
+            item.tensors, item.config, base.get_submodule(item.site.module), item.group, item.where
+        )
+        for item in files
+    }
+    return adapters, files[0].config
+
+
+def _fill_base(base: nn.Module, content: bytes, file: Path) -> None:
+    places, buffers = distinct_tensors(base), _buffers(base)
+    slots = {name: Slot(tuple(tensor.shape), tensor.dtype) for name, tensor in places.items()}
+    tensors, _ = parse_tensors(content, slots, str(file))
+    for name, place in places.items():
+        if name not in tensors:
             raise LoRunError(
-                f"expected {name!r} of shape {here}, found {there} in {file}: build the network that was "
+                f"expected {name!r} of shape {tuple(place.shape)}, found nothing in {file}: build the network that was "
                 "converted, or download the file again"
             )
-    with torch.no_grad():
-        for name, place in places.items():
-            place.copy_(tensors[name])
+        value = tensors[name].to(place)
+        if not is_sound(value, name in buffers):
+            raise LoRunError(
+                f"expected finite numbers in {name!r}, found NaN or Inf in {file}: download it again, or save one from "
+                "before training diverged"
+            )
+        with torch.no_grad():
+            place.copy_(value)
 
 
-def _read_set(
-    path: Path, key: str, base: nn.Module, stage_map: StageMap, description: Mapping[str, Any] | None
-) -> tuple[dict[tuple[str, Site], StageAdapter], LoraConfig]:
-    """The set in the folder ``path``; ``key`` is its place in the ``description`` that has its hashes."""
-    adapters, configs = {}, []
-    for group in stage_map.groups:
-        for site in group.sites:
-            part = stage_folder(stage_map, group, site)
-            if description is not None and f"{key}/{part}/{TENSORS}" not in description["files"]:
-                continue  # a set may hold some stages only
-            found = _read_adapter(path / part, f"{key}/{part}", base, group, site, description)
-            adapters[group.name, site], config = found
-            configs.append(config)
-    if not configs:
-        raise LoRunError(f"expected adapters for {len(stage_map)} stages in {path}, found none: give a set's folder")
-    return adapters, configs[0]
-
-
-def _read_adapter(
-    folder: Path, key: str, base: nn.Module, group: Group, site: Site, description: Mapping[str, Any] | None
-) -> tuple[StageAdapter, LoraConfig]:
-    tensors = _read_file(folder / TENSORS, f"{key}/{TENSORS}", description)
-    _check_hash(folder / PEFT_CONFIG, f"{key}/{PEFT_CONFIG}", description)
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise LoRunError(
-            f"expected a LoraConfig in {folder / PEFT_CONFIG}, found {error!r}: save the adapter anew"
-        ) from error
-    if type(config) is not LoraConfig:
-        raise LoRunError(
-            f"expected a LoraConfig in {folder / PEFT_CONFIG}, found {type(config).__name__}: "
-            "only LoRA adapters can be loaded"
-        )
-    return peft_format.read(tensors, config, base.get_submodule(site.module), group, str(folder / TENSORS)), config
-
-
-def _read_file(file: Path, key: str, description: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    _check_hash(file, key, description)
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise LoRunError(f"expected a safetensors file, found damage in {file}: {error}; download it again") from error
-
-
-def _check_hash(file: Path, key: str, description: Mapping[str, Any] | None) -> None:
-    if not file.is_file():
-        raise LoRunError(f"expected a file {file}, found none: download the folder again")
-    if description is not None and sha256(file) != description["files"].get(key):
-        raise LoRunError(f"expected {file} as it was saved, found another hash: download it again")
+def _other_base(held: str, found: str, where: str) -> LoRunError:
+    return LoRunError(
+        f"expected an adapter for the base {held[:12]}, found one for {found[:12]} in {where}: load the base that it "
+        "was trained on with from_pretrained"
+    )

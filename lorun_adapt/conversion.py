@@ -18,7 +18,7 @@ from .errors import LoRunError
 from .factorise import factorise, rank_for_energy
 from .find import find_stages
 from .lowrank import DEFAULT_RANK, LowRank, untrained
-from .model import LoRunModel
+from .model import DEFAULT_SET, LoRunModel
 from .plan import Plan, plan
 from .stages import Group, StageMap
 
@@ -74,8 +74,7 @@ def convert(
     return LoRunModel(
         base,
         dataclasses.replace(stage_map, ranks=ranks),
-        adapters,
-        config,
+        {DEFAULT_SET: (adapters, config)},
         errors,
         trainable={name for name, p in dun.named_parameters() if p.requires_grad},
     )

@@ -51,7 +51,7 @@ def find_stages(
         sets = [_sites(dun, names, trace, told) for names in _named(dun, stages)]
         rest: list[NotTaken] = []
         for sites in sets:
-            _check_named(dun, sites)
+            check_alike(dun, sites, "stages=")
     else:
         sets, rest = _search(dun, trace, told)
     if not sets:
@@ -220,28 +220,34 @@ def _listing(dun: nn.Module) -> str:
     return "its modules are " + abridged(tuple(name for name, _ in dun.named_children()))
 
 
-def _check_named(dun: nn.Module, sites: Sequence[tuple[str, int | None]]) -> None:
+def check_alike(dun: nn.Module, sites: Sequence[tuple[str, int | None]], where: str) -> None:
+    """Refuse (module, call) pairs, named in ``where``, that can't be the stages of one group.
+
+    Raises:
+        LoRunError: fewer than two, one twice or inside another, or tensors of another shape or dtype.
+        AttributeError: no such module.
+    """
     names = [path for path, _ in sites]
     if len(sites) < 2:
         raise LoRunError(
-            f"expected two stages or more in stages=, found {', '.join(names) or 'none'}: name them all, or say with "
+            f"expected two stages or more in {where}, found {', '.join(names) or 'none'}: name them all, or say with "
             "calls= how often the module is called"
         )
-    if _inside(sites, sites):
+    if _inside(sites, sites) or len(set(sites)) < len(sites):
         raise LoRunError(
-            f"expected separate stages in stages=, found one inside another among {abridged(names)}: "
+            f"expected separate stages in {where}, found one twice or inside another among {abridged(names)}: "
             "name the outer or the inner ones"
         )
     first = {name: (tuple(t.shape), t.dtype) for name, t, _ in tensors_of(dun.get_submodule(names[0]))}
     if not first:
-        raise LoRunError(f"expected stages with parameters in stages=, found none in {names[0]}: name other modules")
+        raise LoRunError(f"expected stages with parameters in {where}, found none in {names[0]}: name other modules")
     for other in names[1:]:
         here = {name: (tuple(t.shape), t.dtype) for name, t, _ in tensors_of(dun.get_submodule(other))}
         for name in (*first, *here):
             if first.get(name) != here.get(name):
                 raise LoRunError(
-                    f"expected stages of equal shape, found tensor {name!r} with {_shape(first.get(name))} in "
-                    f"{names[0]} and {_shape(here.get(name))} in {other}: name only stages that are built alike"
+                    f"expected stages of equal shape in {where}, found tensor {name!r} with {_shape(first.get(name))} "
+                    f"in {names[0]} and {_shape(here.get(name))} in {other}: name only stages that are built alike"
                 )
 
 
@@ -268,8 +274,8 @@ def _stage_indices(sets: Sequence[Sequence[tuple[str, int | None]]]) -> list[lis
     numbers = [[_number(path) for path, call in sites if call is None] for sites in sets]
     if all(None not in n and len(set(n)) == len(n) == len(sites) for n, sites in zip(numbers, sets)):
         if len({frozenset(n) for n in numbers}) > 1:
-            lowest = min(min(n) for n in numbers)  # type: ignore[type-var]
-            return [[number - lowest for number in n] for n in numbers]  # type: ignore[operator]
+            order = sorted({number for n in numbers for number in n})  # type: ignore[type-var]
+            return [[order.index(number) for number in n] for n in numbers]
     return [list(range(len(sites))) for sites in sets]
 
 

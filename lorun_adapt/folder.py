@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from .errors import LoRunError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PARTIAL = ".partial"
 
 
 def sha256(path: Path) -> str:
@@ -39,6 +48,38 @@ def replace_folder(target: Path, owned: Callable[[str], bool], marker: str, fill
         LoRunError: ``target`` exists and is something else, or can't be written.
     """
     target = Path(os.path.realpath(target))
+    try:
+        _check_replaceable(target, marker)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target.parent):
+            _remove_abandoned(target)
+            new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PARTIAL, dir=target.parent))
+            mine = _lock(new)
+    except OSError as error:
+        raise LoRunError(
+            f"expected to write beside {target}, found {_reason(error)}: choose another folder, or make room"
+        ) from error
+    try:
+        new.chmod(0o777 & ~_umask())
+        fill(new)
+        with _locked(target.parent):
+            for entry in target.iterdir() if target.is_dir() else ():
+                if not owned(entry.name):
+                    _carry_over(entry, new / entry.name)
+            _sync(new)
+            _swap(new, target)
+            _sync_entry(target.parent)
+    except OSError as error:
+        raise LoRunError(
+            f"expected to write {target}, found {_reason(error)}: what was there is unchanged; choose another folder, "
+            "or make room"
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        _unlock(mine)
+
+
+def _check_replaceable(target: Path, marker: str) -> None:
     if target.exists() and not target.is_dir():
         raise LoRunError(f"expected a folder to save to, found a file at {target}: choose another place")
     here = Path(os.path.realpath(os.curdir))
@@ -50,23 +91,10 @@ def replace_folder(target: Path, owned: Callable[[str], bool], marker: str, fill
         raise LoRunError(
             f"expected an empty folder or a saved network in {target}, found other files: choose another folder"
         )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    except OSError as error:
-        raise LoRunError(f"expected to write beside {target}, found {error.strerror}: choose another folder") from error
-    try:
-        new.chmod(0o777 & ~_umask())
-        fill(new)
-        for entry in target.iterdir() if target.is_dir() else ():
-            if not owned(entry.name):
-                _carry_over(entry, new / entry.name)
-        _sync(new)
-        _swap(new, target)
-    except OSError as error:
-        raise LoRunError(f"expected to write {target}, found {error.strerror}: what was there is unchanged") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    if target.is_dir() and not os.access(target, os.W_OK):
+        raise LoRunError(
+            f"expected a folder that can be replaced, found a read-only one at {target}: choose another folder"
+        )
 
 
 def write_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
@@ -77,7 +105,7 @@ def write_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 fill(file)
@@ -87,7 +115,7 @@ def write_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
             os.unlink(partial)
             raise
     except OSError as error:
-        raise LoRunError(f"expected to write {path}, found {error.strerror}: choose another folder") from error
+        raise LoRunError(f"expected to write {path}, found {_reason(error)}: choose another folder") from error
 
 
 def _carry_over(source: Path, target: Path) -> None:
@@ -99,16 +127,64 @@ def _carry_over(source: Path, target: Path) -> None:
 
 def _sync(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        if path.is_symlink():
-            continue
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError as error:  # some file systems have no fsync for folders
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-                raise
-        finally:
-            os.close(handle)
+        if not path.is_symlink():
+            _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some file systems have no fsync for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)
+
+
+# --- several processes ---------------------------------------------------------------------------
+#
+# A process holds a lock on the folder that it fills; the system lets go of it when the process
+# ends, however it ends. The folder around is locked while entries in it change.
+
+
+def _lock(folder: Path, wait: bool = True) -> int | None:
+    """A handle that holds the lock; None where another process has it, or the system has no such locks."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _unlock(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = _lock(folder)
+    try:
+        yield
+    finally:
+        _unlock(handle)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed processes were writing for ``target``."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*{PARTIAL}"):
+        handle = _lock(path, wait=False) if path.is_dir() and not path.is_symlink() else None
+        if handle is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            _unlock(handle)
+
+
+# --- the swap ------------------------------------------------------------------------------------
 
 
 def _swap(new: Path, target: Path) -> None:
@@ -136,6 +212,10 @@ def _exchange(a: Path, b: Path) -> bool:
     if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
         return libc.renamex_np(first, second, 2) == 0  # RENAME_SWAP
     return False
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error) or type(error).__name__
 
 
 def _umask() -> int:

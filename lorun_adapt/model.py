@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +13,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from . import checkpoint
-from .assemble import Choice, StageAdapter, assemble, distinct_tensors, merge
+from .assemble import Choice, StageAdapter, assemble, copy_network, distinct_tensors, merge
 from .calls import count_while_compiling, counting
+from .description import is_adapter_name
 from .errors import LoRunError
 from .report import Report, make_report
 from .stages import Group, Site, StageMap, stage_key
@@ -46,12 +46,11 @@ class LoRunModel(nn.Module):
         self,
         base: nn.Module,
         stage_map: StageMap,
-        adapters: Choice,
-        config: LoraConfig,
+        sets: Mapping[str, tuple[Choice, LoraConfig]],
         errors: Mapping[str, Mapping[str, list[tuple[float, float]]]],
         *,
         trainable: set[str],
-        name: str = DEFAULT_SET,
+        active: Mapping[int, str] | None = None,
         fingerprint: str | None = None,
     ) -> None:
         super().__init__()
@@ -65,13 +64,14 @@ class LoRunModel(nn.Module):
         self._looped = any(site.call is not None for group in stage_map.groups for site in group.sites)
         self._active: dict[int, str] = {}
         self._fingerprint = fingerprint
-        self.add_set(name, adapters, config)
+        for name, (adapters, config) in sets.items():
+            self._add_set(name, adapters, config)
         self.network = base
         self.training = base.training
         self.register_state_dict_post_hook(_leave_network_out)
         self.register_load_state_dict_pre_hook(_before_load)
         self.register_load_state_dict_post_hook(_after_load)
-        self.set_adapter(name)
+        self.set_adapter(next(iter(sets)) if active is None else active)
 
     @property
     def fingerprint(self) -> str:
@@ -162,11 +162,17 @@ class LoRunModel(nn.Module):
         check_adapter_name(adapter_name)
         adapters, config = checkpoint.load_set(self, Path(path), adapter_name, stage)
         kept = self._choice_of(adapter_name) if stage is not None and adapter_name in self.adapters else {}
-        self.add_set(adapter_name, {**kept, **adapters}, config)
-        if adapter_name in self._active.values():
-            self.set_adapter(self._active)
-        else:
+        before = self.adapters[adapter_name] if adapter_name in self.adapters else None
+        config_before = self.peft_config.get(adapter_name)
+        self._add_set(adapter_name, {**kept, **adapters}, config)
+        if adapter_name not in self._active.values():
             self.adapters[adapter_name].requires_grad_(False)
+            return
+        try:
+            self.set_adapter(self._active)
+        except BaseException:  # it lacks a stage that runs with it
+            self.adapters[adapter_name], self.peft_config[adapter_name] = before, config_before
+            raise
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget a set that no stage runs with.
@@ -193,6 +199,25 @@ class LoRunModel(nn.Module):
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name in self._trainable)
         return network.train(self.training)
+
+    def base_denoiser(self, group: str | None = None) -> nn.Module:
+        """The shared denoiser by itself: a module of the original class, with the base's weights.
+
+        It is a copy. PEFT puts a stage's adapter on it, where PEFT can represent the stage:
+        ``PeftModel.from_pretrained(lorun.base_denoiser(), "saved/adapters/default/stage_03")``.
+
+        Args:
+            group: which denoiser, where a stage has several: a name in ``[g.name for g in lorun.stage_map.groups]``.
+
+        Raises:
+            LoRunError: no such group, or none named where there are several.
+        """
+        groups = {item.name: item for item in self.stage_map.groups}
+        if group is None and len(groups) == 1:
+            group = next(iter(groups))
+        if group not in groups:
+            raise LoRunError(f"expected the name of a denoiser among {list(groups)}, found {group!r}: give group=")
+        return copy_network(self.base.get_submodule(groups[group].sites[0].module))
 
     # --- files -----------------------------------------------------------------------------------
 
@@ -274,7 +299,7 @@ class LoRunModel(nn.Module):
             module.training = modes.get(name, self.training)
         return network
 
-    def add_set(self, name: str, adapters: Choice, config: LoraConfig) -> None:
+    def _add_set(self, name: str, adapters: Choice, config: LoraConfig) -> None:
         """Hold a set under a name, in the place of one that has it; the network stays as it is."""
         held: dict[int, dict[str, StageAdapter]] = {}
         for (group, site), adapter in adapters.items():
@@ -308,11 +333,7 @@ def check_adapter_name(name: str) -> None:
     Raises:
         LoRunError: a name that can't.
     """
-    if (
-        not isinstance(name, str)
-        or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)
-        or hasattr(nn.ModuleDict, name)
-    ):
+    if not is_adapter_name(name):
         raise LoRunError(f"expected an adapter name of letters, digits, _ and -, found {name!r}: choose another")
 
 

@@ -7,24 +7,28 @@ folder loads there as something else than it is.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
+import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from .assemble import StageAdapter, lowrank_terms, private_tensors
 from .errors import LoRunError
 from .lowrank import LowRank
-from .stages import Group
+from .peft_config import REFUSED
+from .peft_limits import CONVOLUTIONS, PREFIX, peft_layer, peft_problem, saved_modules
+from .reading import Slot
+from .stages import Group, TensorSpec, is_sound
 
-PREFIX = "base_model.model."
-REFUSED = ".*"  # rank_pattern's key for a rank of 0
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+USUAL_RANKS = 256  # up to here a file's rank may be above all sides of the network's matrices
 
 
 def write(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> tuple[dict[str, Tensor], LoraConfig, str | None]:
@@ -35,175 +39,215 @@ def write(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> tuple[dic
     terms, private = lowrank_terms(adapter), private_tensors(adapter)
     tensors: dict[str, Tensor] = {}
     layers = {}
-    for name, term in terms.items():
-        layer = _layer(denoiser, name)
-        a, b, key = term.lora_A, term.lora_B, name
-        if layer is not None:
-            key = name.removesuffix(".weight")
-            layers[key] = term
-            if isinstance(layer, CONVOLUTIONS):
-                a = a.reshape(a.shape[0], *layer.weight.shape[1:])
-                b = b.reshape(*b.shape, *(1 for _ in layer.kernel_size))
-        tensors[f"{PREFIX}{key}.lora_A.weight"] = a
-        tensors[f"{PREFIX}{key}.lora_B.weight"] = b
+    for spec in group.tensors:
+        if spec.name not in terms:
+            continue
+        term, names = terms[spec.name], _Names(denoiser, spec)
+        if names.layer is not None:
+            layers[names.key] = term
+        for name, factor, shape in ((names.a, term.lora_A, names.a_shape), (names.b, term.lora_B, names.b_shape)):
+            tensors[name] = factor.reshape([term.rank if side is None else side for side in shape])
     with_bias = any(f"{key}.bias" in private for key in layers)
     rest = dict(private)
-    if with_bias:
-        for key, term in layers.items():
-            base = denoiser.get_submodule(key).bias
-            if base is None:  # lora_bias is for all layers or none
-                tensors[f"{PREFIX}{key}.lora_B.bias"] = term.lora_B.new_zeros(term.lora_B.shape[0])
-                continue
-            value = private[f"{key}.bias"]
-            difference = (value - base) / term.scaling
-            tensors[f"{PREFIX}{key}.lora_B.bias"] = difference
-            if torch.equal(_bias(base, difference, term.scaling), value):
-                del rest[f"{key}.bias"]  # else kept as well, to the bit: PEFT passes over it
+    for key, term in layers.items() if with_bias else ():
+        base = denoiser.get_submodule(key).bias
+        if base is None:  # lora_bias is for all layers or none
+            tensors[f"{PREFIX}{key}.lora_B.bias"] = term.lora_B.new_zeros(term.lora_B.shape[0])
+            continue
+        value = private[f"{key}.bias"]
+        difference = (value - base) / term.scaling
+        tensors[f"{PREFIX}{key}.lora_B.bias"] = difference
+        if torch.equal(_bias(base, difference, term.scaling), value):
+            del rest[f"{key}.bias"]  # else kept as well, to the bit: PEFT passes over it
     tensors.update({PREFIX + name: value for name, value in rest.items()})
-    saved = _modules_to_save(denoiser, rest, layers, with_bias)
     problem = peft_problem(denoiser, group, adapter)
-    config = _config(terms, layers, with_bias, saved or [], problem)
+    config = _config(terms, layers, with_bias, [] if problem else saved_modules(adapter), problem)
     return {name: t.detach() for name, t in tensors.items()}, config, problem
 
 
-def peft_problem(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> str | None:
-    """Why PEFT can't represent the stage; None where it can."""
-    terms, private = lowrank_terms(adapter), private_tensors(adapter)
-    layers = {name.removesuffix(".weight"): term for name, term in terms.items() if _layer(denoiser, name) is not None}
-    strange = [name for name in terms if _layer(denoiser, name) is None]
-    if strange:
-        return f"the tensor {strange[0]} is adapted, which is not the weight of a layer that PEFT adapts"
-    if not layers:
-        return "the stage has no low-rank term"
-    if any(len(spec.aliases) > 1 for spec in group.tensors):
-        return "the stage ties tensors within itself"
-    with_bias = any(f"{key}.bias" in private for key in layers)
-    rest = {n: t for n, t in private.items() if not (with_bias and n.endswith(".bias") and n[:-5] in layers)}
-    if _modules_to_save(denoiser, rest, layers, with_bias) is None:
-        return "the stage has private tensors that PEFT's modules_to_save can't name by themselves"
-    return None
+def slots(denoiser: nn.Module, group: Group) -> dict[str, Slot]:
+    """What a file may hold for a denoiser of ``group``: by name, the shape and dtype."""
+    found: dict[str, Slot] = {}
+    for spec in group.tensors:
+        if spec.common:
+            continue
+        found[PREFIX + spec.name] = Slot(spec.shape, spec.dtype)
+        if spec.adaptable:
+            names = _Names(denoiser, spec)
+            found[names.a], found[names.b] = Slot(names.a_shape, spec.dtype), Slot(names.b_shape, spec.dtype)
+            if names.layer is not None:
+                found[names.bias] = Slot((spec.shape[0],), spec.dtype)
+    return found
+
+
+def highest_rank(group: Group) -> int:
+    """What a file's ranks may be: more than a tensor's limit, as PEFT allows it, but within reason."""
+    return max([USUAL_RANKS, *(max(spec.matrix) for spec in group.tensors if spec.adaptable)])
 
 
 def read(
     tensors: Mapping[str, Tensor], config: LoraConfig, denoiser: nn.Module, group: Group, where: str
 ) -> StageAdapter:
-    """The adapter that ``tensors`` hold for a denoiser of ``group``.
+    """The adapter that ``tensors``, which fit :func:`slots`, hold for a denoiser of ``group``.
+
+    ``denoiser`` holds the base's values. What an adapter of PEFT's own neither targets nor saves
+    stays as in the base. A rank above a tensor's limit is brought down to it, with a warning; the
+    product stays the same.
 
     Raises:
-        LoRunError: a missing, an extra or a mis-shaped tensor.
+        LoRunError: a missing or an extra tensor, a rank that the config doesn't say, NaN or Inf.
     """
-    left = dict(tensors)
-    parameters = dict(denoiser.named_parameters(remove_duplicate=False))
-    terms, private = {}, {}
+    left, wanted = dict(tensors), _Wanted(config)
+    terms: dict[str, LowRank] = {}
+    private: dict[str, Tensor] = {}
+
+    def fail(expected: str, found: str) -> LoRunError:
+        return LoRunError(
+            f"expected {expected}, found {found} in {where}: load it into the network it was made for, or download "
+            "it again"
+        )
+
     for spec in group.tensors:
         if spec.common:
             continue
-        layer = _layer(denoiser, spec.name)
-        key = spec.name.removesuffix(".weight") if layer is not None else spec.name
-        like = parameters.get(spec.name)
-        a, b = left.pop(f"{PREFIX}{key}.lora_A.weight", None), left.pop(f"{PREFIX}{key}.lora_B.weight", None)
-        if a is not None and b is not None and like is not None:
-            rows, columns = spec.matrix
-            if a.shape[0] < 1 or a.numel() != a.shape[0] * columns or b.numel() != rows * a.shape[0]:
-                raise LoRunError(
-                    f"expected a low-rank pair for {spec.name!r} of shape {spec.shape}, found {tuple(a.shape)} and "
-                    f"{tuple(b.shape)} in {where}: load it into the network it was made for"
-                )
-            terms[spec.name] = LowRank(
-                a.reshape(-1, columns).to(like), b.reshape(rows, -1).to(like), _scaling(config, key, a.shape[0])
-            )
-            no_bias = layer is not None and layer.bias is None and left.get(f"{PREFIX}{key}.lora_B.bias")
-            if isinstance(no_bias, Tensor) and not bool(no_bias.any()):
-                del left[f"{PREFIX}{key}.lora_B.bias"]
+        names = _Names(denoiser, spec)
+        base = names.owner._buffers[names.attribute] if spec.buffer else names.owner._parameters[names.attribute]
+        assert base is not None
+        pair = [left.pop(name) for name in (names.a, names.b) if spec.adaptable and name in left]
+        if len(pair) == 1:
+            raise fail(f"both factors of {spec.name!r}", "one")
+        if pair:
+            rank = wanted.rank(names.key)
+            found = [factor.shape[side.index(None)] for factor, side in zip(pair, (names.a_shape, names.b_shape))]
+            if found != [rank, rank]:
+                raise fail(f"factors of rank {rank} for {spec.name!r}, as its config says", f"ranks {found}")
+            terms[spec.name] = _term(spec, pair, wanted.scaling(names.key, rank), base, where)
+            lacking = names.bias if names.layer is not None and names.layer.bias is None else None
+            if lacking in left and bool(left.pop(lacking).any()):
+                raise fail(f"no bias for {names.key!r}, which has none in the network", "one")
             continue
+        if names.layer is not None and wanted.targets(names.key) and not wanted.saved(spec):
+            raise fail(f"the factors of {spec.name!r}, which the config targets", "none")
         value = left.pop(PREFIX + spec.name, None)
-        module = spec.name.removesuffix(".bias")
-        difference = left.pop(f"{PREFIX}{module}.lora_B.bias", None) if spec.name.endswith(".bias") else None
-        if value is None and difference is not None:
-            rank = tensors[f"{PREFIX}{module}.lora_A.weight"].shape[0]
-            value = _bias(denoiser.get_submodule(module).bias.detach(), difference, _scaling(config, module, rank))
-        if value is None or value.shape != spec.shape:
-            found = "nothing" if value is None else tuple(value.shape)
-            raise LoRunError(
-                f"expected {spec.name!r} of shape {spec.shape}, found {found} in {where}: the file is for "
-                "another network or damaged"
-            )
-        value = value.to(spec.dtype if like is None else like.dtype).to(next(iter(denoiser.parameters())).device)
-        private[spec.name] = value if spec.buffer else nn.Parameter(value, value.is_floating_point())
+        layer = spec.name.removesuffix(".bias")
+        if layer != spec.name and f"{PREFIX}{layer}.lora_A.weight" in tensors:
+            difference = left.pop(f"{PREFIX}{layer}.lora_B.bias", None)
+            if value is None and difference is not None:
+                value = _bias(base.detach(), difference, wanted.scaling(layer, wanted.rank(layer)))
+            if value is None and wanted.lora_bias:
+                raise fail(f"the bias of {layer!r}, since the config says lora_bias", "none")
+        if value is None and (wanted.everything or wanted.saved(spec)):
+            raise fail(f"the tensor {spec.name!r}", "none")
+        value = base.detach().clone() if value is None else value.to(base)
+        if not is_sound(value, spec.buffer):
+            raise fail(f"finite numbers in {spec.name!r}", "NaN or Inf")
+        trains = value.is_floating_point() or value.is_complex()
+        private[spec.name] = value if spec.buffer else nn.Parameter(value, trains)
     if left:
-        raise LoRunError(
-            f"expected only the denoiser's tensors, found {sorted(left)[0]!r} in {where}: the file is for "
-            "another network or damaged"
-        )
+        raise fail(f"the tensors that the config says of {group.name!r}", f"{sorted(left)[0]!r} beside them")
     return StageAdapter(terms, private, [spec.name for spec in group.tensors if spec.frozen])
 
 
-def _layer(denoiser: nn.Module, name: str) -> nn.Module | None:
-    """The layer whose weight ``name`` is, if PEFT's LoRA does to it what we do."""
-    path, _, attribute = name.rpartition(".")
-    module = denoiser.get_submodule(path)
-    if attribute != "weight" or not path:
-        return None
-    if type(module) is nn.Linear:
-        return module
-    if type(module) in CONVOLUTIONS and module.groups == 1 and module.padding_mode == "zeros":
-        return module if all(step == 1 for step in module.dilation) else None
-    return None
+def _term(spec: TensorSpec, pair: Sequence[Tensor], scaling: float, base: Tensor, where: str) -> LowRank:
+    rows, columns = spec.matrix
+    a, b = pair[0].reshape(-1, columns), pair[1].reshape(rows, -1)
+    limit = min(rows, columns)
+    if len(a) > limit:
+        warnings.warn(
+            f"rank {len(a)} is above the limit of {spec.name!r} in {where}: {limit} is used, for the same product",
+            stacklevel=2,
+        )
+        exact = torch.complex128 if base.is_complex() else torch.float64
+        product = b.to(exact) @ a.to(exact)
+        a, b = (product, torch.eye(rows)) if rows <= columns else (torch.eye(columns), product)
+    term = LowRank(a.to(base), b.to(base), scaling)
+    if not all(is_sound(tensor, False) for tensor in (term.lora_A, term.lora_B, torch.tensor(scaling).to(base))):
+        raise LoRunError(
+            f"expected finite factors and scaling for {spec.name!r}, found NaN or Inf in {where}: download it again, "
+            "or save one from before training diverged"
+        )
+    return term
 
 
-def _modules_to_save(
-    denoiser: nn.Module, rest: Mapping[str, Tensor], layers: Mapping[str, LowRank], with_bias: bool
-) -> list[str] | None:
-    """Whole modules that hold the private tensors, where PEFT's matching by suffix finds just these."""
-    owners = {name.rpartition(".")[0] for name in rest}
-    owners -= {key for key in layers if with_bias and f"{key}.bias" in rest}
-    names = [name for name, _ in denoiser.named_modules(remove_duplicate=False)]
-    for owner in owners:
-        module = denoiser.get_submodule(owner)
-        if not owner or any(True for _ in module.children()):
-            return None
-        if not all(f"{owner}.{name}" in rest for name in module.state_dict()):
-            return None
-        if {name for name in names if name.endswith(owner)} - owners:
-            return None
-        if any(re.match(rf"(^|.*\.){owner}($|\..*)", key) for key in layers):
-            return None
-    return sorted(owners)
+class _Names:
+    """How a file names a tensor: the layer's name where PEFT has a LoRA for it, else the tensor's own."""
+
+    def __init__(self, denoiser: nn.Module, spec: TensorSpec) -> None:
+        path, _, self.attribute = spec.name.rpartition(".")
+        self.owner = denoiser.get_submodule(path)
+        self.layer = peft_layer(denoiser, spec.name)
+        self.key = spec.name if self.layer is None else path
+        self.a, self.b, self.bias = (f"{PREFIX}{self.key}.lora_{x}" for x in ("A.weight", "B.weight", "B.bias"))
+        rows, columns = spec.matrix
+        self.a_shape: tuple[int | None, ...] = (None, columns)
+        self.b_shape: tuple[int | None, ...] = (rows, None)
+        if isinstance(self.layer, CONVOLUTIONS):
+            self.a_shape, self.b_shape = (None, *spec.shape[1:]), (rows, None, *(1 for _ in spec.shape[2:]))
+
+
+class _Wanted:
+    """What a file must hold, by its config, and the numbers that the config has for each tensor."""
+
+    def __init__(self, config: LoraConfig) -> None:
+        self.everything = config.rank_pattern.get(REFUSED) == 0  # ours, and not for PEFT
+        self.config = copy.copy(config)
+        self.config.rank_pattern = {key: r for key, r in config.rank_pattern.items() if (key, r) != (REFUSED, 0)}
+        self.lora_bias = config.lora_bias
+
+    def rank(self, key: str) -> int:
+        pattern = self.config.rank_pattern
+        return pattern.get(get_pattern_key(pattern.keys(), key), self.config.r)
+
+    def scaling(self, key: str, rank: int) -> float:
+        pattern = self.config.alpha_pattern
+        alpha = pattern.get(get_pattern_key(pattern.keys(), key), self.config.lora_alpha)
+        return alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank
+
+    def targets(self, module: str) -> bool:
+        return self.config.target_modules is not None and bool(check_target_module_exists(self.config, module))
+
+    def saved(self, spec: TensorSpec) -> bool:
+        """Whether modules_to_save names a module with the tensor, by PEFT's rule: its name ends so."""
+        for alias in spec.aliases:
+            parts = alias.split(".")[:-1]
+            for end in range(1, len(parts) + 1):
+                name = PREFIX + ".".join(parts[:end])
+                if any(name.endswith(saved) for saved in self.config.modules_to_save or ()):
+                    return True
+        return False
 
 
 def _config(
     terms: Mapping[str, LowRank], layers: Mapping[str, LowRank], with_bias: bool, saved: list[str], problem: str | None
 ) -> LoraConfig:
-    kinds = Counter((term.rank, term.rank * term.scaling) for term in terms.values())
-    (rank, alpha), _ = kinds.most_common(1)[0] if kinds else ((1, 1.0), 0)
+    kinds = Counter((term.rank, _alpha(term)) for term in terms.values())
+    (rank, alpha), _ = kinds.most_common(1)[0] if kinds else ((1, 1), 0)
     keys = {key if (key := name.removesuffix(".weight")) in layers else name: term for name, term in terms.items()}
     ranks = {"^" + re.escape(key): term.rank for key, term in keys.items() if term.rank != rank}
-    alphas = {
-        "^" + re.escape(key): _number(term.rank * term.scaling)
-        for key, term in keys.items()
-        if term.rank * term.scaling != alpha
-    }
+    alphas = {"^" + re.escape(key): _alpha(term) for key, term in keys.items() if _alpha(term) != alpha}
     if problem is not None:
         ranks = {REFUSED: 0, **ranks}
     return LoraConfig(
         r=rank,
-        lora_alpha=_number(alpha),
+        lora_alpha=alpha,
         rank_pattern=ranks,
         alpha_pattern=alphas,
         lora_bias=with_bias,
         target_modules="|".join(re.escape(key) for key in sorted(keys)) or "^$",
-        modules_to_save=saved or None,
+        # With PEFT's prefix, since PEFT looks at how names end: a head "0" is not the layer "10".
+        modules_to_save=[PREFIX + name for name in saved] or None,
         inference_mode=True,
     )
 
 
-def _number(value: float) -> int | float:
-    return int(value) if value == int(value) else value
-
-
-def _scaling(config: LoraConfig, key: str, rank: int) -> float:
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), key), config.lora_alpha)
-    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+def _alpha(term: LowRank) -> int | float:
+    """The alpha that gives the term's scaling back, to the bit, when it is divided by the rank."""
+    alpha = term.rank * term.scaling
+    for candidate in (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf)):
+        if candidate / term.rank == term.scaling:
+            alpha = candidate
+            break
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _bias(base: Tensor, difference: Tensor, scaling: float) -> Tensor:

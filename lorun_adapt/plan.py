@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import warnings
 from dataclasses import dataclass
@@ -15,20 +14,8 @@ from torch import nn
 
 from .errors import LoRunError
 from .lowrank import LAYERS, pair_size
+from .peft_config import check_config
 from .stages import StageMap, TensorSpec
-
-READ = {
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_modules",
-    "exclude_modules",
-    "target_parameters",
-    "modules_to_save",
-}
-ABOUT = {"peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping"}
 
 
 @dataclass(frozen=True)
@@ -37,32 +24,6 @@ class Term:
 
     rank: int
     scaling: float
-
-
-def check_config(config: LoraConfig) -> None:
-    """Refuse what would otherwise be ignored.
-
-    Raises:
-        LoRunError: another kind of config, an option that has no meaning here, or a bad rank.
-    """
-    if type(config) is not LoraConfig:
-        raise LoRunError(
-            f"expected a peft.LoraConfig, found {type(config).__name__}: pass LoraConfig(r=8, lora_alpha=8)"
-        )
-    default = LoraConfig()
-    for option in dataclasses.fields(LoraConfig):
-        value = getattr(config, option.name)
-        if option.name not in READ | ABOUT and value != getattr(default, option.name):
-            raise LoRunError(
-                f"expected LoraConfig's default for {option.name}, found {value!r}, which has no meaning in an "
-                "unfolding network: leave it out"
-            )
-    for where, rank in (("r", config.r), *config.rank_pattern.items()):
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise LoRunError(f"expected a rank of 1 or more for {where}, found {rank!r}: choose a positive integer")
-    for where, alpha in (("lora_alpha", config.lora_alpha), *config.alpha_pattern.items()):
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha <= 0:
-            raise LoRunError(f"expected a positive number for {where}, found {alpha!r}: alpha scales the adapter")
 
 
 @dataclass(frozen=True)

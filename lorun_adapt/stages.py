@@ -142,6 +142,13 @@ def tensors_of(module: nn.Module) -> list[tuple[str, Tensor, bool]]:
     return found
 
 
+def is_sound(tensor: Tensor, buffer: bool) -> bool:
+    """Whether a tensor can be a trained network's: no NaN, and no Inf but in a buffer, as a mask has it."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    return not bool(torch.isnan(tensor).any()) if buffer else bool(torch.isfinite(tensor).all())
+
+
 def abridged(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])}, … {names[-1]} ({len(names)})"
 

@@ -127,7 +127,7 @@ def test_a_save_that_fails_leaves_the_old_folder(saved: Path, lorun: LoRunModel,
 
     if not exchange:
         monkeypatch.setattr(folder, "_exchange", lambda *_: False)
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(checkpoint, "to_safetensors", fail)
     with pytest.raises(LoRunError, match="No space left.*unchanged"):
         lorun.save_pretrained(saved)
     monkeypatch.undo()
@@ -143,12 +143,12 @@ def test_a_save_that_fails_leaves_the_old_folder(saved: Path, lorun: LoRunModel,
 def test_a_killed_save_leaves_the_old_folder_or_the_new(saved: Path, lorun: LoRunModel, blocks: Case) -> None:
     before = files(saved)
     train_a_bit(lorun, blocks.inputs)
-    seen = set()
-    for step in ("save_file", "model_card", "sha256", "replace"):
+    seen, swap = set(), folder._swap
+    for step in ("to_safetensors", "model_card", "sha256", "replace"):
         child = os.fork()
         if child == 0:  # die within the save, without any cleaning up
             if step == "replace":
-                folder.shutil.rmtree = lambda *_, **__: os._exit(9)
+                folder._swap = lambda *args: (swap(*args), os._exit(9))
             else:
                 setattr(checkpoint, step, lambda *_: os._exit(9))
             lorun.save_pretrained(saved)

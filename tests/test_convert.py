@@ -196,7 +196,6 @@ def test_named_targets_are_adapted_whatever_their_size(net: nn.Module) -> None:
         {"bias": "all"},
         {"use_dora": True},
         {"init_lora_weights": "pissa"},
-        {"lora_bias": True},
         {"fan_in_fan_out": True},
         {"layers_to_transform": [0], "target_modules": ["0"]},
         {"task_type": "CAUSAL_LM"},

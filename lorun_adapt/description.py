@@ -1,0 +1,217 @@
+"""``lorun_config.json``: which network was converted, where its stages are, and the hash of every file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from .errors import LoRunError
+from .find import check_alike, tensor_specs
+from .reading import parse_json, read_file
+from .stages import Group, Site, StageMap, tensors_of
+
+if TYPE_CHECKING:
+    from .model import LoRunModel
+
+FORMAT = 1
+CONFIG = "lorun_config.json"
+
+
+def describe(lorun: LoRunModel, files: Mapping[str, str]) -> dict[str, Any]:
+    """What is written of a converted network; ``files``: the SHA-256 of each, by its place in the folder."""
+    import peft
+
+    from . import __version__
+
+    return {
+        "format": FORMAT,
+        "network": lorun.stage_map.network,
+        "groups": [
+            {
+                "name": group.name,
+                "sites": [{"stage": s.stage, "module": s.module, "call": s.call} for s in group.sites],
+                "tensors": {spec.name: list(spec.shape) for spec in group.tensors},
+                "common": [spec.name for spec in group.tensors if spec.common],
+            }
+            for group in lorun.stage_map.groups
+        ],
+        "adapters": lorun.adapter_names,
+        "errors": lorun.errors,
+        "fingerprint": lorun.fingerprint,
+        "active": [lorun.active_adapters[stage] for stage in range(len(lorun.stage_map))],
+        "versions": {"lorun-adapt": __version__, "torch": torch.__version__, "peft": peft.__version__},
+        "files": dict(files),
+    }
+
+
+def as_text(description: Mapping[str, Any]) -> str:
+    """The file's text: the description and a hash of it."""
+    return json.dumps({**description, "sha256": _digest(description)}, indent=2) + "\n"
+
+
+def read_description(folder: Path, dun: nn.Module) -> dict[str, Any]:
+    """The description in ``folder``, of which everything has the right form.
+
+    Raises:
+        LoRunError: none, a damaged one, or one of a newer format.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise LoRunError(f"expected {CONFIG} in {folder}, found none: give a folder that save_pretrained wrote")
+    content = read_file(folder, CONFIG, 1_000_000 + 1000 * len(tensors_of(dun)))
+    description = parse_json(content, str(file))
+    version = description.get("format") if isinstance(description, dict) else None
+    if type(version) is int and version > FORMAT:
+        raise LoRunError(f"expected format {FORMAT} in {file}, found {version}, a newer one: update lorun-adapt")
+    wrong = None if type(version) is int and version == FORMAT else "format"
+    if wrong is None:
+        rest = {key: value for key, value in description.items() if key != "sha256"}
+        wrong = "sha256" if description.get("sha256") != _digest(rest) else _wrong_part(description)
+    if wrong is not None:
+        raise LoRunError(
+            f"expected the description of a conversion, found a wrong {wrong!r} in {file}: save it anew or download it "
+            "again"
+        )
+    return description
+
+
+def _digest(description: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def _wrong_part(description: Mapping[str, Any]) -> str | None:
+    """The key whose value is not what it must be."""
+    for key, right in (
+        ("network", _is_str),
+        ("groups", lambda v: isinstance(v, list) and bool(v) and all(map(_is_group, v))),
+        ("adapters", lambda v: _are(v, list, is_adapter_name) and 0 < len(v) == len(set(v))),
+        ("fingerprint", _is_digest),
+        ("files", lambda v: _are(v, dict, _is_str) and all(map(_is_digest, v.values()))),
+        ("active", lambda v: _are(v, list, lambda name: name in description["adapters"])),
+        ("errors", lambda v: isinstance(v, dict) and all(_are_errors(v.get(g["name"])) for g in description["groups"])),
+    ):
+        if key not in description or not right(description[key]):
+            return key
+    groups = description["groups"]
+    stages = [{site["stage"] for site in group["sites"]} for group in groups]
+    if any(len(found) < len(group["sites"]) for found, group in zip(stages, groups)):
+        return "groups"
+    every = set.union(*stages)
+    if len({group["name"] for group in groups}) < len(groups) or every != set(range(len(every))):
+        return "groups"
+    if len(description["active"]) != len(every):
+        return "active"
+    if any(len(rows) != len(g["sites"]) for g in groups for rows in description["errors"][g["name"]].values()):
+        return "errors"
+    return None
+
+
+def is_adapter_name(name: object) -> bool:
+    """Whether it can name a set: names become folders and attributes."""
+    return (
+        isinstance(name, str)
+        and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name) is not None
+        and not hasattr(nn.ModuleDict, name)
+    )
+
+
+def _are(value: object, kind: type, right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, kind) and all(right(item) for item in value)  # type: ignore[attr-defined]
+
+
+def _is_str(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**48
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def _is_group(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("name"), str)
+        and re.fullmatch(r"[A-Za-z0-9_-]+", value["name"]) is not None
+        and not hasattr(nn.ModuleDict, value["name"])
+        and isinstance(value.get("sites"), list)
+        and len(value["sites"]) > 1
+        and all(map(_is_site, value["sites"]))
+        and isinstance(value.get("tensors"), dict)
+        and all(_are(shape, list, _is_count) for shape in value["tensors"].values())
+        and _are(value.get("common"), list, _is_str)
+    )
+
+
+def _is_site(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and _is_count(value.get("stage"))
+        and isinstance(value.get("module"), str)
+        and value["module"] != ""
+        and (value.get("call") is None or _is_count(value["call"]))
+    )
+
+
+def _are_errors(value: object) -> bool:
+    def is_pair(pair: object) -> bool:
+        return _are(pair, list, lambda number: type(number) in (int, float)) and len(pair) == 2  # type: ignore[arg-type]
+
+    return isinstance(value, dict) and all(_are(rows, list, is_pair) for rows in value.values())
+
+
+# --- against the network -------------------------------------------------------------------------
+
+
+def stage_map_of(dun: nn.Module, description: Mapping[str, Any], file: Path) -> StageMap:
+    """The stages that the description names, in ``dun``.
+
+    Raises:
+        LoRunError: a network of another class, or with other stages.
+    """
+    network = type_before_parametrizations(dun).__name__
+    if description["network"] != network:
+        raise LoRunError(
+            f"expected the class {description['network'][:100]}, found {network} for {file}: build the network "
+            "that was converted"
+        )
+    groups = []
+    for entry in description["groups"]:
+        sites = tuple(Site(site["stage"], site["module"], site.get("call")) for site in entry["sites"])
+        try:
+            check_alike(dun, [(site.module, site.call) for site in sites], str(file))
+            specs = tensor_specs(dun, sites, set(entry["common"]))
+        except (AttributeError, KeyError) as error:
+            raise LoRunError(
+                f"expected the stages that {file} names in {network}, found {error}: build the network "
+                "that was converted, with as many stages"
+            ) from error
+        shapes = {spec.name: list(spec.shape) for spec in specs}
+        if shapes != entry["tensors"]:
+            name = next(n for n in {**shapes, **entry["tensors"]} if shapes.get(n) != entry["tensors"].get(n))
+            raise LoRunError(
+                f"expected {name!r} of shape {entry['tensors'].get(name)}, found {shapes.get(name)} in the "
+                f"stages of {network} for {file}: build the network that was converted"
+            )
+        groups.append(Group(entry["name"], sites, specs))
+    calls: dict[str, set[int | None]] = {}
+    for site in (site for group in groups for site in group.sites):
+        calls.setdefault(site.module, set()).add(site.call)
+    nested = [path for path in calls if any(other.startswith(f"{path}.") for other in calls)]
+    if nested or any(found != {None} and found != set(range(len(found))) for found in calls.values()):
+        raise LoRunError(
+            f"expected separate stages in {file}, found {(nested or list(calls))[0]!r} more than once: save it anew or "
+            "download it again"
+        )
+    return StageMap(network, tuple(groups))
