@@ -24,7 +24,7 @@ from .assemble import StageAdapter, lowrank_terms, private_tensors
 from .errors import LoRunError
 from .lowrank import LowRank
 from .peft_config import REFUSED
-from .peft_limits import CONVOLUTIONS, PREFIX, peft_layer, peft_problem, saved_modules
+from .peft_limits import CONVOLUTIONS, PREFIX, PeftView, peft_layer, peft_view
 from .reading import Slot
 from .stages import Group, TensorSpec, is_sound
 
@@ -37,20 +37,21 @@ def write(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> tuple[dic
     ``denoiser`` holds the base's values: PEFT keeps a stage's bias as what it adds to the base's.
     """
     terms, private = lowrank_terms(adapter), private_tensors(adapter)
+    view = peft_view(denoiser, group, adapter)
+    specs = {spec.name: _Names(denoiser, spec) for spec in group.tensors if spec.name in terms}
+    keys = {names.key: terms[name] for name, names in specs.items()}
+    for layer in view.full:
+        spec = next(spec for spec in group.tensors if spec.name == f"{layer}.weight")
+        specs[spec.name], keys[layer] = _Names(denoiser, spec), _whole(spec, denoiser, private[spec.name])
     tensors: dict[str, Tensor] = {}
-    layers = {}
-    for spec in group.tensors:
-        if spec.name not in terms:
-            continue
-        term, names = terms[spec.name], _Names(denoiser, spec)
-        if names.layer is not None:
-            layers[names.key] = term
+    for names in specs.values():
+        term = keys[names.key]
         for name, factor, shape in ((names.a, term.lora_A, names.a_shape), (names.b, term.lora_B, names.b_shape)):
             tensors[name] = factor.reshape([term.rank if side is None else side for side in shape])
-    with_bias = any(f"{key}.bias" in private for key in layers)
     rest = dict(private)
-    for key, term in layers.items() if with_bias else ():
-        base = denoiser.get_submodule(key).bias
+    with_bias = any(f"{key}.bias" in private for key in view.targets)
+    for key in view.targets if with_bias else ():
+        term, base = keys[key], denoiser.get_submodule(key).bias
         if base is None:  # lora_bias is for all layers or none
             tensors[f"{PREFIX}{key}.lora_B.bias"] = term.lora_B.new_zeros(term.lora_B.shape[0])
             continue
@@ -59,10 +60,24 @@ def write(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> tuple[dic
         tensors[f"{PREFIX}{key}.lora_B.bias"] = difference
         if torch.equal(_bias(base, difference, term.scaling), value):
             del rest[f"{key}.bias"]  # else kept as well, to the bit: PEFT passes over it
+    for name in terms.keys() & {f"{key}.weight" for key in view.whole}:
+        rest[name] = terms[name](_parameter(denoiser, name))
     tensors.update({PREFIX + name: value for name, value in rest.items()})
-    problem = peft_problem(denoiser, group, adapter)
-    config = _config(terms, layers, with_bias, [] if problem else saved_modules(adapter), problem)
-    return {name: t.detach() for name, t in tensors.items()}, config, problem
+    return {name: t.detach() for name, t in tensors.items()}, _config(keys, view, with_bias), view.problem
+
+
+def _whole(spec: TensorSpec, denoiser: nn.Module, value: Tensor) -> LowRank:
+    """A tensor as its base plus factors of full rank."""
+    difference = (value - _parameter(denoiser, spec.name)).detach().reshape(spec.matrix)
+    rows, columns = spec.matrix
+    if rows <= columns:
+        return LowRank(difference, torch.eye(rows).to(difference))
+    return LowRank(torch.eye(columns).to(difference), difference)
+
+
+def _parameter(denoiser: nn.Module, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    return getattr(denoiser.get_submodule(path), attribute)
 
 
 def slots(denoiser: nn.Module, group: Group) -> dict[str, Slot]:
@@ -116,7 +131,9 @@ def read(
         pair = [left.pop(name) for name in (names.a, names.b) if spec.adaptable and name in left]
         if len(pair) == 1:
             raise fail(f"both factors of {spec.name!r}", "one")
-        if pair:
+        # Where a file has factors and the whole tensor, one is PEFT's way of seeing the other.
+        if pair and (wanted.saved(spec) or PREFIX + spec.name not in left):
+            left.pop(PREFIX + spec.name, None)
             rank = wanted.rank(names.key)
             found = [factor.shape[side.index(None)] for factor, side in zip(pair, (names.a_shape, names.b_shape))]
             if found != [rank, rank]:
@@ -126,7 +143,7 @@ def read(
             if lacking in left and bool(left.pop(lacking).any()):
                 raise fail(f"no bias for {names.key!r}, which has none in the network", "one")
             continue
-        if names.layer is not None and wanted.targets(names.key) and not wanted.saved(spec):
+        if names.layer is not None and not pair and wanted.targets(names.key) and not wanted.saved(spec):
             raise fail(f"the factors of {spec.name!r}, which the config targets", "none")
         value = left.pop(PREFIX + spec.name, None)
         layer = spec.name.removesuffix(".bias")
@@ -211,21 +228,18 @@ class _Wanted:
         for alias in spec.aliases:
             parts = alias.split(".")[:-1]
             for end in range(1, len(parts) + 1):
-                name = PREFIX + ".".join(parts[:end])
+                name = ".".join(parts[:end])
                 if any(name.endswith(saved) for saved in self.config.modules_to_save or ()):
                     return True
         return False
 
 
-def _config(
-    terms: Mapping[str, LowRank], layers: Mapping[str, LowRank], with_bias: bool, saved: list[str], problem: str | None
-) -> LoraConfig:
-    kinds = Counter((term.rank, _alpha(term)) for term in terms.values())
+def _config(keys: Mapping[str, LowRank], view: PeftView, with_bias: bool) -> LoraConfig:
+    kinds = Counter((term.rank, _alpha(term)) for term in keys.values())
     (rank, alpha), _ = kinds.most_common(1)[0] if kinds else ((1, 1), 0)
-    keys = {key if (key := name.removesuffix(".weight")) in layers else name: term for name, term in terms.items()}
     ranks = {"^" + re.escape(key): term.rank for key, term in keys.items() if term.rank != rank}
     alphas = {"^" + re.escape(key): _alpha(term) for key, term in keys.items() if _alpha(term) != alpha}
-    if problem is not None:
+    if view.problem is not None:
         ranks = {REFUSED: 0, **ranks}
     return LoraConfig(
         r=rank,
@@ -233,9 +247,8 @@ def _config(
         rank_pattern=ranks,
         alpha_pattern=alphas,
         lora_bias=with_bias,
-        target_modules="|".join(re.escape(key) for key in sorted(keys)) or "^$",
-        # With PEFT's prefix, since PEFT looks at how names end: a head "0" is not the layer "10".
-        modules_to_save=[PREFIX + name for name in saved] or None,
+        target_modules="|".join(re.escape(key) for key in sorted(keys.keys() - view.whole)) or "^$",
+        modules_to_save=list(view.saved) or None,
         inference_mode=True,
     )
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from types import CodeType, FunctionType
 
-from torch import Tensor, nn
+from torch import nn
 
 from .assemble import StageAdapter, lowrank_terms, private_tensors
 from .lowrank import plain_class
@@ -23,9 +25,60 @@ def peft_layer(denoiser: nn.Module, name: str) -> nn.Module | None:
     return module if _why_not(denoiser, name) is None else None
 
 
-def peft_problem(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> str | None:
-    """Why PEFT can't represent the stage; None where it can."""
-    terms = lowrank_terms(adapter)
+@dataclass(frozen=True)
+class PeftView:
+    """How PEFT is to see a stage; names are relative to the denoiser."""
+
+    targets: frozenset[str]  # layers with low-rank factors
+    full: frozenset[str]  # among them, the stage's own layers, as factors of full rank
+    whole: frozenset[str]  # adapted layers that PEFT takes whole
+    saved: tuple[str, ...]  # modules_to_save
+    problem: str | None = None  # why PEFT can't represent the stage
+
+
+def peft_view(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> PeftView:
+    """How PEFT can represent the stage, or why it can't.
+
+    PEFT's ``modules_to_save`` finds modules by how their names end: ``0`` is ``10`` as well. Where
+    that would take an adapted layer, the stage's own layer travels as factors of full rank, or,
+    if it is a norm, the adapted layer travels whole.
+    """
+    terms, private = lowrank_terms(adapter), private_tensors(adapter)
+    layers = {name.rpartition(".")[0] for name in terms if _why_not(denoiser, name) is None}
+    owners = {name.rpartition(".")[0] for name in private} - layers
+    problem = _problem(denoiser, group, adapter, layers, owners)
+    if problem is not None:
+        return PeftView(frozenset(layers), frozenset(), frozenset(), (), problem)
+    names = [name for name, _ in denoiser.named_modules(remove_duplicate=False) if name]
+    full, whole = set(), set()
+    for owner in owners:
+        met = {name for name in names if name.endswith(owner)} - {owner}
+        if (
+            met & layers
+            and _why_not(denoiser, f"{owner}.weight") is None
+            and denoiser.get_submodule(owner)._buffers == {}
+        ):
+            full.add(owner)
+    saved = tuple(sorted(owners - full))
+    for owner in saved:
+        met = {name for name in names if name.endswith(owner)} - {owner}
+        whole |= met & (layers | full)
+        others = met - owners - layers
+        if any(True for name in others for _ in denoiser.get_submodule(name).state_dict()):
+            problem = f"PEFT's modules_to_save can't name {owner} without {min(others)}, whose name ends alike"
+    targets = (layers | full) - whole
+    for owner in saved:  # as in peft.tuners.tuners_utils.check_target_module_exists (PEFT 0.21)
+        if any(re.match(rf"(^|.*\.){owner}($|\..*)", name) for name in targets):
+            problem = f"PEFT's modules_to_save can't name {owner} without an adapted layer, whose name is alike"
+    if not targets:
+        problem = "every adapted layer has a name that PEFT's modules_to_save takes for one of the stage's own"
+    return PeftView(frozenset(targets), frozenset(full - whole), frozenset(whole), saved, problem)
+
+
+def _problem(
+    denoiser: nn.Module, group: Group, adapter: StageAdapter, layers: Collection[str], owners: Collection[str]
+) -> str | None:
+    terms, private = lowrank_terms(adapter), private_tensors(adapter)
     for name in terms:
         if (reason := _why_not(denoiser, name)) is not None:
             return f"the tensor {name} is adapted, and {reason}"
@@ -33,33 +86,17 @@ def peft_problem(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> st
         return "the stage has no low-rank term, so that there is nothing for PEFT to target"
     if any(len(spec.aliases) > 1 for spec in group.tensors):
         return "the stage ties tensors within itself"
-    layers = {name.removesuffix(".weight") for name in terms}
-    for name in sorted(private_tensors(adapter)):
-        owner = name.rpartition(".")[0]
-        if owner not in layers and any(True for _ in denoiser.get_submodule(owner).children()):
-            return f"the stage's own {name} is not in a layer, and PEFT's modules_to_save takes whole modules"
-        if name.endswith(".weight") and owner in layers:
-            return f"the tensor {name} is private to the stage and adapted"
-    missing = _not_in_files(denoiser, saved_modules(adapter), private_tensors(adapter))
-    if missing is not None:
-        return f"the module of {missing}, which all stages have in common, also holds tensors of the stage's own"
+    for owner in sorted(owners):
+        module = denoiser.get_submodule(owner)
+        own = next(name for name in private if name.rpartition(".")[0] == owner)
+        if not owner or any(True for _ in module.children()):
+            return f"the stage's own {own} is not in a layer, and PEFT's modules_to_save takes whole modules"
+        lacking = [name for name in module.state_dict() if f"{owner}.{name}" not in private]
+        if lacking:
+            return f"the stage's own {own} is in one module with {lacking[0]}, which all stages have in common"
     reader = _reader_of_weights(denoiser, layers)
     if reader is not None:
         return f"the code of {reader} reads weights past the layers that hold them, where PEFT's would be the base's"
-    return None
-
-
-def saved_modules(adapter: StageAdapter) -> list[str]:
-    """The modules, relative to the denoiser, that hold private tensors beside the adapted layers."""
-    layers = {name.rpartition(".")[0] for name in lowrank_terms(adapter)}
-    return sorted({name.rpartition(".")[0] for name in private_tensors(adapter)} - layers)
-
-
-def _not_in_files(denoiser: nn.Module, modules: Collection[str], private: Mapping[str, Tensor]) -> str | None:
-    for module in modules:
-        for name in denoiser.get_submodule(module).state_dict():
-            if f"{module}.{name}" not in private:
-                return f"{module}.{name}"
     return None
 
 

@@ -6,9 +6,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import all_tensors, relative
+from conftest import relative
 from dun_zoo import ZOO, Attention, Block, Denoiser, Layers, ListOfBlocks, ListOfDenoisers, dncnn
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import nn
 
 import lorun_adapt
@@ -415,44 +415,6 @@ def test_report_of_a_loop_counts_the_module_once() -> None:
     report = convert(case.net, rank=1, **case.find()).report()
     assert report.network_before.parameters == sum(p.numel() for p in case.net.parameters())
     assert report.relative_error == 0
-
-
-def test_peft_reads_what_it_can_represent(tmp_path) -> None:
-    import copy
-
-    for make in (Denoiser, lambda: dncnn(16, 5)):
-        net = ListOfDenoisers([make() for _ in range(3)]).eval()
-        config = LoraConfig(r=2, lora_alpha=3, use_rslora=True, target_modules=".*", rank_pattern={"tail": 1})
-        if make is not Denoiser:
-            config = LoraConfig(
-                r=2, target_modules=r"layers\.(0|2|5|8|11)", rank_pattern={"layers.5": 4, "layers.11": 1}
-            )
-        with pytest.warns(UserWarning, match="larger"):
-            lorun = convert(net, config)
-        lorun.save_pretrained(tmp_path / "saved")
-        x = torch.rand(1, 1, 8, 8)
-        for stage in range(3):
-            folder = tmp_path / f"saved/adapters/default/stage_{stage:02d}"
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "`lora_bias=True` was passed")  # only some layers have a bias
-                loaded = PeftModel.from_pretrained(copy.deepcopy(lorun.base.denoisers[0]), str(folder)).eval()
-            assert relative(loaded(x), lorun.network.denoisers[stage](x)) < 1e-5
-
-
-def test_peft_refuses_what_it_would_get_wrong(tmp_path) -> None:
-    import copy
-
-    for name in ("dilated", "reflect_padded", "transposed", "grouped", "list_of_raw_kernels", "attention"):
-        case = ZOO[name]()
-        config = LoraConfig(r=2, target_parameters=all_tensors(case.net))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            lorun = convert(case.net, config)
-        lorun.save_pretrained(tmp_path / name)
-        assert "PeftModel.from_pretrained` refuses" in (tmp_path / name / "README.md").read_text()
-        denoiser = copy.deepcopy(lorun.base.get_submodule(lorun.stage_map.groups[0].sites[0].module))
-        with pytest.raises(ValueError):
-            PeftModel.from_pretrained(denoiser, str(tmp_path / name / "adapters/default/stage_00"))
 
 
 def test_layers_of_one_dimension() -> None:
