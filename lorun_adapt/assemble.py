@@ -77,7 +77,7 @@ def share(network: nn.Module, group: Group, values: Mapping[str, Tensor]) -> Non
         if spec.common:
             continue
         first = _get(modules[0], spec.name)
-        value = values[spec.name].to(first)
+        value = values[spec.name].to(first).contiguous()  # means of transposed views are not
         base = value if spec.buffer else nn.Parameter(value, requires_grad=False)
         for module in modules:
             _put(module, spec, base)

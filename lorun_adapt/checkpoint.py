@@ -101,7 +101,10 @@ def _load(folder: Path, dun: nn.Module) -> LoRunModel:
     saved = _Saved(folder, description)
     of_dun = {name: Slot(tuple(tensor.shape), tensor.dtype) for name, tensor, _ in tensors_of(dun)}
     content = saved.content(BASE, file_limit(of_dun))
-    files = {name: _read_set_files(saved, f"{ADAPTERS}/{name}", dun, stage_map) for name in description["adapters"]}
+    files = {
+        name: _read_set_files(saved, f"{ADAPTERS}/{name}", dun, stage_map, description["fingerprint"])
+        for name in description["adapters"]
+    }
 
     base = copy_network(dun)
     for group in stage_map.groups:
@@ -165,6 +168,12 @@ def _place_of(path: Path, lorun: LoRunModel) -> tuple[_Saved, str]:
             break  # something that was put there later
         if description["fingerprint"] != lorun.fingerprint:
             raise _other_base(lorun.fingerprint, description["fingerprint"], str(root / CONFIG))
+        theirs = stage_map_of(lorun.base, description, root / CONFIG)
+        if _sites(theirs) != _sites(lorun.stage_map):
+            raise LoRunError(
+                f"expected the stages of this network, found others in {root / CONFIG}: load the base that it was "
+                "trained on with from_pretrained"
+            )
         return _Saved(root, description), key
     return _Saved(path, None), ""
 
@@ -184,6 +193,10 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def stage_folder(stage_map: StageMap, group: Group, site: Site) -> str:
     stage = stage_key(site.stage)
     return stage if len(stage_map.groups) == 1 else f"{stage}/{group.name}"
+
+
+def _sites(stage_map: StageMap) -> list[tuple[str, tuple[Site, ...]]]:
+    return [(group.name, group.sites) for group in stage_map.groups]
 
 
 def _undisturbed(folder: Path, load: Callable[[], Loaded]) -> Loaded:
@@ -285,7 +298,7 @@ class _AdapterFiles:
 
 
 def _read_set_files(
-    saved: _Saved, key: str, dun: nn.Module, stage_map: StageMap, fingerprint: str | None = None
+    saved: _Saved, key: str, dun: nn.Module, stage_map: StageMap, fingerprint: str
 ) -> list[_AdapterFiles]:
     """The set in the folder ``key``."""
     parts = {stage_folder(stage_map, g, s): (g, s) for g in stage_map.groups for s in g.sites}
@@ -313,7 +326,7 @@ def _read_set_files(
 
 
 def _read_adapter_files(
-    saved: _Saved, key: str, dun: nn.Module, group: Group, site: Site, fingerprint: str | None
+    saved: _Saved, key: str, dun: nn.Module, group: Group, site: Site, fingerprint: str
 ) -> _AdapterFiles:
     slots, highest = peft_format.slots(dun.get_submodule(site.module), group), peft_format.highest_rank(group)
     names = [f"{key}/{name}".lstrip("/") for name in (PEFT_CONFIG, TENSORS)]
@@ -327,7 +340,7 @@ def _read_adapter_files(
     config = config_from_json(parse_json(saved.content(names[0], 65_536 + 600 * len(slots)), where[0]), where[0])
     content = saved.content(names[1], file_limit(slots, highest))
     tensors, about = parse_tensors(content, slots, where[1], highest)
-    if fingerprint is not None and about.get(BASE_KEY, fingerprint) != fingerprint:
+    if about.get(BASE_KEY, fingerprint) != fingerprint:
         raise _other_base(fingerprint, about[BASE_KEY], where[1])
     return _AdapterFiles(group, site, tensors, config, where[1])
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import types
 from collections.abc import Mapping, Sequence
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .align import align
 from .assemble import StageAdapter, copy_network, share, stage_values
@@ -19,6 +17,7 @@ from .factorise import factorise, rank_for_energy
 from .find import find_stages
 from .lowrank import DEFAULT_RANK, LowRank, untrained
 from .model import DEFAULT_SET, LoRunModel
+from .plain import check_plain, check_sound
 from .plan import Plan, plan
 from .stages import Group, StageMap
 
@@ -55,7 +54,8 @@ def convert(
     if config is not None and rank is not None:
         raise LoRunError("expected config or rank, found both: give the rank as r in the LoraConfig")
     stage_map = find_stages(dun, stages=stages, example_inputs=example_inputs, calls=calls)
-    _check_weights(dun, stage_map)
+    check_plain(dun, [site.module for group in stage_map.groups for site in group.sites])
+    check_sound(dun)
     if config is None:
         config = _config_for(dun, stage_map, DEFAULT_RANK if rank is None else rank)
     plans = plan(dun, stage_map, config)
@@ -166,52 +166,3 @@ def _config_for(dun: nn.Module, stage_map: StageMap, rank: int | float) -> LoraC
     pattern = {"^" + re.escape(name): found for name, found in ranks.items()}
     pattern.update({"^" + re.escape(name.removesuffix(".weight")): found for name, found in ranks.items()})
     return LoraConfig(rank_pattern=pattern, alpha_pattern=dict(pattern))
-
-
-def _check_weights(dun: nn.Module, stage_map: StageMap) -> None:
-    for group in stage_map.groups:
-        for site in group.sites:
-            for name, module in dun.get_submodule(site.module).named_modules():
-                where = f"{site.module}.{name}".rstrip(".")
-                hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
-                if parametrize.is_parametrized(module) or {"WeightNorm", "SpectralNorm"} & set(hooks):
-                    raise LoRunError(
-                        f"expected plain weights in {where}, found a parametrization or weight_norm: bake it in first, "
-                        "with torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.remove_weight_norm"
-                    )
-                if (attribute := _hidden_tensors(module)) is not None:
-                    raise LoRunError(
-                        f"expected modules and parameters in {where}, found them in the plain attribute {attribute!r}, "
-                        "where an adapter can't reach them: use nn.ModuleList, nn.ParameterList or a method instead"
-                    )
-                if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in module.parameters(recurse=False)):
-                    raise LoRunError(
-                        f"expected weights in {where}, found a lazy module: run the network once, then load"
-                    )
-        for spec in group.tensors:
-            for site, tensor in zip(group.sites, stage_values(dun, group, spec)):
-                if (tensor.is_floating_point() or tensor.is_complex()) and not bool(torch.isfinite(tensor).all()):
-                    raise LoRunError(
-                        f"expected finite weights, found NaN or Inf in {spec.name!r} of {site}: convert a checkpoint "
-                        "that is not damaged"
-                    )
-
-
-def _hidden_tensors(module: nn.Module) -> str | None:
-    """An attribute through which a forward would read parameters past the module that owns them."""
-    for name, value in vars(module).items():
-        if isinstance(value, (list, tuple, dict)) and not name.startswith("_"):
-            items = value.values() if isinstance(value, dict) else value
-            if any(isinstance(item, nn.Parameter) for item in items):
-                return name
-        cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _filled(cell)]
-        if any(isinstance(cell, (nn.Module, nn.Parameter)) for cell in cells):
-            return name
-    return None
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # a variable that has no value yet
-        return False

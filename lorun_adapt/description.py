@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .errors import LoRunError
 from .find import check_alike, tensor_specs
+from .plain import check_plain
 from .reading import parse_json, read_file
 from .stages import Group, Site, StageMap, tensors_of
 
@@ -189,14 +190,15 @@ def stage_map_of(dun: nn.Module, description: Mapping[str, Any], file: Path) -> 
     groups = []
     for entry in description["groups"]:
         sites = tuple(Site(site["stage"], site["module"], site.get("call")) for site in entry["sites"])
-        try:
-            check_alike(dun, [(site.module, site.call) for site in sites], str(file))
-            specs = tensor_specs(dun, sites, set(entry["common"]))
-        except (AttributeError, KeyError) as error:
+        lacking = [site.module for site in sites if not _has_module(dun, site.module)]
+        if lacking:
             raise LoRunError(
-                f"expected the stages that {file} names in {network}, found {error}: build the network "
+                f"expected the stages that {file} names, found no {lacking[0][:100]} in {network}: build the network "
                 "that was converted, with as many stages"
-            ) from error
+            )
+        check_plain(dun, [site.module for site in sites])
+        check_alike(dun, [(site.module, site.call) for site in sites], str(file))
+        specs = tensor_specs(dun, sites, set(entry["common"]))
         shapes = {spec.name: list(spec.shape) for spec in specs}
         if shapes != entry["tensors"]:
             name = next(n for n in {**shapes, **entry["tensors"]} if shapes.get(n) != entry["tensors"].get(n))
@@ -215,3 +217,11 @@ def stage_map_of(dun: nn.Module, description: Mapping[str, Any], file: Path) -> 
             "download it again"
         )
     return StageMap(network, tuple(groups))
+
+
+def _has_module(dun: nn.Module, path: str) -> bool:
+    try:
+        dun.get_submodule(path)
+    except AttributeError:
+        return False
+    return True

@@ -216,19 +216,32 @@ def test_another_kind_of_config_is_an_error(net: nn.Module) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_damaged_weights_are_an_error(net: nn.Module, value: float) -> None:
     net.denoisers[2].layers[5].weight.data[0, 0] = value
-    with pytest.raises(LoRunError, match="NaN or Inf in 'layers.5.weight'"):
+    with pytest.raises(LoRunError, match="NaN or Inf in 'denoisers.2.layers.5.weight'"):
         convert(net)
 
 
 def test_weight_norm_is_an_error_with_the_way_out() -> None:
-    for norm in (torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.spectral_norm):
+    utils = torch.nn.utils
+    for norm, way_out in (
+        (utils.weight_norm, utils.remove_weight_norm),
+        (utils.spectral_norm, utils.remove_spectral_norm),
+        (utils.parametrizations.weight_norm, None),
+        (utils.parametrizations.spectral_norm, None),
+    ):
         net = ListOfDenoisers([Denoiser() for _ in range(3)])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for denoiser in net.denoisers:
                 norm(denoiser.body)
-        with torch.no_grad(), pytest.raises(LoRunError, match=r"denoisers.0.body.*bake it in"):
+        name = way_out.__name__ if way_out else "remove_parametrizations"
+        with torch.no_grad(), pytest.raises(LoRunError, match=rf"denoisers.0.body.*bake it in.*{name}"):
             convert(net)
+        for denoiser in net.denoisers:
+            if way_out:
+                way_out(denoiser.body)
+            else:
+                utils.parametrize.remove_parametrizations(denoiser.body, "weight")
+        convert(net)
 
 
 def test_recurrent_weights_stay_private() -> None:
