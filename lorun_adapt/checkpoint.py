@@ -51,7 +51,7 @@ def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None) -> None:
     """What :meth:`LoRunModel.save_pretrained` does."""
     if dtype is not None and (not dtype.is_floating_point or dtype not in DTYPES.values()):
         raise LoRunError(f"expected a floating-point dtype to save as, found {dtype}: use torch.float16, for example")
-    about = {"format": "pt", BASE_KEY: lorun.fingerprint}
+    about = {BASE_KEY: lorun.fingerprint}  # one entry: of several, safetensors leaves the order open
 
     def fill(folder: Path) -> None:
         _write_tensors(folder / BASE, distinct_tensors(lorun.base), dtype, about, _buffers(lorun.base))

@@ -167,7 +167,7 @@ def _is_site(value: object) -> bool:
 
 def _are_errors(value: object) -> bool:
     def is_pair(pair: object) -> bool:
-        return _are(pair, list, lambda number: type(number) in (int, float)) and len(pair) == 2  # type: ignore[arg-type]
+        return _are(pair, list, lambda n: type(n) in (int, float) and 0 <= n < 1e300) and len(pair) == 2  # type: ignore[arg-type]
 
     return isinstance(value, dict) and all(_are(rows, list, is_pair) for rows in value.values())
 
