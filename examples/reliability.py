@@ -507,7 +507,11 @@ def main() -> None:
         ]
         print(f"| {kind} | " + " | ".join(f"{number:,}" for number in (sum(row), *row)) + " |")
     print(f"\nmemory: at most {grown / 2**20:.0f} MiB more than loading the original takes")
-    print(", ".join(f"{name}: {killed[name]:,}" for name in sorted(killed)))
+    print("\n| killed | times | a whole folder afterwards |\n| --- | ---: | ---: |")
+    lost = sum("folder" in problem for problem in wrong)
+    for what in ("saves", "loads"):
+        print(f"| {what} | {killed[f'{what} killed']:,} | {killed[f'{what} killed'] - lost:,} |")
+    print(f"\nafter saves: the old folder {killed['old folder whole']:,} times, the new {killed['new folder whole']:,}")
     for problem in wrong:
         print(problem)
     sys.exit(1 if wrong else 0)

@@ -42,5 +42,14 @@ def model_card(lorun: LoRunModel, problems: Mapping[str, str]) -> str:
         lines.append("`PeftModel.from_pretrained` refuses these adapters, because:")
         lines += [f"- {problem} (first in `{where}`)" for problem, where in problems.items()]
     else:
-        lines.append('`PeftModel.from_pretrained(base_denoiser, "adapters/default/stage_00")` loads a stage in PEFT.')
+        first, group = lorun.adapter_names[0], lorun.stage_map.groups[0].name
+        several = len(lorun.stage_map.groups) > 1
+        lines += [
+            "A stage in PEFT:",
+            "",
+            "```python",
+            f"denoiser = lorun.base_denoiser({group!r})" if several else "denoiser = lorun.base_denoiser()",
+            f'PeftModel.from_pretrained(denoiser, "adapters/{first}/stage_00{"/" + group if several else ""}")',
+            "```",
+        ]
     return "\n".join(lines) + "\n"
