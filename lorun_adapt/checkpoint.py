@@ -158,11 +158,11 @@ def _load_set(lorun: LoRunModel, path: Path, name: str, stage: int | None) -> Ad
 
 def _place_of(path: Path, lorun: LoRunModel) -> tuple[_Saved, str]:
     """The saved folder that ``path`` is or lies in, if it knows of it, and the place within."""
-    path = path.absolute()
-    for root in (path, *path.parents):
-        if not os.path.lexists(root / CONFIG):
-            continue
+    path = Path(os.path.abspath(path))
+    for root in (path, *path.parents[1:4]):  # adapters/<set>, adapters/<set>/stage_00, or a denoiser's folder in that
         key = "" if root == path else path.relative_to(root).as_posix()
+        if not os.path.lexists(root / CONFIG) or not f"{key}/".startswith(("/", f"{ADAPTERS}/")):
+            continue
         description = read_description(root, lorun.base)
         if key and not any(name.startswith(f"{key}/") for name in description["files"]):
             break  # something that was put there later

@@ -141,8 +141,8 @@ def test_named_by_hand(stages, expected) -> None:
         ("fcs.*", "match 'fcs.\\*' in ListOfBlocks, found none: its modules are blocks"),
         (["blocks.0", "nothing"], "found 'nothing'"),
         (["blocks.0"], "expected two stages or more"),
-        (["blocks.0", "blocks.1.denoiser"], "expected stages of equal shape, found tensor 'step'"),
-        (["blocks.0", "blocks.0.denoiser"], "one inside another"),
+        (["blocks.0", "blocks.1.denoiser"], "expected stages of equal shape in stages=, found tensor 'step'"),
+        (["blocks.0", "blocks.0.denoiser"], "inside another"),
     ],
 )
 def test_wrong_names_are_errors(stages, message) -> None:
