@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -60,13 +60,14 @@ def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None) -> None:
             for (group, site), adapter in _adapters(lorun, name):
                 part = f"{name}/{stage_folder(lorun.stage_map, group, site)}"
                 (folder / ADAPTERS / part).mkdir(parents=True)
-                denoiser = lorun.base.get_submodule(site.module)
-                tensors, config, problem = peft_format.write(denoiser, group, adapter)
+                first, denoiser = (lorun.base.get_submodule(s.module) for s in (group.sites[0], site))
+                written = peft_format.write(denoiser, first, group, adapter, dtype)
                 buffers = {peft_format.PREFIX + spec.name for spec in group.tensors if spec.buffer}
-                _write_tensors(folder / ADAPTERS / part / TENSORS, tensors, dtype, about, buffers)
-                config.save_pretrained(str(folder / ADAPTERS / part))
-                if problem:
-                    problems.setdefault(problem, part)
+                file = folder / ADAPTERS / part / TENSORS
+                _write_tensors(file, written.tensors, dtype, about, buffers, written.exact)
+                written.config.save_pretrained(str(folder / ADAPTERS / part))
+                if written.problem:
+                    problems.setdefault(written.problem, part)
         (folder / CARD).write_text(model_card(lorun, problems), encoding="utf-8")
         files = {str(p.relative_to(folder).as_posix()): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
         (folder / CONFIG).write_text(as_text(describe(lorun, files)), encoding="utf-8")
@@ -232,12 +233,17 @@ def _adapters(lorun: LoRunModel, name: str) -> list[tuple[tuple[Group, Site], St
 
 
 def _write_tensors(
-    file: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, about: dict[str, str], buffers: set[str]
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    about: dict[str, str],
+    buffers: Collection[str],
+    exact: Collection[str] = (),
 ) -> None:
     stored = {}
     for name, held in tensors.items():
         tensor = held.detach().cpu()
-        if dtype is not None and tensor.is_floating_point():
+        if dtype is not None and tensor.is_floating_point() and name not in exact:
             tensor = tensor.to(dtype)
         if tensor.dtype not in DTYPES.values():
             raise LoRunError(f"expected a dtype that safetensors has, found {tensor.dtype} in {name!r}: change it")
@@ -348,7 +354,12 @@ def _read_adapter_files(
 def _adapter_set(files: Sequence[_AdapterFiles], base: nn.Module) -> AdapterSet:
     adapters = {
         (item.group.name, item.site): peft_format.read(
-            item.tensors, item.config, base.get_submodule(item.site.module), item.group, item.where
+            item.tensors,
+            item.config,
+            base.get_submodule(item.site.module),
+            base.get_submodule(item.group.sites[0].module),
+            item.group,
+            item.where,
         )
         for item in files
     }

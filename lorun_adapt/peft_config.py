@@ -115,6 +115,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
+def _is_alpha(value: object) -> bool:
+    return _is_number(value) and value != 0
+
+
 def _is_bool(value: object) -> bool:
     return isinstance(value, bool)
 
@@ -153,7 +157,7 @@ def _are_targets(value: object) -> bool:
 
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (lambda v: _is_rank(v) and v <= HIGHEST_RANK, "a rank of 1 or more"),
-    "lora_alpha": (_is_number, "a number"),
+    "lora_alpha": (_is_alpha, "a number other than 0"),
     "use_rslora": (_is_bool, "true or false"),
     "lora_bias": (_is_bool, "true or false"),
     "inference_mode": (_is_bool, "true or false"),
@@ -166,7 +170,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         ),
         "ranks of 1 or more by simple patterns",
     ),
-    "alpha_pattern": (lambda v: _is_patterns(v, _is_number), "numbers by simple patterns"),
+    "alpha_pattern": (lambda v: _is_patterns(v, _is_alpha), "numbers other than 0 by simple patterns"),
     "target_modules": (_are_targets, "names or a simple pattern"),
     "exclude_modules": (_are_targets, "names or a simple pattern"),
     "modules_to_save": (

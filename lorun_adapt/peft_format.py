@@ -13,6 +13,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig
@@ -24,55 +25,84 @@ from .assemble import StageAdapter, lowrank_terms, private_tensors
 from .errors import LoRunError
 from .lowrank import LowRank
 from .peft_config import REFUSED
-from .peft_limits import CONVOLUTIONS, PREFIX, PeftView, peft_layer, peft_view
+from .peft_limits import CONVOLUTIONS, PREFIX, PeftView, layer_problem, peft_layer, peft_view
 from .reading import Slot
 from .stages import Group, TensorSpec, is_sound
 
 USUAL_RANKS = 256  # up to here a file's rank may be above all sides of the network's matrices
 
 
-def write(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> tuple[dict[str, Tensor], LoraConfig, str | None]:
-    """The adapter's tensors by PEFT's names, its config, and why PEFT can't represent it, if so.
+@dataclass(frozen=True)
+class Written:
+    """What goes into a stage's folder."""
 
-    ``denoiser`` holds the base's values: PEFT keeps a stage's bias as what it adds to the base's.
+    tensors: dict[str, Tensor]
+    exact: frozenset[str]  # tensors that must keep their dtype: another tensor in the file says the same
+    config: LoraConfig
+    problem: str | None  # why PEFT can't represent the stage
+
+
+def write(
+    denoiser: nn.Module, first: nn.Module, group: Group, adapter: StageAdapter, dtype: torch.dtype | None
+) -> Written:
+    """The adapter by PEFT's names.
+
+    Args:
+        denoiser: the stage's, with the base's values: PEFT keeps a bias as what is added to the base's.
+        first: the one that PEFT gets as the base.
+        dtype: what floating-point tensors are to be stored as; what is told in two ways is told of
+            the rounded ones.
     """
-    terms, private = lowrank_terms(adapter), private_tensors(adapter)
-    view = peft_view(denoiser, group, adapter)
+    view = peft_view(denoiser, first, group, adapter)
+
+    def rounded(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype).to(tensor.dtype)
+
+    private = {name: rounded(tensor) for name, tensor in private_tensors(adapter).items()}
+    terms = {
+        name: LowRank(rounded(term.lora_A), rounded(term.lora_B), term.scaling)
+        for name, term in lowrank_terms(adapter).items()
+    }
     specs = {spec.name: _Names(denoiser, spec) for spec in group.tensors if spec.name in terms}
     keys = {names.key: terms[name] for name, names in specs.items()}
+    rest, exact = dict(private), set()
     for layer in view.full:
         spec = next(spec for spec in group.tensors if spec.name == f"{layer}.weight")
-        specs[spec.name], keys[layer] = _Names(denoiser, spec), _whole(spec, denoiser, private[spec.name])
+        base = rounded(_parameter(denoiser, spec.name))
+        specs[spec.name], keys[layer] = _Names(denoiser, spec), _whole(spec, rounded(private[spec.name] - base))
+        if dtype is not None:
+            rest[spec.name] = keys[layer](base)
+            exact.add(PREFIX + spec.name)
     tensors: dict[str, Tensor] = {}
     for names in specs.values():
         term = keys[names.key]
         for name, factor, shape in ((names.a, term.lora_A, names.a_shape), (names.b, term.lora_B, names.b_shape)):
             tensors[name] = factor.reshape([term.rank if side is None else side for side in shape])
-    rest = dict(private)
     with_bias = any(f"{key}.bias" in private for key in view.targets)
     for key in view.targets if with_bias else ():
         term, base = keys[key], denoiser.get_submodule(key).bias
         if base is None:  # lora_bias is for all layers or none
             tensors[f"{PREFIX}{key}.lora_B.bias"] = term.lora_B.new_zeros(term.lora_B.shape[0])
             continue
-        value = private[f"{key}.bias"]
-        difference = (value - base) / term.scaling
-        tensors[f"{PREFIX}{key}.lora_B.bias"] = difference
-        if torch.equal(_bias(base, difference, term.scaling), value):
+        base, value = rounded(base), private[f"{key}.bias"]
+        difference = tensors[f"{PREFIX}{key}.lora_B.bias"] = rounded((value - base) / term.scaling)
+        if dtype is not None or torch.equal(_bias(base, difference, term.scaling), value):
             del rest[f"{key}.bias"]  # else kept as well, to the bit: PEFT passes over it
     for name in terms.keys() & {f"{key}.weight" for key in view.whole}:
-        rest[name] = terms[name](_parameter(denoiser, name))
+        rest[name] = terms[name](rounded(_parameter(denoiser, name)))
+        exact.add(PREFIX + name)
     tensors.update({PREFIX + name: value for name, value in rest.items()})
-    return {name: t.detach() for name, t in tensors.items()}, _config(keys, view, with_bias), view.problem
+    detached = {name: tensor.detach() for name, tensor in tensors.items()}
+    return Written(detached, frozenset(exact), _config(keys, view, with_bias), view.problem)
 
 
-def _whole(spec: TensorSpec, denoiser: nn.Module, value: Tensor) -> LowRank:
-    """A tensor as its base plus factors of full rank."""
-    difference = (value - _parameter(denoiser, spec.name)).detach().reshape(spec.matrix)
-    rows, columns = spec.matrix
+def _whole(spec: TensorSpec, difference: Tensor) -> LowRank:
+    """A difference from the base as factors of full rank."""
+    (rows, columns), matrix = spec.matrix, difference.reshape(spec.matrix)
     if rows <= columns:
-        return LowRank(difference, torch.eye(rows).to(difference))
-    return LowRank(torch.eye(columns).to(difference), difference)
+        return LowRank(matrix, torch.eye(rows).to(matrix))
+    return LowRank(torch.eye(columns).to(matrix), matrix)
 
 
 def _parameter(denoiser: nn.Module, name: str) -> Tensor:
@@ -101,7 +131,7 @@ def highest_rank(group: Group) -> int:
 
 
 def read(
-    tensors: Mapping[str, Tensor], config: LoraConfig, denoiser: nn.Module, group: Group, where: str
+    tensors: Mapping[str, Tensor], config: LoraConfig, denoiser: nn.Module, first: nn.Module, group: Group, where: str
 ) -> StageAdapter:
     """The adapter that ``tensors``, which fit :func:`slots`, hold for a denoiser of ``group``.
 
@@ -110,7 +140,8 @@ def read(
     product stays the same.
 
     Raises:
-        LoRunError: a missing or an extra tensor, a rank that the config doesn't say, NaN or Inf.
+        LoRunError: a missing or an extra tensor, a rank that the config doesn't say, NaN or Inf; a
+            denoiser to which PEFT's layers do something else than their factors to its weights.
     """
     left, wanted = dict(tensors), _Wanted(config)
     terms: dict[str, LowRank] = {}
@@ -162,6 +193,14 @@ def read(
         private[spec.name] = value if spec.buffer else nn.Parameter(value, trains)
     if left:
         raise fail(f"the tensors that the config says of {group.name!r}", f"{sorted(left)[0]!r} beside them")
+    if not wanted.everything:  # PEFT reads it
+        tied = [
+            spec.name for spec in group.tensors if len(spec.aliases) > 1 and (spec.name in terms or wanted.saved(spec))
+        ]
+        layers = {name.rpartition(".")[0] for name in terms}
+        problem = f"{tied[0]!r} is tied" if tied else layer_problem(denoiser, first, layers)
+        if problem is not None:
+            raise fail(f"a denoiser to which PEFT's layers do what is done here ({problem})", "an adapter of PEFT's")
     return StageAdapter(terms, private, [spec.name for spec in group.tensors if spec.frozen])
 
 

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import dis
-import inspect
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
-from types import CodeType, FunctionType
 
+import torch
 from torch import nn
 
 from .assemble import StageAdapter, lowrank_terms, private_tensors
 from .lowrank import plain_class
+from .peft_code import reader_of_layers
 from .stages import Group
 
 PREFIX = "base_model.model."  # of a denoiser's names within a PeftModel
+WITHIN_PEFT = (  # the modules that PEFT's LoRA puts into a layer (PEFT 0.17 to 0.21)
+    "base_layer",
+    "lora_dropout",
+    "lora_dropout.default",
+    "lora_A",
+    "lora_A.default",
+    "lora_B",
+    "lora_B.default",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -36,8 +47,8 @@ class PeftView:
     problem: str | None = None  # why PEFT can't represent the stage
 
 
-def peft_view(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> PeftView:
-    """How PEFT can represent the stage, or why it can't.
+def peft_view(denoiser: nn.Module, first: nn.Module, group: Group, adapter: StageAdapter) -> PeftView:
+    """How PEFT can represent the stage of ``denoiser`` on the base denoiser ``first``, or why it can't.
 
     PEFT's ``modules_to_save`` finds modules by how their names end: ``0`` is ``10`` as well. Where
     that would take an adapted layer, the stage's own layer travels as factors of full rank, or,
@@ -49,30 +60,45 @@ def peft_view(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> PeftV
     problem = _problem(denoiser, group, adapter, layers, owners)
     if problem is not None:
         return PeftView(frozenset(layers), frozenset(), frozenset(), (), problem)
-    names = [name for name, _ in denoiser.named_modules(remove_duplicate=False) if name]
+    names = {name for name, _ in denoiser.named_modules(remove_duplicate=False) if name}
+    within = {f"{layer}.{name}" for layer in layers for name in WITHIN_PEFT}
     full, whole = set(), set()
     for owner in owners:
-        met = {name for name in names if name.endswith(owner)} - {owner}
-        if (
-            met & layers
-            and _why_not(denoiser, f"{owner}.weight") is None
-            and denoiser.get_submodule(owner)._buffers == {}
-        ):
-            full.add(owner)
+        if any(name.endswith(owner) for name in (layers | within) - {owner}):
+            if _why_not(denoiser, f"{owner}.weight") is None and not denoiser.get_submodule(owner)._buffers:
+                full.add(owner)
     saved = tuple(sorted(owners - full))
     for owner in saved:
         met = {name for name in names if name.endswith(owner)} - {owner}
         whole |= met & (layers | full)
-        others = met - owners - layers
-        if any(True for name in others for _ in denoiser.get_submodule(name).state_dict()):
-            problem = f"PEFT's modules_to_save can't name {owner} without {min(others)}, whose name ends alike"
+        inside = [name for name in within if name.endswith(owner)]
+        others = [n for n in met - owners - layers if any(True for _ in denoiser.get_submodule(n).state_dict())]
+        if others or inside:
+            problem = (
+                f"PEFT's modules_to_save can't name {owner} without {min(others or inside)}, whose name ends alike"
+            )
     targets = (layers | full) - whole
     for owner in saved:  # as in peft.tuners.tuners_utils.check_target_module_exists (PEFT 0.21)
-        if any(re.match(rf"(^|.*\.){owner}($|\..*)", name) for name in targets):
-            problem = f"PEFT's modules_to_save can't name {owner} without an adapted layer, whose name is alike"
+        try:
+            excluded = [name for name in targets if re.match(rf"(^|.*\.){owner}($|\..*)", name)]
+        except re.error:
+            excluded = [owner]
+        if excluded:
+            problem = f"PEFT's modules_to_save, which takes names for patterns, can't name {owner}"
     if not targets:
         problem = "every adapted layer has a name that PEFT's modules_to_save takes for one of the stage's own"
+    problem = problem or layer_problem(denoiser, first, targets)
     return PeftView(frozenset(targets), frozenset(full - whole), frozenset(whole), saved, problem)
+
+
+def layer_problem(denoiser: nn.Module, first: nn.Module, layers: Collection[str]) -> str | None:
+    """Why low-rank factors on ``layers`` of ``first`` would not do what they do to the weights of ``denoiser``."""
+    reader = reader_of_layers(denoiser, layers)
+    if reader is not None:
+        return f"the code of {reader} does more with its layers than call them, which PEFT's would not be there for"
+    if (name := _difference(denoiser, first)) is not None:
+        return f"the stages differ in {name}, which is no tensor that an adapter holds"
+    return None
 
 
 def _problem(
@@ -89,15 +115,38 @@ def _problem(
     for owner in sorted(owners):
         module = denoiser.get_submodule(owner)
         own = next(name for name in private if name.rpartition(".")[0] == owner)
-        if not owner or any(True for _ in module.children()):
+        lists = isinstance(module, (nn.ParameterList, nn.ParameterDict))
+        if not owner or lists or any(True for _ in module.children()):
             return f"the stage's own {own} is not in a layer, and PEFT's modules_to_save takes whole modules"
         lacking = [name for name in module.state_dict() if f"{owner}.{name}" not in private]
         if lacking:
             return f"the stage's own {own} is in one module with {lacking[0]}, which all stages have in common"
-    reader = _reader_of_weights(denoiser, layers)
-    if reader is not None:
-        return f"the code of {reader} reads weights past the layers that hold them, where PEFT's would be the base's"
+    for name in (*layers, *owners):
+        if any(part in name for part in ("lora_", "weight")):  # PEFT 0.17 looks for these anywhere in a name
+            return f"PEFT takes the name {name} for one of its own"
     return None
+
+
+def _difference(denoiser: nn.Module, first: nn.Module) -> str | None:
+    """A number, a text or a constant that two modules of one class have differently."""
+    others = dict(first.named_modules(remove_duplicate=False))
+    for path, module in denoiser.named_modules(remove_duplicate=False):
+        mine, other = vars(module), vars(others[path])
+        for name in mine.keys() - {"training"}:
+            a, b = mine[name], other.get(name)
+            if isinstance(a, (int, float, str, tuple, list, type(None))) and _plain(a) and _plain(b) and a != b:
+                return f"{path}.{name}".lstrip(".")
+        for name in module._non_persistent_buffers_set:
+            a, b = module._buffers.get(name), others[path]._buffers.get(name)
+            if (a is None) != (b is None) or (a is not None and (a.shape != b.shape or not torch.equal(a, b))):
+                return f"{path}.{name}".lstrip(".")
+    return None
+
+
+def _plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_plain, value))
+    return isinstance(value, (int, float, str, type(None)))
 
 
 def _why_not(denoiser: nn.Module, name: str) -> str | None:
@@ -110,6 +159,10 @@ def _why_not(denoiser: nn.Module, name: str) -> str | None:
         return f"PEFT's LoRA has no layer that is right for the {attribute} of {kind.__name__}"
     if not module._parameters["weight"].is_floating_point():
         return "PEFT's LoRA is for real numbers"
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return "its layer has a hook or a forward of its own, which PEFT's LoRA runs before it adds its part"
+    if not {*module._parameters, *module._buffers} <= {"weight", "bias"}:
+        return "its layer holds more tensors than a weight and a bias"
     if kind is nn.Linear:
         return None
     if module.groups != 1:
@@ -119,74 +172,3 @@ def _why_not(denoiser: nn.Module, name: str) -> str | None:
     if any(step != 1 for step in module.dilation):
         return f"PEFT's LoRA of a convolution loses dilation={module.dilation}"
     return None
-
-
-# --- code that reads a layer's weights itself, as F.conv2d(x, self.conv.weight) ------------------
-
-_WEIGHTS = {"weight", "bias", "parameters", "named_parameters", "_parameters", "state_dict"}
-
-
-def _reader_of_weights(denoiser: nn.Module, layers: Collection[str]) -> str | None:
-    """A module whose forward reads the weight or bias of an adapted layer, as far as its code shows."""
-    for path, module in denoiser.named_modules():
-        kind = plain_class(module)
-        if kind.__module__.startswith("torch."):
-            continue
-        for code, is_method in _code_of(kind):
-            own = code.co_varnames[0] if is_method and code.co_argcount else None
-            for attributes in _attributes_read(code, own):
-                held = ".".join(filter(None, [path, *attributes[:-1]]))
-                if own is not None and attributes[:1] != (None,):
-                    if not attributes[:-1] or (held not in layers and _is_module(denoiser, held)):
-                        continue  # its own parameter, or that of a module that PEFT saves whole
-                return kind.__name__
-    return None
-
-
-def _is_module(denoiser: nn.Module, path: str) -> bool:
-    try:
-        module = denoiser.get_submodule(path)
-    except AttributeError:
-        return False
-    return not any(True for _ in module.children())
-
-
-def _code_of(kind: type[nn.Module]) -> Iterator[tuple[CodeType, bool]]:
-    """The code that ``forward`` runs, as far as names lead: methods, functions beside them, inner functions."""
-    pending: list[tuple[object, bool]] = [(kind.forward, True)]
-    seen: set[CodeType] = set()
-    while pending:
-        function, is_method = pending.pop()
-        function = inspect.unwrap(function) if callable(function) else function
-        code = function if isinstance(function, CodeType) else getattr(function, "__code__", None)
-        if code is None or code in seen:
-            continue
-        seen.add(code)
-        yield code, is_method
-        pending += [(constant, False) for constant in code.co_consts if isinstance(constant, CodeType)]
-        around = getattr(function, "__globals__", {})
-        for name in code.co_names:
-            method, helper = getattr(kind, name, None), around.get(name)
-            if isinstance(method, FunctionType) and not method.__module__.startswith("torch."):
-                pending.append((method, True))
-            if isinstance(helper, FunctionType) and not helper.__module__.startswith("torch."):
-                pending.append((helper, False))
-
-
-def _attributes_read(code: CodeType, own: str | None) -> Iterator[tuple[str | None, ...]]:
-    """Chains of attributes that end in a weight: ``self.conv.weight`` as ("conv", "weight").
-
-    A chain that doesn't start at ``own`` starts with None.
-    """
-    chain: tuple[str | None, ...] = (None,)
-    for instruction in dis.get_instructions(code):
-        if instruction.opname.startswith("LOAD_FAST"):
-            loaded = instruction.argval
-            last = loaded[-1] if isinstance(loaded, tuple) else loaded
-            chain = () if own is not None and last == own else (None,)
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            chain = (*chain, str(instruction.argval))
-            if chain[-1] in _WEIGHTS:
-                yield chain
-        elif instruction.opname not in ("CACHE", "EXTENDED_ARG", "NOP"):
-            chain = (None,)

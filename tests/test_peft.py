@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from conftest import all_tensors, relative, train_a_bit
 from dun_zoo import ZOO, Denoiser, Layers, ListOfDenoisers, PairBlocks, dncnn
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft_readers import READERS
 from torch import Tensor, nn
 
 import lorun_adapt
@@ -227,6 +228,73 @@ def test_peft_refuses_what_it_would_get_wrong(name: str, tmp_path: Path) -> None
     )
 
 
+@pytest.mark.parametrize("reader", READERS, ids=lambda kind: kind.__name__)
+def test_code_that_goes_past_a_layer(reader: type[nn.Module], tmp_path: Path) -> None:
+    """PEFT must not load such a stage, and an adapter of PEFT's for it must not load here."""
+    lorun = lorun_adapt.convert(network(reader), rank=2)
+    lorun.save_pretrained(tmp_path / "saved")
+    assert "`PeftModel.from_pretrained` refuses" in (tmp_path / "saved/README.md").read_text()
+    for stage in range(3):
+        with pytest.raises(ValueError):
+            PeftModel.from_pretrained(
+                lorun.base_denoiser(), str(tmp_path / f"saved/adapters/default/stage_{stage:02d}")
+            )
+    target = "head" if reader.__name__ == "OwnLayerThatIsRead" else "body"
+    get_peft_model(lorun.base_denoiser(), LoraConfig(r=1, target_modules=[target])).save_pretrained(
+        tmp_path / "trained"
+    )
+    with pytest.raises(LoRunError):
+        lorun.load_adapter(tmp_path / "trained", "trained", stage=0)
+    lorun_adapt.from_pretrained(tmp_path / "saved", network(reader))
+
+
+@pytest.mark.parametrize("name", ["out", "t", "layer", "r"])
+def test_names_that_end_peft_s_own(name: str, tmp_path: Path) -> None:
+    """``lora_dropout`` ends in ``out``."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Conv2d(1, 8, 3, padding=1)
+            self.add_module(name, nn.Conv2d(8, 1, 3, padding=1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 0.1 * self._modules[name](F.relu(self.body(x)))
+
+    check_stages(lorun_adapt.convert(network(Named), rank=2), tmp_path / "saved")
+
+
+@pytest.mark.parametrize("attribute", ["number", "buffer", "eps"])
+def test_stages_that_differ_in_no_tensor(attribute: str, tmp_path: Path) -> None:
+    net = network(lambda: Layers(nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Conv2d(8, 1, 3, padding=1)))
+    for k, denoiser in enumerate(net.denoisers):
+        if attribute == "number":
+            denoiser.k = k
+        elif attribute == "buffer":
+            denoiser.register_buffer("k", torch.tensor(k), persistent=False)
+        else:
+            denoiser.layers[1].eps = 0.1 * (k + 1)
+    lorun = lorun_adapt.convert(net, rank=2)
+    lorun.save_pretrained(tmp_path / "saved")
+    assert "the stages differ in" in (tmp_path / "saved/README.md").read_text()
+    PeftModel.from_pretrained(lorun.base_denoiser(), str(tmp_path / "saved/adapters/default/stage_00"))
+    with pytest.raises(ValueError):
+        PeftModel.from_pretrained(lorun.base_denoiser(), str(tmp_path / "saved/adapters/default/stage_01"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", DENOISERS)
+def test_smaller_files_say_the_same_to_both(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    lorun = lorun_adapt.convert(network(DENOISERS[name]), rank=2)
+    train_a_bit(lorun, ZOO["list_of_denoisers"]().inputs)
+    lorun.save_pretrained(tmp_path / "half", dtype=dtype)
+    loaded = lorun_adapt.from_pretrained(tmp_path / "half", network(DENOISERS[name])).eval()
+    for stage in range(3):
+        place = str(tmp_path / f"half/adapters/default/stage_{stage:02d}")
+        model = PeftModel.from_pretrained(loaded.base_denoiser(), place).eval()
+        assert relative(model(image()), loaded.network.denoisers[stage](image())) < 1e-5
+
+
 def _key(net: nn.Module) -> str:
     return next(name for name, tensor in net.state_dict().items() if tensor.ndim >= 2)
 
@@ -359,7 +427,8 @@ def trained(tmp_path: Path) -> tuple[LoRunModel, Path]:
         ({"target_modules": ["body"], "modules_to_save": ["tail"]}, "the tensor 'tail.weight'"),
         ({"modules_to_save": [["tail"]]}, "names for modules_to_save"),
         ({"lora_bias": True}, "the bias of 'head'"),
-        ({"lora_alpha": "much"}, "a number for lora_alpha"),
+        ({"lora_alpha": "much"}, "a number other than 0 for lora_alpha"),
+        ({"lora_alpha": 0}, "a number other than 0 for lora_alpha"),
         ({"lora_alpha": 1e39}, "finite factors and scaling"),
         ({"revision": 5}, "a name for revision"),
     ],
