@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,8 +31,9 @@ from .assemble import StageAdapter, copy_network, distinct_tensors, lowrank_term
 from .card import model_card
 from .description import CONFIG, as_text, describe, read_description, stage_map_of
 from .errors import LoRunError
-from .folder import replace_folder, sha256
+from .folder import as_path, replace_folder, sha256
 from .peft_config import config_from_json
+from .plain import check_sound
 from .reading import DTYPES, Slot, file_limit, parse_json, parse_tensors, read_file
 from .stages import Group, Site, StageMap, is_sound, stage_key, tensors_of
 
@@ -49,7 +51,7 @@ RETRIES = 20
 
 def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None) -> None:
     """What :meth:`LoRunModel.save_pretrained` does."""
-    if dtype is not None and (not dtype.is_floating_point or dtype not in DTYPES.values()):
+    if dtype is not None and (dtype not in DTYPES.values() or not dtype.is_floating_point):
         raise LoRunError(f"expected a floating-point dtype to save as, found {dtype}: use torch.float16, for example")
     about = {BASE_KEY: lorun.fingerprint}  # one entry: of several, safetensors leaves the order open
 
@@ -72,7 +74,19 @@ def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None) -> None:
         files = {str(p.relative_to(folder).as_posix()): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
         (folder / CONFIG).write_text(as_text(describe(lorun, files)), encoding="utf-8")
 
-    replace_folder(path, {CONFIG, BASE, ADAPTERS, CARD}.__contains__, CONFIG, fill)
+    replace_folder(path, _foreign, CONFIG, fill)
+
+
+def _foreign(folder: Path) -> list[str]:
+    """What someone has put into a saved folder: files beside ours, and sets that it knows nothing of."""
+    found = [entry.name for entry in folder.iterdir() if entry.name not in (CONFIG, BASE, ADAPTERS, CARD)]
+    if (folder / ADAPTERS).is_dir():
+        try:
+            known = json.loads((folder / CONFIG).read_bytes())["adapters"]
+            found += [f"{ADAPTERS}/{e.name}" for e in (folder / ADAPTERS).iterdir() if e.name not in known]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass  # nobody knows what is whose
+    return found
 
 
 def from_pretrained(path: str | os.PathLike[str], dun: nn.Module) -> LoRunModel:
@@ -90,7 +104,9 @@ def from_pretrained(path: str | os.PathLike[str], dun: nn.Module) -> LoRunModel:
     Raises:
         LoRunError: files that are missing, damaged, or for another network.
     """
-    folder = Path(path)
+    folder = as_path(path)
+    if not isinstance(dun, nn.Module):
+        raise LoRunError(f"expected a network, found {type(dun).__name__}: build one of the class that was converted")
     return _undisturbed(folder, lambda: _load(folder, dun))
 
 
@@ -99,19 +115,18 @@ def _load(folder: Path, dun: nn.Module) -> LoRunModel:
 
     description = read_description(folder, dun)
     stage_map = stage_map_of(dun, description, folder / CONFIG)
+    check_sound(dun)
     saved = _Saved(folder, description)
     of_dun = {name: Slot(tuple(tensor.shape), tensor.dtype) for name, tensor, _ in tensors_of(dun)}
     content = saved.content(BASE, file_limit(of_dun))
-    files = {
-        name: _read_set_files(saved, f"{ADAPTERS}/{name}", dun, stage_map, description["fingerprint"])
-        for name in description["adapters"]
-    }
-
     base = copy_network(dun)
     for group in stage_map.groups:
         share(base, group, {spec.name: stage_values(dun, group, spec)[0].clone() for spec in group.tensors})
     _fill_base(base, content, folder / BASE)
-    sets = {name: _adapter_set(found, base) for name, found in files.items()}
+    sets = {
+        name: _read_set(saved, f"{ADAPTERS}/{name}", base, stage_map, description["fingerprint"])
+        for name in description["adapters"]
+    }
     ranks: dict[str, dict[str, int]] = {}
     for (group_name, _), adapter in [pair for adapters, _ in sets.values() for pair in adapters.items()]:
         ranks.setdefault(group_name, {name: term.rank for name, term in lowrank_terms(adapter).items()})
@@ -133,9 +148,11 @@ def load_set(lorun: LoRunModel, path: Path, name: str, stage: int | None) -> Ada
 
 def _load_set(lorun: LoRunModel, path: Path, name: str, stage: int | None) -> AdapterSet:
     stage_map = lorun.stage_map
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise LoRunError(f"expected a folder with an adapter, found none at {path}: give a saved folder or a set's")
-    if stage is not None and (isinstance(stage, bool) or stage not in range(len(stage_map))):
+    if stage is not None and (
+        not hasattr(stage, "__index__") or int(stage) not in range(len(stage_map)) or stage is True
+    ):
         raise LoRunError(f"expected a stage in 0..{len(stage_map) - 1}, found {stage!r}: see print(lorun.stage_map)")
     saved, key = _place_of(path, lorun)
     if saved.description is not None and key == "":
@@ -145,21 +162,26 @@ def _load_set(lorun: LoRunModel, path: Path, name: str, stage: int | None) -> Ad
             raise LoRunError(f"expected one adapter set or {name!r} in {path}, found {names}: give the folder of a set")
         key = f"{ADAPTERS}/{chosen}"
     if stage is None:
-        return _adapter_set(_read_set_files(saved, key, lorun.base, stage_map, lorun.fingerprint), lorun.base)
-    if (saved.folder / key / stage_key(stage)).is_dir():
+        return _read_set(saved, key, lorun.base, stage_map, lorun.fingerprint)
+    if os.path.isdir(saved.folder / key / stage_key(stage)):
         key = f"{key}/{stage_key(stage)}".lstrip("/")
-    found = []
+    found = {}
     for group in stage_map.groups:
         for site in group.sites:
             if site.stage == stage:
                 part = f"{key}/{group.name}".lstrip("/") if len(stage_map.groups) > 1 else key
-                found.append(_read_adapter_files(saved, part, lorun.base, group, site, lorun.fingerprint))
-    return _adapter_set(found, lorun.base)
+                found[group.name, site] = _read_adapter(saved, part, lorun.base, group, site, lorun.fingerprint)
+    return _together(found)
 
 
 def _place_of(path: Path, lorun: LoRunModel) -> tuple[_Saved, str]:
     """The saved folder that ``path`` is or lies in, if it knows of it, and the place within."""
-    path = Path(os.path.abspath(path))
+    try:
+        path = Path(os.path.abspath(path))
+    except OSError as error:
+        raise LoRunError(
+            f"expected a folder, found that the current one is gone for {path}: change to another"
+        ) from error
     for root in (path, *path.parents[1:4]):  # adapters/<set>, adapters/<set>/stage_00, or a denoiser's folder in that
         key = "" if root == path else path.relative_to(root).as_posix()
         if not os.path.lexists(root / CONFIG) or not f"{key}/".startswith(("/", f"{ADAPTERS}/")):
@@ -215,7 +237,7 @@ def _undisturbed(folder: Path, load: Callable[[], Loaded]) -> Loaded:
 def _identity(folder: Path) -> tuple[int, ...] | None:
     try:
         found = os.stat(folder)
-    except OSError:
+    except (OSError, ValueError):
         return None
     return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
 
@@ -253,6 +275,8 @@ def _write_tensors(
                 f"expected finite numbers to save, found {reason} in {name!r}: go back to weights from before training "
                 "diverged, or save with a wider dtype; nothing was written"
             )
+        if name == "__metadata__":
+            raise LoRunError("expected names that safetensors can store, found a buffer '__metadata__': rename it")
         stored[name] = tensor.contiguous().clone()  # safetensors refuses tensors that share storage
     # Not save_file: what that raises when a disk is full is no OSError.
     file.write_bytes(to_safetensors(stored, about))
@@ -292,21 +316,8 @@ class _Saved:
             return []
 
 
-@dataclass(frozen=True)
-class _AdapterFiles:
-    """One denoiser's adapter, read and checked but for its values."""
-
-    group: Group
-    site: Site
-    tensors: dict[str, Tensor]
-    config: LoraConfig
-    where: str
-
-
-def _read_set_files(
-    saved: _Saved, key: str, dun: nn.Module, stage_map: StageMap, fingerprint: str
-) -> list[_AdapterFiles]:
-    """The set in the folder ``key``."""
+def _read_set(saved: _Saved, key: str, base: nn.Module, stage_map: StageMap, fingerprint: str) -> AdapterSet:
+    """The set in the folder ``key``, which may hold some stages only, but those whole."""
     parts = {stage_folder(stage_map, g, s): (g, s) for g in stage_map.groups for s in g.sites}
     stages = {part.partition("/")[0] for part in parts}
     extra = [name for name in saved.folders(key) if re.fullmatch(r"stage_\d+", name) and name not in stages]
@@ -314,56 +325,49 @@ def _read_set_files(
         raise LoRunError(
             f"expected {len(stage_map)} stages, found {extra[-1]} in {saved.folder / key}: it is for another network"
         )
-    found = []
-    for part, (group, site) in parts.items():
-        place = f"{key}/{part}".lstrip("/")
-        if saved.description is not None:
-            held = any(f"{place}/{name}" in saved.description["files"] for name in (TENSORS, PEFT_CONFIG))
-        else:
-            held = (saved.folder / place).is_dir()
-        if held:  # a set may hold some stages only
-            found.append(_read_adapter_files(saved, place, dun, group, site, fingerprint))
-    if not found:
+    if saved.description is not None:
+        depth = len(key.split("/"))
+        held = {name.split("/")[depth] for name in saved.description["files"] if name.startswith(f"{key}/stage_")}
+    else:
+        held = {stage for stage in stages if os.path.isdir(saved.folder / key / stage)}
+    if not held & stages:
         raise LoRunError(
             f"expected adapters for {len(stage_map)} stages in {saved.folder / key}, found none: give a set's folder, "
             "or say with stage= whose adapter it is"
         )
-    return found
+    return _together(
+        {
+            (group.name, site): _read_adapter(saved, f"{key}/{part}".lstrip("/"), base, group, site, fingerprint)
+            for part, (group, site) in parts.items()
+            if part.partition("/")[0] in held
+        }
+    )
 
 
-def _read_adapter_files(
-    saved: _Saved, key: str, dun: nn.Module, group: Group, site: Site, fingerprint: str
-) -> _AdapterFiles:
-    slots, highest = peft_format.slots(dun.get_submodule(site.module), group), peft_format.highest_rank(group)
+def _together(found: Mapping[tuple[str, Site], tuple[StageAdapter, LoraConfig]]) -> AdapterSet:
+    return {place: adapter for place, (adapter, _) in found.items()}, next(config for _, config in found.values())
+
+
+def _read_adapter(
+    saved: _Saved, key: str, base: nn.Module, group: Group, site: Site, fingerprint: str
+) -> tuple[StageAdapter, LoraConfig]:
+    first, denoiser = (base.get_submodule(place.module) for place in (group.sites[0], site))
+    slots, highest = peft_format.slots(denoiser, group), peft_format.highest_rank(group)
     names = [f"{key}/{name}".lstrip("/") for name in (PEFT_CONFIG, TENSORS)]
     pickle = saved.folder / key / "adapter_model.bin"
-    if pickle.exists() and not (saved.folder / names[1]).exists():
+    if os.path.exists(pickle) and not os.path.exists(saved.folder / names[1]):
         raise LoRunError(
             f"expected {TENSORS}, found a pickle at {pickle}: pickles can run code and are never read; save the "
             "adapter with safe_serialization=True"
         )
     where = [str(saved.folder / name) for name in names]
-    config = config_from_json(parse_json(saved.content(names[0], 65_536 + 600 * len(slots)), where[0]), where[0])
+    options = parse_json(saved.content(names[0], 65_536 + 600 * len(slots)), where[0])
+    config = config_from_json(options, where[0], len(group.tensors))
     content = saved.content(names[1], file_limit(slots, highest))
     tensors, about = parse_tensors(content, slots, where[1], highest)
     if about.get(BASE_KEY, fingerprint) != fingerprint:
         raise _other_base(fingerprint, about[BASE_KEY], where[1])
-    return _AdapterFiles(group, site, tensors, config, where[1])
-
-
-def _adapter_set(files: Sequence[_AdapterFiles], base: nn.Module) -> AdapterSet:
-    adapters = {
-        (item.group.name, item.site): peft_format.read(
-            item.tensors,
-            item.config,
-            base.get_submodule(item.site.module),
-            base.get_submodule(item.group.sites[0].module),
-            item.group,
-            item.where,
-        )
-        for item in files
-    }
-    return adapters, files[0].config
+    return peft_format.read(tensors, config, denoiser, first, group, where[1]), config
 
 
 def _fill_base(base: nn.Module, content: bytes, file: Path) -> None:
@@ -382,8 +386,17 @@ def _fill_base(base: nn.Module, content: bytes, file: Path) -> None:
                 f"expected finite numbers in {name!r}, found NaN or Inf in {file}: download it again, or save one from "
                 "before training diverged"
             )
-        with torch.no_grad():
-            place.copy_(value)
+        if place.is_contiguous():
+            with torch.no_grad():
+                place.copy_(value)
+        else:  # it may be expanded from fewer numbers
+            for module in base.modules():
+                for held in (module._buffers, module._parameters):
+                    held.update({key: _like(value, place) for key, tensor in held.items() if tensor is place})
+
+
+def _like(value: Tensor, place: Tensor) -> Tensor:
+    return nn.Parameter(value, requires_grad=False) if isinstance(place, nn.Parameter) else value
 
 
 def _other_base(held: str, found: str, where: str) -> LoRunError:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,14 @@ from .errors import LoRunError
 from .find import check_alike, tensor_specs
 from .plain import check_plain
 from .reading import parse_json, read_file
-from .stages import Group, Site, StageMap, tensors_of
+from .stages import Group, Site, StageMap, stage_key, tensors_of
 
 if TYPE_CHECKING:
     from .model import LoRunModel
 
 FORMAT = 1
 CONFIG = "lorun_config.json"
+MOST_SETS, MOST_STAGES = 100, 1000
 
 
 def describe(lorun: LoRunModel, files: Mapping[str, str]) -> dict[str, Any]:
@@ -65,13 +67,15 @@ def read_description(folder: Path, dun: nn.Module) -> dict[str, Any]:
         LoRunError: none, a damaged one, or one of a newer format.
     """
     file = folder / CONFIG
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise LoRunError(f"expected {CONFIG} in {folder}, found none: give a folder that save_pretrained wrote")
     content = read_file(folder, CONFIG, 1_000_000 + 1000 * len(tensors_of(dun)))
     description = parse_json(content, str(file))
     version = description.get("format") if isinstance(description, dict) else None
     if type(version) is int and version > FORMAT:
-        raise LoRunError(f"expected format {FORMAT} in {file}, found {version}, a newer one: update lorun-adapt")
+        raise LoRunError(
+            f"expected format {FORMAT} in {file}, found {str(version)[:20]}, a newer one: update lorun-adapt"
+        )
     wrong = None if type(version) is int and version == FORMAT else "format"
     if wrong is None:
         rest = {key: value for key, value in description.items() if key != "sha256"}
@@ -93,11 +97,11 @@ def _wrong_part(description: Mapping[str, Any]) -> str | None:
     for key, right in (
         ("network", _is_str),
         ("groups", lambda v: isinstance(v, list) and bool(v) and all(map(_is_group, v))),
-        ("adapters", lambda v: _are(v, list, is_adapter_name) and 0 < len(v) == len(set(v))),
+        ("adapters", lambda v: _are(v, list, is_adapter_name) and 0 < len(v) == len(set(v)) <= MOST_SETS),
         ("fingerprint", _is_digest),
         ("files", lambda v: _are(v, dict, _is_str) and all(map(_is_digest, v.values()))),
         ("active", lambda v: _are(v, list, lambda name: name in description["adapters"])),
-        ("errors", lambda v: isinstance(v, dict) and all(_are_errors(v.get(g["name"])) for g in description["groups"])),
+        ("errors", lambda v: isinstance(v, dict) and v.keys() == {g["name"] for g in description["groups"]}),
     ):
         if key not in description or not right(description[key]):
             return key
@@ -110,17 +114,20 @@ def _wrong_part(description: Mapping[str, Any]) -> str | None:
         return "groups"
     if len(description["active"]) != len(every):
         return "active"
-    if any(len(rows) != len(g["sites"]) for g in groups for rows in description["errors"][g["name"]].values()):
+    if not all(_are_errors(description["errors"][group["name"]], group) for group in groups):
         return "errors"
+    held = {tuple(name.split("/")[1:3]) for name in description["files"]}
+    if any((name, stage_key(stage)) not in held for stage, name in enumerate(description["active"])):
+        return "active"
     return None
 
 
 def is_adapter_name(name: object) -> bool:
-    """Whether it can name a set: names become folders and attributes."""
+    """Whether it can name a set, or a group: names become folders and attributes."""
     return (
         isinstance(name, str)
         and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name) is not None
-        and not hasattr(nn.ModuleDict, name)
+        and not hasattr(nn.ModuleDict(), name)
     )
 
 
@@ -143,11 +150,9 @@ def _is_digest(value: object) -> bool:
 def _is_group(value: object) -> bool:
     return (
         isinstance(value, dict)
-        and isinstance(value.get("name"), str)
-        and re.fullmatch(r"[A-Za-z0-9_-]+", value["name"]) is not None
-        and not hasattr(nn.ModuleDict, value["name"])
+        and is_adapter_name(value.get("name"))
         and isinstance(value.get("sites"), list)
-        and len(value["sites"]) > 1
+        and 1 < len(value["sites"]) <= MOST_STAGES
         and all(map(_is_site, value["sites"]))
         and isinstance(value.get("tensors"), dict)
         and all(_are(shape, list, _is_count) for shape in value["tensors"].values())
@@ -165,11 +170,15 @@ def _is_site(value: object) -> bool:
     )
 
 
-def _are_errors(value: object) -> bool:
+def _are_errors(value: object, group: Mapping[str, Any]) -> bool:
     def is_pair(pair: object) -> bool:
-        return _are(pair, list, lambda n: type(n) in (int, float) and 0 <= n < 1e300) and len(pair) == 2  # type: ignore[arg-type]
+        return _are(pair, list, lambda n: type(n) in (int, float) and 0 <= n < 1e100) and len(pair) == 2  # type: ignore[arg-type]
 
-    return isinstance(value, dict) and all(_are(rows, list, is_pair) for rows in value.values())
+    return (
+        isinstance(value, dict)
+        and value.keys() <= group["tensors"].keys()
+        and all(_are(rows, list, is_pair) and len(rows) == len(group["sites"]) for rows in value.values())
+    )
 
 
 # --- against the network -------------------------------------------------------------------------
@@ -187,15 +196,21 @@ def stage_map_of(dun: nn.Module, description: Mapping[str, Any], file: Path) -> 
             f"expected the class {description['network'][:100]}, found {network} for {file}: build the network "
             "that was converted"
         )
+    modules = dict(dun.named_modules(remove_duplicate=False))
+    sites_of = [
+        tuple(Site(site["stage"], site["module"], site.get("call")) for site in entry["sites"])
+        for entry in description["groups"]
+    ]
+    # By name among those that the network lists: an attribute could be a property, which would run.
+    lacking = [site.module for sites in sites_of for site in sites if site.module not in modules]
+    if lacking:
+        raise LoRunError(
+            f"expected the stages that {file} names, found no {lacking[0][:100]!r} in {network}: build the network "
+            "that was converted, with as many stages"
+        )
+    _check_separate(modules, sites_of, file)
     groups = []
-    for entry in description["groups"]:
-        sites = tuple(Site(site["stage"], site["module"], site.get("call")) for site in entry["sites"])
-        lacking = [site.module for site in sites if not _has_module(dun, site.module)]
-        if lacking:
-            raise LoRunError(
-                f"expected the stages that {file} names, found no {lacking[0][:100]} in {network}: build the network "
-                "that was converted, with as many stages"
-            )
+    for sites, entry in zip(sites_of, description["groups"]):
         check_plain(dun, [site.module for site in sites])
         check_alike(dun, [(site.module, site.call) for site in sites], str(file))
         specs = tensor_specs(dun, sites, set(entry["common"]))
@@ -203,25 +218,28 @@ def stage_map_of(dun: nn.Module, description: Mapping[str, Any], file: Path) -> 
         if shapes != entry["tensors"]:
             name = next(n for n in {**shapes, **entry["tensors"]} if shapes.get(n) != entry["tensors"].get(n))
             raise LoRunError(
-                f"expected {name!r} of shape {entry['tensors'].get(name)}, found {shapes.get(name)} in the "
+                f"expected {name[:200]!r} of shape {entry['tensors'].get(name)}, found {shapes.get(name)} in the "
                 f"stages of {network} for {file}: build the network that was converted"
             )
         groups.append(Group(entry["name"], sites, specs))
-    calls: dict[str, set[int | None]] = {}
-    for site in (site for group in groups for site in group.sites):
-        calls.setdefault(site.module, set()).add(site.call)
-    nested = [path for path in calls if any(other.startswith(f"{path}.") for other in calls)]
-    if nested or any(found != {None} and found != set(range(len(found))) for found in calls.values()):
-        raise LoRunError(
-            f"expected separate stages in {file}, found {(nested or list(calls))[0]!r} more than once: save it anew or "
-            "download it again"
-        )
     return StageMap(network, tuple(groups))
 
 
-def _has_module(dun: nn.Module, path: str) -> bool:
-    try:
-        dun.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
+def _check_separate(modules: Mapping[str, nn.Module], groups: Sequence[Sequence[Site]], file: Path) -> None:
+    """Refuse stages that share a module, other than as one module with several parents or calls."""
+    objects: dict[int, list[tuple[int, Site]]] = {}
+    for index, sites in enumerate(groups):
+        for site in sites:
+            objects.setdefault(id(modules[site.module]), []).append((index, site))
+    for key, found in objects.items():
+        names, calls = {site.module for _, site in found}, sorted({-1 if s.call is None else s.call for _, s in found})
+        module = modules[found[0][1].module]
+        looped = calls[0] >= 0
+        right = calls == list(range(len(found))) and len(names) == 1 if looped else calls == [-1]
+        callable_ = type(module).forward is not nn.Module.forward
+        inside = any(id(child) != key and id(child) in objects for child in module.modules())
+        if len({index for index, _ in found}) > 1 or not right or (looped and not callable_) or inside:
+            raise LoRunError(
+                f"expected separate stages in {file}, found one twice or inside another at {found[0][1].module!r}: "
+                "save it anew or download it again"
+            )

@@ -287,7 +287,7 @@ def _number(path: str) -> int | None:
 def _group_name(sites: Sequence[tuple[str, int | None]], used: Sequence[str]) -> str:
     parts = re.split(r"[^A-Za-z-]+", sites[0][0])  # the name less its numbers
     name = "_".join(part for part in parts if part) or "denoiser"
-    return name if name not in used and not hasattr(nn.ModuleDict, name) else f"{name}_{len(used)}"
+    return name if name not in used and not hasattr(nn.ModuleDict(), name) else f"{name}_{len(used)}"
 
 
 def tensor_specs(dun: nn.Module, sites: Sequence[Site], common: set[str] | None = None) -> tuple[TensorSpec, ...]:

@@ -11,7 +11,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +24,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 PARTIAL = ".partial"
+PATIENCE = 20.0  # seconds to wait for another process's save
 
 
 def sha256(path: Path) -> str:
@@ -37,23 +39,25 @@ def _digest(file) -> str:  # Python 3.10 has no hashlib.file_digest
     return digest.hexdigest()
 
 
-def replace_folder(target: Path, owned: Callable[[str], bool], marker: str, fill: Callable[[Path], None]) -> None:
+def replace_folder(
+    target: Path, foreign: Callable[[Path], Iterable[str]], marker: str, fill: Callable[[Path], None]
+) -> None:
     """Make ``target`` the folder that ``fill`` writes; a killed process leaves the old or the new one.
 
     Args:
-        owned: says of a top-level name whether it is ours to replace; other files are carried over.
+        foreign: the names within the folder that is there of what is not ours to replace; it is carried over.
         marker: the file that an existing folder must hold to be replaced.
 
     Raises:
         LoRunError: ``target`` exists and is something else, or can't be written.
     """
-    target = Path(os.path.realpath(target))
     try:
+        target = Path(os.path.realpath(target))
         _check_replaceable(target, marker)
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.parent):
             _remove_abandoned(target)
-            new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PARTIAL, dir=target.parent))
+            new = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=PARTIAL, dir=target.parent))
             mine = _lock(new)
     except OSError as error:
         raise LoRunError(
@@ -63,9 +67,10 @@ def replace_folder(target: Path, owned: Callable[[str], bool], marker: str, fill
         new.chmod(0o777 & ~_umask())
         fill(new)
         with _locked(target.parent):
-            for entry in target.iterdir() if target.is_dir() else ():
-                if not owned(entry.name):
-                    _carry_over(entry, new / entry.name)
+            for name in foreign(target) if target.is_dir() else ():
+                if not os.path.lexists(new / name):
+                    (new / name).parent.mkdir(parents=True, exist_ok=True)
+                    _carry_over(target / name, new / name)
             _sync(new)
             _swap(new, target)
             _sync_entry(target.parent)
@@ -118,6 +123,10 @@ def write_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
         raise LoRunError(f"expected to write {path}, found {_reason(error)}: choose another folder") from error
 
 
+def _prefix(target: Path) -> str:
+    return f".{target.name[:100]}."
+
+
 def _carry_over(source: Path, target: Path) -> None:
     if source.is_dir() and not source.is_symlink():
         shutil.copytree(source, target, symlinks=True)
@@ -148,27 +157,31 @@ def _sync_entry(path: Path) -> None:
 # ends, however it ends. The folder around is locked while entries in it change.
 
 
-def _lock(folder: Path, wait: bool = True) -> int | None:
-    """A handle that holds the lock; None where another process has it, or the system has no such locks."""
+def _lock(folder: Path, seconds: float = 0.0) -> int | None:
+    """A handle that holds the lock; None where another process keeps it, or the system has no such locks."""
     if fcntl is None:
         return None
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
+    handle, end = os.open(folder, os.O_RDONLY), time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES) or time.monotonic() > end:
+                os.close(handle)
+                return None
+        time.sleep(0.005)
 
 
 def _unlock(handle: int | None) -> None:
     if handle is not None:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough where a forked process has the handle too
         os.close(handle)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    handle = _lock(folder)
+    handle = _lock(folder, PATIENCE)  # without it, two saves at the same moment could fail, but lose nothing
     try:
         yield
     finally:
@@ -177,8 +190,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _remove_abandoned(target: Path) -> None:
     """Remove what killed processes were writing for ``target``."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.*{PARTIAL}"):
-        handle = _lock(path, wait=False) if path.is_dir() and not path.is_symlink() else None
+    for path in target.parent.glob(f"{glob.escape(_prefix(target))}*{PARTIAL}"):
+        handle = _lock(path) if path.is_dir() and not path.is_symlink() else None
         if handle is not None:
             shutil.rmtree(path, ignore_errors=True)
             _unlock(handle)
@@ -192,8 +205,12 @@ def _swap(new: Path, target: Path) -> None:
     if not target.exists():
         os.rename(new, target)
     elif not _exchange(new, target):
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-        os.replace(target, old)
+        old = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=".old", dir=target.parent))
+        try:
+            os.replace(target, old)
+        except OSError:
+            old.rmdir()
+            raise
         try:
             os.rename(new, target)
         except OSError:
@@ -214,7 +231,25 @@ def _exchange(a: Path, b: Path) -> bool:
     return False
 
 
+def as_path(path: object) -> Path:
+    """A path as users give it.
+
+    Raises:
+        LoRunError: what can't be one.
+    """
+    try:
+        text = os.fspath(path)  # type: ignore[call-overload]
+        os.fsencode(text)
+        if not isinstance(text, str) or "\0" in text:
+            raise ValueError("no text, or a zero byte")
+    except (TypeError, ValueError) as error:
+        raise LoRunError(f"expected a path, found {path!r}: give a str or a pathlib.Path") from error
+    return Path(text)
+
+
 def _reason(error: OSError) -> str:
+    if isinstance(error, shutil.Error):
+        return "files beside the network's that can't be copied"
     return error.strerror or str(error) or type(error).__name__
 
 

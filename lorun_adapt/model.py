@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -17,6 +16,7 @@ from .assemble import Choice, StageAdapter, assemble, copy_network, distinct_ten
 from .calls import count_while_compiling, counting
 from .description import is_adapter_name
 from .errors import LoRunError
+from .folder import as_path
 from .report import Report, make_report
 from .stages import Group, Site, StageMap, stage_key
 
@@ -160,7 +160,7 @@ class LoRunModel(nn.Module):
             LoRunError: files that are missing, damaged or not for this base; nothing changes then.
         """
         check_adapter_name(adapter_name)
-        adapters, config = checkpoint.load_set(self, Path(path), adapter_name, stage)
+        adapters, config = checkpoint.load_set(self, as_path(path), adapter_name, stage)
         kept = self._choice_of(adapter_name) if stage is not None and adapter_name in self.adapters else {}
         before = self.adapters[adapter_name] if adapter_name in self.adapters else None
         config_before = self.peft_config.get(adapter_name)
@@ -231,7 +231,7 @@ class LoRunModel(nn.Module):
         Raises:
             LoRunError: ``path`` holds something else.
         """
-        checkpoint.save(self, Path(path), dtype)
+        checkpoint.save(self, as_path(path), dtype)
 
     # --- figures ---------------------------------------------------------------------------------
 
@@ -243,7 +243,8 @@ class LoRunModel(nn.Module):
         """Print how many parameters train, in PEFT's words."""
         trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
         total = self.num_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+        share = 100 * trainable / max(total, 1)
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
 
     def report(self) -> Report:
         """Parameters and bytes before and after, and the error of each adapted tensor."""

@@ -33,7 +33,7 @@ REFUSED = ".*"  # rank_pattern's key for a rank of 0, with which PEFT refuses a 
 # Where the factors start says nothing about the base, unless that was changed to fit, as by PiSSA or OLoRA.
 HARMLESS_STARTS = {"gaussian", "eva", "orthogonal"}
 HIGHEST_RANK = 65_536
-LONGEST_PATTERN = 1_000_000
+ALPHAS = (1e-6, 1e9)  # beyond these a scaled difference of biases is no float32 any more
 STEPS = 10_000_000  # of matching, in all patterns of a file
 
 
@@ -59,16 +59,19 @@ def check_config(config: LoraConfig) -> None:
         if not _is_rank(rank):
             raise LoRunError(f"expected a rank of 1 or more for {where}, found {rank!r}: choose a positive integer")
     for where, alpha in (("lora_alpha", config.lora_alpha), *config.alpha_pattern.items()):
-        if not _is_number(alpha) or alpha <= 0:
-            raise LoRunError(f"expected a positive number for {where}, found {alpha!r}: alpha scales the adapter")
+        if not _is_alpha(alpha) or alpha <= 0:
+            raise LoRunError(
+                f"expected a positive number for {where}, of 1e-6 to 1e9, found {alpha!r}: alpha scales the adapter"
+            )
 
 
-def config_from_json(options: object, where: str) -> LoraConfig:
+def config_from_json(options: object, where: str, tensors: int) -> LoraConfig:
     """The ``LoraConfig`` that ``adapter_config.json`` holds, from whomever it comes.
 
     Args:
         options: the parsed file.
         where: the file's name, for errors.
+        tensors: how many the denoiser has: so long may the patterns be.
 
     Raises:
         LoRunError: another PEFT method, an option whose effect is not known here, a value of the
@@ -97,10 +100,12 @@ def config_from_json(options: object, where: str) -> LoraConfig:
             if not isinstance(value, (str, dict, type(None))):
                 raise refuse(f"a name for {name}", value)
         elif not unset and (known is None or value != getattr(known, name)):
-            raise refuse(f"no {name}, or its default, since what it does can't be done here", value)
+            raise refuse(f"no {name[:100]}, or its default, since what it does can't be done here", value)
     patterns = [*(options.get("rank_pattern") or ()), *(options.get("alpha_pattern") or ())]
-    patterns += [options.get(key) for key in ("target_modules", "exclude_modules")]
-    if sum(_steps(pattern) for pattern in patterns if isinstance(pattern, str)) > STEPS:
+    patterns += [options[key] for key in ("target_modules", "exclude_modules") if isinstance(options.get(key), str)]
+    patterns += options.get("modules_to_save") or []
+    steps, length = sum(map(_steps, patterns)), sum(map(len, patterns))
+    if steps > STEPS or length > 20_000 + 500 * tensors or len(patterns) > 128 + 2 * tensors:
         raise refuse("patterns that are quick to match", patterns)
     if options.get("lora_dropout"):
         warnings.warn(f"lora_dropout in {where} acts in training only and is not applied here", stacklevel=2)
@@ -116,7 +121,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_alpha(value: object) -> bool:
-    return _is_number(value) and value != 0
+    return _is_number(value) and ALPHAS[0] <= abs(value) <= ALPHAS[1]
 
 
 def _is_bool(value: object) -> bool:
@@ -129,10 +134,11 @@ def _is_name(value: object) -> bool:
 
 def _is_pattern(value: object) -> bool:
     """A regular expression that is quick to match: a stranger's could take exponential time."""
-    if not isinstance(value, str) or not 0 < len(value) <= LONGEST_PATTERN or _steps(value) > STEPS:
+    if not isinstance(value, str) or not value or _steps(value) > STEPS:
         return False
-    try:
-        re.compile(rf"(.*\.)?({value})$")  # as PEFT puts it
+    try:  # by itself, and as PEFT puts names for ranks and for modules_to_save
+        for pattern in (value, rf"(.*\.)?({value})$", rf"(^|.*\.){value}($|\..*)"):
+            re.compile(pattern)
     except (re.error, RecursionError, OverflowError):
         return False
     return True
@@ -140,10 +146,11 @@ def _is_pattern(value: object) -> bool:
 
 def _steps(pattern: str) -> float:
     """An upper bound of the steps that matching takes on a name of 64 letters."""
-    plain = re.sub(r"\\[^0-9]", "_", pattern)
-    if "\\" in plain or "(?" in plain or re.search(r"[)*+?}][*+{]", plain):  # references, repeated repetitions
+    plain = re.sub(r"\\[^0-9]", "_", f"({pattern})")
+    slow = "\\" in plain or "(?" in plain or re.search(r"[)*+?}][*+{]", plain)  # references, repeated repetitions
+    if slow or ("[" in plain and not pattern.isascii()):
         return math.inf
-    repetitions, groups = len(re.findall(r"[*+?{]", plain)), plain.count("(")
+    repetitions, groups = len(re.findall(r"[*+?{]", plain)), plain.count("(") - 1
     return math.inf if repetitions + groups > 20 else (plain.count("|") + 1) ** max(1, groups) * 64.0**repetitions
 
 
@@ -157,7 +164,7 @@ def _are_targets(value: object) -> bool:
 
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (lambda v: _is_rank(v) and v <= HIGHEST_RANK, "a rank of 1 or more"),
-    "lora_alpha": (_is_alpha, "a number other than 0"),
+    "lora_alpha": (_is_alpha, "a number other than 0, of 1e-6 to 1e9,"),
     "use_rslora": (_is_bool, "true or false"),
     "lora_bias": (_is_bool, "true or false"),
     "inference_mode": (_is_bool, "true or false"),
@@ -170,7 +177,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         ),
         "ranks of 1 or more by simple patterns",
     ),
-    "alpha_pattern": (lambda v: _is_patterns(v, _is_alpha), "numbers other than 0 by simple patterns"),
+    "alpha_pattern": (lambda v: _is_patterns(v, _is_alpha), "numbers other than 0, of 1e-6 to 1e9, by simple patterns"),
     "target_modules": (_are_targets, "names or a simple pattern"),
     "exclude_modules": (_are_targets, "names or a simple pattern"),
     "modules_to_save": (

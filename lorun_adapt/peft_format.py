@@ -82,7 +82,7 @@ def write(
     with_bias = any(f"{key}.bias" in private for key in view.targets)
     for key in view.targets if with_bias else ():
         term, base = keys[key], denoiser.get_submodule(key).bias
-        if base is None:  # lora_bias is for all layers or none
+        if base is None or f"{key}.bias" not in private:  # lora_bias is for all layers or none
             tensors[f"{PREFIX}{key}.lora_B.bias"] = term.lora_B.new_zeros(term.lora_B.shape[0])
             continue
         base, value = rounded(base), private[f"{key}.bias"]
@@ -153,6 +153,7 @@ def read(
             "it again"
         )
 
+    own = {spec.name for spec in group.tensors if not spec.common}
     for spec in group.tensors:
         if spec.common:
             continue
@@ -170,9 +171,9 @@ def read(
             if found != [rank, rank]:
                 raise fail(f"factors of rank {rank} for {spec.name!r}, as its config says", f"ranks {found}")
             terms[spec.name] = _term(spec, pair, wanted.scaling(names.key, rank), base, where)
-            lacking = names.bias if names.layer is not None and names.layer.bias is None else None
+            lacking = names.bias if names.layer is not None and f"{names.key}.bias" not in own else None
             if lacking in left and bool(left.pop(lacking).any()):
-                raise fail(f"no bias for {names.key!r}, which has none in the network", "one")
+                raise fail(f"no bias for {names.key!r}, which has none of its own", "one")
             continue
         if names.layer is not None and not pair and wanted.targets(names.key) and not wanted.saved(spec):
             raise fail(f"the factors of {spec.name!r}, which the config targets", "none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -35,6 +36,13 @@ def check_plain(dun: nn.Module, stages: Iterable[str]) -> None:
                     f"expected plain weights in {where}, found {made or 'a parametrization'}: bake it in first, with "
                     f"{WAYS_OUT.get(made or '', parametrized)}"
                 )
+            names = (*module._modules, *module._parameters, *module._buffers)
+            if any(name in ("lora_A", "lora_B") or name.startswith("lorun_") for name in names):
+                raise LoRunError(
+                    f"expected a plain network, found the parts of an adapter in {where}: call merge_and_unload() first"
+                )
+            if any("/" in name for name in names):
+                raise LoRunError(f"expected names without a slash, found {names!r} in {where}: rename the module")
             if (attribute := _hidden_tensors(module)) is not None:
                 raise LoRunError(
                     f"expected modules and parameters in {where}, found them in the plain attribute {attribute!r}, "
@@ -48,9 +56,14 @@ def check_sound(dun: nn.Module) -> None:
     """Refuse weights that are not finite.
 
     Raises:
-        LoRunError: NaN, or Inf in a parameter.
+        LoRunError: NaN, or Inf in a parameter; a tensor on the meta device, or a sparse one.
     """
     for name, tensor, buffer in tensors_of(dun):
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise LoRunError(
+                f"expected a dense tensor with values, found {'no values' if tensor.is_meta else tensor.layout} in "
+                f"{name!r} of {type(dun).__name__}: build it on the CPU, dense"
+            )
         if not is_sound(tensor.detach(), buffer):
             raise LoRunError(
                 f"expected finite weights, found NaN or Inf in {name!r} of {type(dun).__name__}: take a checkpoint "

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load, save_file
 
 import lorun_adapt
-from lorun_adapt import LoRunError, LoRunModel, cli
+from lorun_adapt import LoRunError, LoRunModel, cli, folder
 from lorun_adapt.description import as_text
 from lorun_adapt.folder import sha256
 
@@ -228,9 +228,31 @@ HURT: dict[str, tuple[Callable[[Path], object], bool, str]] = {
     "module_root": (description(set_site("module", "")), True, "wrong 'groups'"),
     "stage_gap": (description(set_site("stage", 10**12)), True, "wrong 'groups'"),
     "stage_twice": (description(set_site("stage", 0)), True, "wrong 'groups'"),
-    "call_out_of_nowhere": (description(set_site("call", 7)), True, "more than once"),
+    "call_out_of_nowhere": (description(set_site("call", 7)), True, "found one twice"),
     "active_unknown": (description(lambda d: d["active"].append("x")), True, "wrong 'active'"),
     "active_too_many": (description(lambda d: d["active"].append("default")), True, "wrong 'active'"),
+    "errors_of_no_group": (description(lambda d: d["errors"].update(x=5)), True, "wrong 'errors'"),
+    "errors_of_no_tensor": (description(lambda d: d["errors"]["denoiser"].update(x=[])), True, "wrong 'errors'"),
+    "errors_too_large": (
+        description(lambda d: [rows.append([1e200, 1]) or rows.pop(0) for rows in d["errors"]["denoiser"].values()]),
+        True,
+        "wrong 'errors'",
+    ),
+    "set_named_as_an_attribute": (description(lambda d: d.update(adapters=["training"])), True, "wrong 'adapters'"),
+    "group_named_as_an_attribute": (description(lambda d: d["groups"][0].update(name="_modules")), True, "wrong"),
+    "many_sets": (description(lambda d: d.update(adapters=[f"s{i}" for i in range(1000)])), True, "wrong 'adapters'"),
+    "active_not_held": (
+        description(lambda d: [d["files"].pop(name) for name in list(d["files"]) if "stage_03" in name]),
+        True,
+        "wrong 'active'",
+    ),
+    "two_lines": (description(lambda d: d.update(network="a\nb")), True, "the class a b, found"),
+    "a_long_name": (
+        description(lambda d: d["groups"][0]["tensors"].update({"x" * 900_000: [1]})),
+        True,
+        "bytes|of shape",
+    ),
+    "an_option_of_two_lines": (config(lambda c: c.update({"a\nb": 1})), True, "no a b, or its default"),
     "errors_text": (description(lambda d: d["errors"]["denoiser"].update(x=["y"])), True, "wrong 'errors'"),
     "no_hash": (description(lambda d: d["files"].pop(TENSORS)), True, "a hash of .*found none"),
     "other_hash_kind": (description(lambda d: d["files"].update({"more": "md5"})), True, "wrong 'files'"),
@@ -262,7 +284,7 @@ HURT_BASE: dict[str, tuple[Callable[[Path], object], bool, str]] = {
 
 
 def is_a_sentence(text: str) -> bool:
-    return re.match(r"expected .+, found .+: .+$", text) is not None and "\n" not in text and len(text) < 800
+    return re.match(r"expected .+, found .+: .+$", text) is not None and "\n" not in text and len(text) < 1000
 
 
 def hurt(folder: Path, name: str) -> str:
@@ -390,10 +412,108 @@ def test_a_single_stage_knows_its_base(saved: Path, tmp_path: Path, lorun: LoRun
 
 
 def test_a_set_put_beside_the_others(saved: Path, lorun: LoRunModel) -> None:
-    """A set that a friend sent has no hash in the folder that it is put into."""
+    """A set that a friend sent has no hash in the folder that it is put into, and is not lost by a save."""
     shutil.copytree(saved / "adapters/default", saved / "adapters/friend")
     lorun.load_adapter(saved / "adapters/friend", "friend")
     lorun.delete_adapter("friend")
+    lorun.save_pretrained(saved)
+    lorun.load_adapter(saved / "adapters/friend", "friend")
+    lorun.save_pretrained(saved)
+    assert set(json.loads((saved / "lorun_config.json").read_text())["adapters"]) == {"default", "friend"}
+    lorun.delete_adapter("friend")
+    lorun.save_pretrained(saved)
+    assert not (saved / "adapters/friend").exists()
+
+
+def test_a_stage_without_one_of_its_denoisers(tmp_path: Path) -> None:
+    case = ZOO["pair_blocks"]()
+    lorun = lorun_adapt.convert(case.net, rank=2)
+    lorun.save_pretrained(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "saved/adapters/default/stage_01/blocks_decoder")
+    edit_json(
+        tmp_path / "saved/lorun_config.json",
+        lambda d: [d["files"].pop(name) for name in list(d["files"]) if "stage_01/blocks_decoder" in name],
+    )
+    rehash(tmp_path / "saved")
+    for attempt in (lambda f: lorun_adapt.from_pretrained(f, case.net), lambda f: lorun.load_adapter(f, "other")):
+        with pytest.raises(LoRunError, match="a hash of .*blocks_decoder.*found none"):
+            attempt(tmp_path / "saved")
+    assert lorun.adapter_names == ["default"]
+
+
+def sites(*places: tuple[str, int | None]) -> list[dict[str, Any]]:
+    return [{"stage": k, "module": module, "call": call} for k, (module, call) in enumerate(places)]
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        ("list_of_blocks", [sites(("blocks.0", None), ("blocks.1", None))] * 2),
+        ("looped", [sites(*(("p", k) for k in range(4)))] * 2),
+        ("one_block_many_times", [sites(*((f"blocks.{k}", None) for k in pair)) for pair in ((0, 1), (2, 3))]),
+        ("one_block_many_times", [sites(("blocks.0", None), ("blocks.2", 0), ("blocks.2", 1))]),
+        ("many_parents", [sites(("blocks.0.denoiser", 0), ("blocks.0.denoiser", 1), ("blocks.1.denoiser", 0))]),
+        ("list_of_blocks", [sites(("blocks", 0), ("blocks", 1))]),
+        ("list_of_blocks", [sites(("blocks.0", 0), ("blocks.0", 2))]),
+    ],
+)
+def test_stages_that_are_one_module(name: str, groups: list[list[dict[str, Any]]], tmp_path: Path) -> None:
+    case = ZOO[name]()
+    lorun_adapt.convert(case.net, rank=2, **case.find()).save_pretrained(tmp_path / "saved")
+
+    def forge(held: dict[str, Any]) -> None:
+        held["groups"] = [{**held["groups"][0], "name": f"g{k}", "sites": group} for k, group in enumerate(groups)]
+        held["errors"] = {group["name"]: {} for group in held["groups"]}
+        held["active"] = ["default"] * len(groups[0])
+        held["files"].update({f"adapters/default/stage_{k:02d}/x": "0" * 64 for k in range(len(groups[0]))})
+
+    edit_json(tmp_path / "saved/lorun_config.json", forge)
+    rehash(tmp_path / "saved")
+    with pytest.raises(LoRunError, match="found one twice or inside another"):
+        lorun_adapt.from_pretrained(tmp_path / "saved", case.net)
+
+
+def test_no_property_of_the_network_is_run(saved: Path) -> None:
+    class Trap(ListOfBlocks):
+        @property
+        def boom(self) -> torch.nn.Module:
+            raise AssertionError("run")
+
+    Trap.__name__ = "ListOfBlocks"
+    edit_json(saved / "lorun_config.json", set_site("module", "boom"))
+    rehash(saved)
+    with pytest.raises(LoRunError, match="found no 'boom'"):
+        lorun_adapt.from_pretrained(saved, Trap([Block(Denoiser()) for _ in range(4)]))
+
+
+@pytest.mark.parametrize("path", ["a\0b", "a\ud800", "a" * 300, "a/" * 3000, b"a", None, 3])
+def test_paths_that_cannot_be(path: object, lorun: LoRunModel, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    net = ZOO["list_of_blocks"]().net
+    for use in (
+        lambda: lorun_adapt.from_pretrained(path, net),
+        lambda: lorun.load_adapter(path, "x"),
+        lambda: lorun.save_pretrained(path),
+    ):
+        with pytest.raises(LoRunError) as caught:
+            use()
+        assert is_a_sentence(str(caught.value))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_arguments_that_cannot_be(saved: Path, lorun: LoRunModel) -> None:
+    for stage in ("1", 1.0, True, [1], -1, 4, 2**70):
+        with pytest.raises(LoRunError, match="expected a stage in 0..3"):
+            lorun.load_adapter(saved, "x", stage=stage)
+    for name in ("training", None, 3, "x" * 200):
+        with pytest.raises(LoRunError, match="adapter name"):
+            lorun.load_adapter(saved, name)
+    with pytest.raises(LoRunError, match="floating-point dtype"):
+        lorun.save_pretrained(saved, dtype="float16")
+    with pytest.raises(LoRunError, match="expected a network, found NoneType"):
+        lorun_adapt.from_pretrained(saved, None)
+    with pytest.raises(LoRunError, match="no values"):
+        lorun_adapt.from_pretrained(saved, ZOO["list_of_blocks"]().net.to("meta"))
 
 
 def test_a_set_of_some_stages_does_not_replace_the_one_that_runs(
@@ -450,3 +570,58 @@ def test_what_could_not_be_loaded_is_not_saved(saved: Path, value: float) -> Non
         lorun.save_pretrained(saved, dtype=torch.float16)
     assert is_a_sentence(str(caught.value))
     assert {p: p.read_bytes() for p in saved.rglob("*") if p.is_file()} == before
+
+
+class WithBuffer(ListOfBlocks):
+    def __init__(self, name: str, buffer: torch.Tensor) -> None:
+        super().__init__([Block(Denoiser()) for _ in range(3)])
+        self.register_buffer(name, buffer)
+
+
+def _tied_bias() -> torch.nn.Module:
+    net = ListOfBlocks([Block(Denoiser()) for _ in range(3)])
+    for block in net.blocks[1:]:
+        block.denoiser.body.bias = net.blocks[0].denoiser.body.bias
+    return net
+
+
+@pytest.mark.parametrize(
+    "make",
+    [_tied_bias, lambda: WithBuffer("m", torch.zeros(1).expand(5)), lambda: WithBuffer("i", torch.arange(3)[None])],
+)
+def test_odd_networks_are_saved_and_loaded(make: Callable[[], torch.nn.Module], tmp_path: Path) -> None:
+    net, inputs = make(), ZOO["list_of_blocks"]().inputs
+    lorun = lorun_adapt.convert(net, rank=2)
+    lorun.save_pretrained(tmp_path / "saved")
+    assert torch.equal(lorun_adapt.from_pretrained(tmp_path / "saved", make())(*inputs), lorun(*inputs))
+
+
+def _named(name: str) -> torch.nn.Module:
+    denoisers = [Denoiser() for _ in range(3)]
+    for denoiser in denoisers:
+        denoiser.body.add_module(name, torch.nn.Conv2d(1, 1, 1))
+    return ListOfBlocks([Block(denoiser) for denoiser in denoisers])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: WithBuffer("m", torch.eye(3).to_sparse()), "a dense tensor"),
+        (lambda: _named("lora_A"), "the parts of an adapter in blocks.0.denoiser.body.*merge_and_unload"),
+        (lambda: _named("lorun_frozen"), "the parts of an adapter"),
+        (lambda: _named("a/b"), "names without a slash"),
+    ],
+)
+def test_networks_that_could_not_be_saved_are_not_converted(make: Callable[[], torch.nn.Module], message: str) -> None:
+    with pytest.raises(LoRunError, match=message) as caught:
+        lorun_adapt.convert(make())
+    assert is_a_sentence(str(caught.value))
+
+
+def test_somebody_else_s_lock_is_not_waited_for_for_ever(saved: Path, lorun: LoRunModel, monkeypatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(folder, "PATIENCE", 0.2)
+    handle = os.open(saved.parent, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    lorun.save_pretrained(saved)
+    os.close(handle)

@@ -94,7 +94,7 @@ def abandoned(place: Path) -> None:
     (place / ".saved.mine.txt").write_text("not of a save")
     os.mkdir(place / ".saved.dead.partial")
     running = in_child(
-        lambda: folder.replace_folder(target, lambda _: True, "lorun_config.json", lambda _: time.sleep(60))
+        lambda: folder.replace_folder(target, lambda _: [], "lorun_config.json", lambda _: time.sleep(60))
     )
     while len(list(place.glob(".saved.*.partial"))) < 1 or (place / ".saved.dead.partial").exists():
         time.sleep(0.01)
