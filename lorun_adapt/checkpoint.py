@@ -33,7 +33,7 @@ from .description import CONFIG, as_text, describe, read_description, stage_map_
 from .errors import LoRunError
 from .folder import as_path, replace_folder, sha256
 from .peft_config import config_from_json
-from .plain import check_sound
+from .plain import check_dense
 from .reading import DTYPES, Slot, file_limit, parse_json, parse_tensors, read_file
 from .stages import Group, Site, StageMap, is_sound, stage_key, tensors_of
 
@@ -115,7 +115,7 @@ def _load(folder: Path, dun: nn.Module) -> LoRunModel:
 
     description = read_description(folder, dun)
     stage_map = stage_map_of(dun, description, folder / CONFIG)
-    check_sound(dun)
+    check_dense(dun)
     saved = _Saved(folder, description)
     of_dun = {name: Slot(tuple(tensor.shape), tensor.dtype) for name, tensor, _ in tensors_of(dun)}
     content = saved.content(BASE, file_limit(of_dun))

@@ -88,7 +88,9 @@ def peft_view(denoiser: nn.Module, first: nn.Module, group: Group, adapter: Stag
     if not targets:
         problem = "every adapted layer has a name that PEFT's modules_to_save takes for one of the stage's own"
     problem = problem or layer_problem(denoiser, first, targets)
-    return PeftView(frozenset(targets), frozenset(full - whole), frozenset(whole), saved, problem)
+    if problem is not None:
+        return PeftView(frozenset(layers), frozenset(), frozenset(), (), problem)
+    return PeftView(frozenset(targets), frozenset(full - whole), frozenset(whole), saved)
 
 
 def layer_problem(denoiser: nn.Module, first: nn.Module, layers: Collection[str]) -> str | None:

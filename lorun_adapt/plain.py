@@ -52,18 +52,27 @@ def check_plain(dun: nn.Module, stages: Iterable[str]) -> None:
                 raise LoRunError(f"expected weights in {where}, found a lazy module: run the network once, then load")
 
 
-def check_sound(dun: nn.Module) -> None:
-    """Refuse weights that are not finite.
+def check_dense(dun: nn.Module) -> None:
+    """Refuse tensors that can't be shared or stored.
 
     Raises:
-        LoRunError: NaN, or Inf in a parameter; a tensor on the meta device, or a sparse one.
+        LoRunError: a tensor on the meta device, or a sparse one.
     """
-    for name, tensor, buffer in tensors_of(dun):
+    for name, tensor, _ in tensors_of(dun):
         if tensor.is_meta or tensor.layout != torch.strided:
             raise LoRunError(
                 f"expected a dense tensor with values, found {'no values' if tensor.is_meta else tensor.layout} in "
                 f"{name!r} of {type(dun).__name__}: build it on the CPU, dense"
             )
+
+
+def check_sound(dun: nn.Module) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        LoRunError: NaN, or Inf in a parameter.
+    """
+    for name, tensor, buffer in tensors_of(dun):
         if not is_sound(tensor.detach(), buffer):
             raise LoRunError(
                 f"expected finite weights, found NaN or Inf in {name!r} of {type(dun).__name__}: take a checkpoint "

@@ -350,6 +350,13 @@ def test_the_command_line_ends_with_2(name: str, saved: Path, tmp_path: Path, ca
     assert last.startswith("error: expected ") and re.search(message, last)
 
 
+def test_the_weights_of_the_network_that_is_given_do_not_matter(saved: Path, lorun: LoRunModel) -> None:
+    case = ZOO["list_of_blocks"]()
+    for parameter in case.net.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    assert torch.equal(lorun_adapt.from_pretrained(saved, case.net)(*case.inputs), lorun(*case.inputs))
+
+
 def test_untouched_it_loads(saved: Path, lorun: LoRunModel) -> None:
     case = ZOO["list_of_blocks"]()
     rehash(saved)
