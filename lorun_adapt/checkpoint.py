@@ -11,6 +11,7 @@ A stage of several denoisers has a subfolder for each.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -31,7 +32,7 @@ from .assemble import StageAdapter, copy_network, distinct_tensors, lowrank_term
 from .card import model_card
 from .description import CONFIG, as_text, describe, read_description, stage_map_of
 from .errors import LoRunError
-from .folder import as_path, replace_folder, sha256
+from .folder import as_path, put_back, replace_folder, sha256
 from .peft_config import config_from_json
 from .plain import check_dense
 from .reading import DTYPES, Slot, file_limit, parse_json, parse_tensors, read_file
@@ -107,6 +108,8 @@ def from_pretrained(path: str | os.PathLike[str], dun: nn.Module) -> LoRunModel:
     folder = as_path(path)
     if not isinstance(dun, nn.Module):
         raise LoRunError(f"expected a network, found {type(dun).__name__}: build one of the class that was converted")
+    with contextlib.suppress(OSError):  # what can't be put back is reported as missing
+        put_back(Path(os.path.realpath(folder)))
     return _undisturbed(folder, lambda: _load(folder, dun))
 
 

@@ -23,7 +23,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-PARTIAL = ".partial"
+PARTIAL, OLD = ".partial", ".old"
 PATIENCE = 20.0  # seconds to wait for another process's save
 
 
@@ -53,10 +53,11 @@ def replace_folder(
     """
     try:
         target = Path(os.path.realpath(target))
-        _check_replaceable(target, marker)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.parent):
-            _remove_abandoned(target)
+        put_back(target)
+        _check_replaceable(target, marker)
+        with _locked(target.parent) as alone:
+            _remove_abandoned(target, alone)
             new = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=PARTIAL, dir=target.parent))
             mine = _lock(new)
     except OSError as error:
@@ -180,16 +181,33 @@ def _unlock(handle: int | None) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether no other process is saving in ``folder`` meanwhile, as far as locks can tell."""
     handle = _lock(folder, PATIENCE)  # without it, two saves at the same moment could fail, but lose nothing
     try:
-        yield
+        yield handle is not None
     finally:
         _unlock(handle)
 
 
-def _remove_abandoned(target: Path) -> None:
-    """Remove what killed processes were writing for ``target``."""
+def put_back(target: Path) -> None:
+    """Put the old folder back where a process was killed before it had put the new one into its place.
+
+    That can only be where the system has no exchange of folders in one step, see :func:`_swap`.
+    """
+    if os.path.lexists(target) or not any(target.parent.glob(f"{glob.escape(_prefix(target))}*{OLD}")):
+        return
+    with _locked(target.parent) as alone:
+        olds = [path for path in target.parent.glob(f"{glob.escape(_prefix(target))}*{OLD}") if any(path.iterdir())]
+        if alone and olds and not os.path.lexists(target):
+            os.rename(max(olds, key=lambda path: path.stat().st_ctime), target)
+
+
+def _remove_abandoned(target: Path, alone: bool) -> None:
+    """Remove what killed processes have left of saves of ``target``."""
+    if alone and target.is_dir():
+        for path in target.parent.glob(f"{glob.escape(_prefix(target))}*{OLD}"):
+            shutil.rmtree(path, ignore_errors=True)
     for path in target.parent.glob(f"{glob.escape(_prefix(target))}*{PARTIAL}"):
         handle = _lock(path) if path.is_dir() and not path.is_symlink() else None
         if handle is not None:
@@ -205,7 +223,7 @@ def _swap(new: Path, target: Path) -> None:
     if not target.exists():
         os.rename(new, target)
     elif not _exchange(new, target):
-        old = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=".old", dir=target.parent))
+        old = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=OLD, dir=target.parent))
         try:
             os.replace(target, old)
         except OSError:

@@ -161,6 +161,27 @@ def test_a_killed_save_leaves_the_old_folder_or_the_new(saved: Path, lorun: LoRu
     assert seen == {True, False}
 
 
+def test_without_an_exchange_a_kill_between_two_renames_loses_nothing(
+    saved: Path, lorun: LoRunModel, blocks: Case
+) -> None:
+    before, rename = files(saved), os.rename
+    for use in ("load", "save"):
+        child = os.fork()
+        if child == 0:
+            folder._exchange = lambda *_: False
+            folder.os.rename = lambda *_: os._exit(9)  # the second of the two; the first is os.replace
+            lorun.save_pretrained(saved)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        assert folder.os.rename is rename and not saved.exists()
+        if use == "load":
+            loaded = lorun_adapt.from_pretrained(saved, blocks.net)
+            assert files(saved) == before and torch.equal(loaded(*blocks.inputs), lorun(*blocks.inputs))
+        else:
+            lorun.save_pretrained(saved)
+    assert files(saved) == before and [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
 # --- what does not load --------------------------------------------------------------------------
 
 
