@@ -326,6 +326,15 @@ def check_loaded(folder: Path, loaded: LoRunModel, net: nn.Module, whole: bool) 
     return None
 
 
+def peak_memory() -> int:
+    """The most bytes that this process has held so far."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, IndexError):  # no Linux; there, this would count the parent process too
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def mutate_and_load(network: str, count: int, seed: int) -> tuple[Counter[tuple[str, str]], list[str], int]:
     """Outcomes by kind, what went wrong, and by how many bytes the process grew."""
     torch.set_num_threads(1)
@@ -348,7 +357,7 @@ def mutate_and_load(network: str, count: int, seed: int) -> tuple[Counter[tuple[
         before = 0
         for index in range(count):
             if index == 20:  # by then all that a load needs is there
-                before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                before = peak_memory()
             kind, files = _mutated(original, rng)
             if rng.random() < 0.75:
                 rehash(files, original)
@@ -380,7 +389,7 @@ def mutate_and_load(network: str, count: int, seed: int) -> tuple[Counter[tuple[
                 wrong.append(f"seed {seed}, {index}, {kind}: the network changed")
             for name in changed:
                 _put(folder / name, original.get(name))
-    return outcomes, wrong, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return outcomes, wrong, peak_memory() - before
 
 
 def _put(path: Path, content: bytes | None) -> None:
