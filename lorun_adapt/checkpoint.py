@@ -338,13 +338,12 @@ def _read_set(saved: _Saved, key: str, base: nn.Module, stage_map: StageMap, fin
             f"expected adapters for {len(stage_map)} stages in {saved.folder / key}, found none: give a set's folder, "
             "or say with stage= whose adapter it is"
         )
-    return _together(
-        {
-            (group.name, site): _read_adapter(saved, f"{key}/{part}".lstrip("/"), base, group, site, fingerprint)
-            for part, (group, site) in parts.items()
-            if part.partition("/")[0] in held
-        }
-    )
+    found = {}
+    for part, (group, site) in parts.items():
+        if part.partition("/")[0] in held:
+            place = f"{key}/{part}".lstrip("/")
+            found[group.name, site] = _read_adapter(saved, place, base, group, site, fingerprint)
+    return _together(found)
 
 
 def _together(found: Mapping[tuple[str, Site], tuple[StageAdapter, LoraConfig]]) -> AdapterSet:

@@ -17,7 +17,7 @@ from .factorise import factorise, rank_for_energy
 from .find import find_stages
 from .lowrank import DEFAULT_RANK, LowRank, untrained
 from .model import DEFAULT_SET, LoRunModel
-from .plain import check_dense, check_plain, check_sound
+from .plain import check_dense, check_plain, check_reachable, check_sound
 from .plan import Plan, plan
 from .stages import Group, StageMap
 
@@ -54,7 +54,9 @@ def convert(
     if config is not None and rank is not None:
         raise LoRunError("expected config or rank, found both: give the rank as r in the LoraConfig")
     stage_map = find_stages(dun, stages=stages, example_inputs=example_inputs, calls=calls)
-    check_plain(dun, [site.module for group in stage_map.groups for site in group.sites])
+    modules = [site.module for group in stage_map.groups for site in group.sites]
+    check_plain(dun, modules)
+    check_reachable(dun, modules)
     check_dense(dun)
     check_sound(dun)
     if config is None:

@@ -131,6 +131,8 @@ def _problem(
 
 def _difference(denoiser: nn.Module, first: nn.Module) -> str | None:
     """A number, a text or a constant that two modules of one class have differently."""
+    if denoiser is first:
+        return None
     others = dict(first.named_modules(remove_duplicate=False))
     for path, module in denoiser.named_modules(remove_duplicate=False):
         mine, other = vars(module), vars(others[path])

@@ -19,11 +19,11 @@ WAYS_OUT = {
 
 
 def check_plain(dun: nn.Module, stages: Iterable[str]) -> None:
-    """Refuse stages whose weights are made anew in each forward, or are where an adapter can't reach them.
+    """Refuse stages whose weights are made anew in each forward, or hold what files have names for.
 
     Raises:
-        LoRunError: weight_norm, spectral_norm or another parametrization; parameters in plain
-            attributes; lazy modules.
+        LoRunError: weight_norm, spectral_norm or another parametrization; an adapter; a slash in a
+            name; lazy modules.
     """
     for stage in dict.fromkeys(stages):
         for name, module in dun.get_submodule(stage).named_modules():
@@ -43,13 +43,24 @@ def check_plain(dun: nn.Module, stages: Iterable[str]) -> None:
                 )
             if any("/" in name for name in names):
                 raise LoRunError(f"expected names without a slash, found {names!r} in {where}: rename the module")
+            if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in module.parameters(recurse=False)):
+                raise LoRunError(f"expected weights in {where}, found a lazy module: run the network once, then load")
+
+
+def check_reachable(dun: nn.Module, stages: Iterable[str]) -> None:
+    """Refuse stages that hold modules or parameters where an adapter can't reach them.
+
+    Raises:
+        LoRunError: parameters in plain attributes.
+    """
+    for stage in dict.fromkeys(stages):
+        for name, module in dun.get_submodule(stage).named_modules():
             if (attribute := _hidden_tensors(module)) is not None:
+                where = f"{stage}.{name}".rstrip(".")
                 raise LoRunError(
                     f"expected modules and parameters in {where}, found them in the plain attribute {attribute!r}, "
                     "where an adapter can't reach them: use nn.ModuleList, nn.ParameterList or a method instead"
                 )
-            if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in module.parameters(recurse=False)):
-                raise LoRunError(f"expected weights in {where}, found a lazy module: run the network once, then load")
 
 
 def check_dense(dun: nn.Module) -> None:

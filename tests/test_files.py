@@ -592,9 +592,22 @@ def _tied_bias() -> torch.nn.Module:
     return net
 
 
+def _growing_dilation() -> torch.nn.Module:
+    """Stages of equal tensors, the first of which PEFT could represent."""
+    net = ListOfBlocks([Block(Denoiser()) for _ in range(3)])
+    for k, block in enumerate(net.blocks):
+        block.denoiser.body.dilation = block.denoiser.body.padding = (k + 1, k + 1)
+    return net
+
+
 @pytest.mark.parametrize(
     "make",
-    [_tied_bias, lambda: WithBuffer("m", torch.zeros(1).expand(5)), lambda: WithBuffer("i", torch.arange(3)[None])],
+    [
+        _growing_dilation,
+        _tied_bias,
+        lambda: WithBuffer("m", torch.zeros(1).expand(5)),
+        lambda: WithBuffer("i", torch.arange(3)[None]),
+    ],
 )
 def test_odd_networks_are_saved_and_loaded(make: Callable[[], torch.nn.Module], tmp_path: Path) -> None:
     net, inputs = make(), ZOO["list_of_blocks"]().inputs
