@@ -302,6 +302,10 @@ def rehash(files: Files, original: Files) -> None:
 # --- loading -------------------------------------------------------------------------------------
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 def check_loaded(folder: Path, loaded: LoRunModel, shapes: dict[str, torch.Size], whole: bool) -> str | None:
     """What is wrong with something that loaded: None."""
     description = json.loads((folder / CONFIG).read_text())
@@ -309,12 +313,8 @@ def check_loaded(folder: Path, loaded: LoRunModel, shapes: dict[str, torch.Size]
         needed = name.endswith((".safetensors", ".json")) and (whole or name != "base.safetensors")
         if needed and hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
             return f"{name} has another hash"
-    if (
-        hashlib.sha256(
-            json.dumps({k: v for k, v in description.items() if k != "sha256"}, sort_keys=True).encode()
-        ).hexdigest()
-        != description["sha256"]
-    ):
+    rest = {key: value for key, value in description.items() if key != "sha256"}
+    if hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest() != description["sha256"]:
         return "the description has another hash"
     for group in loaded.stage_map.groups:
         for site in group.sites:
@@ -348,9 +348,7 @@ def mutate_and_load(network: str, count: int, seed: int) -> tuple[Counter[tuple[
         folder = Path(scratch) / "saved"
         lorun = convert(net, config).eval()
         lorun.save_pretrained(folder)
-        original: Files = {
-            path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-        }
+        original: Files = dict(contents(folder))
         with torch.no_grad():
             output = lorun(*inputs)
         weights = [(tensor, tensor.clone()) for tensor in net.state_dict().values()]
@@ -405,10 +403,6 @@ def _put(path: Path, content: bytes | None) -> None:
 
 
 # --- killing -------------------------------------------------------------------------------------
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _seconds(work: Callable[[], object]) -> float:
