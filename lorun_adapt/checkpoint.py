@@ -154,7 +154,7 @@ def _load_set(lorun: LoRunModel, path: Path, name: str, stage: int | None) -> Ad
     if not os.path.isdir(path):
         raise LoRunError(f"expected a folder with an adapter, found none at {path}: give a saved folder or a set's")
     if stage is not None and (
-        not hasattr(stage, "__index__") or int(stage) not in range(len(stage_map)) or stage is True
+        not hasattr(stage, "__index__") or int(stage) not in range(len(stage_map)) or isinstance(stage, bool)
     ):
         raise LoRunError(f"expected a stage in 0..{len(stage_map) - 1}, found {stage!r}: see print(lorun.stage_map)")
     saved, key = _place_of(path, lorun)

@@ -509,7 +509,7 @@ def test_paths_that_cannot_be(path: object, lorun: LoRunModel, tmp_path: Path, m
 
 
 def test_other_arguments_that_cannot_be(saved: Path, lorun: LoRunModel) -> None:
-    for stage in ("1", 1.0, True, [1], -1, 4, 2**70):
+    for stage in ("1", 1.0, True, False, [1], -1, 4, 2**70):
         with pytest.raises(LoRunError, match="expected a stage in 0..3"):
             lorun.load_adapter(saved, "x", stage=stage)
     for name in ("training", None, 3, "x" * 200):
