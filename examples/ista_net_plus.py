@@ -24,7 +24,7 @@ BLOCK = 33
 FOLDER = os.environ.get("ISTA_NET_PLUS")
 
 channels = 1
-patch = 3 * BLOCK
+patch = BLOCK
 weights = str(Path(FOLDER, "net_params_200.pkl").resolve()) if FOLDER else None
 
 
@@ -42,27 +42,28 @@ class BasicBlock(nn.Module):
         self.conv2_backward = _kernel(32, 32)
         self.conv_G = _kernel(1, 32)
 
-    def forward(self, x: Tensor, gram: Tensor, back_projection: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, gram: Tensor, back_projection: Tensor) -> tuple[Tensor, Tensor | None]:
         x = x - self.lambda_step * (x @ gram) + self.lambda_step * back_projection
         r = x.view(-1, 1, BLOCK, BLOCK)
         d = F.conv2d(r, self.conv_D, padding=1)
         code = F.conv2d(F.relu(F.conv2d(d, self.conv1_forward, padding=1)), self.conv2_forward, padding=1)
         sparse = code.sign() * F.relu(code.abs() - self.soft_thr)
         restored = r + F.conv2d(self._backward(sparse), self.conv_G, padding=1)
-        return restored.view(-1, BLOCK * BLOCK), self._backward(code) - d
+        # The symmetry loss is for training alone, and would cost half as much again.
+        return restored.view(-1, BLOCK * BLOCK), self._backward(code) - d if self.training else None
 
     def _backward(self, code: Tensor) -> Tensor:
         return F.conv2d(F.relu(F.conv2d(code, self.conv1_backward, padding=1)), self.conv2_backward, padding=1)
 
 
 class ISTANetPlus(nn.Module):
-    """``forward(y, phi, q)``: measurements (b, m), phi (m, 1089), q (1089, m) -> blocks (b, 1089), symmetry losses."""
+    """``forward(y, phi, q)``: measurements (b, m), phi (m, 1089), q (1089, m) -> blocks (b, 1089), residuals."""
 
     def __init__(self, stages: int = 9) -> None:
         super().__init__()
         self.fcs = nn.ModuleList(BasicBlock() for _ in range(stages))
 
-    def forward(self, y: Tensor, phi: Tensor, q: Tensor) -> list[Tensor | list[Tensor]]:
+    def forward(self, y: Tensor, phi: Tensor, q: Tensor) -> list[Tensor | list[Tensor | None]]:
         gram, back_projection = phi.T @ phi, y @ phi
         x = y @ q.T
         symmetry = []
@@ -95,7 +96,7 @@ def build() -> nn.Module:
 def measure(images: Tensor, sigma: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     phi, q = matrices()
     height, width = images.shape[-2:]
-    padded = F.pad(images, (0, BLOCK - width % BLOCK, 0, BLOCK - height % BLOCK))
+    padded = F.pad(images, (0, -width % BLOCK, 0, -height % BLOCK))
     blocks = F.unfold(padded, BLOCK, stride=BLOCK).transpose(1, 2).reshape(-1, BLOCK * BLOCK)
     y = blocks @ phi.T
     return y + sigma / 255 * torch.randn_like(y), phi, q
@@ -103,6 +104,6 @@ def measure(images: Tensor, sigma: float = 0.0) -> tuple[Tensor, Tensor, Tensor]
 
 def restore(output: list[Tensor], images: Tensor) -> Tensor:
     batch, _, height, width = images.shape
-    padded = (height + BLOCK - height % BLOCK, width + BLOCK - width % BLOCK)
+    padded = (height + -height % BLOCK, width + -width % BLOCK)
     blocks = output[0].reshape(batch, -1, BLOCK * BLOCK).transpose(1, 2)
     return F.fold(blocks, padded, BLOCK, stride=BLOCK)[..., :height, :width].clamp(0, 1)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,16 +19,20 @@ from .errors import LoRunError
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
+    from torch import nn
 
+    from .calibration import Crops
+    from .model import LoRunModel
     from .task import Task
 
 # torch and PEFT take seconds to import: each command imports what it runs, so that --help is quick.
 
 DTYPES = ("float32", "float16", "bfloat16")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class _Rank(click.ParamType):
-    name = "rank"
+class _Number(click.ParamType):
+    name = "number"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
         try:
@@ -36,12 +41,18 @@ class _Rank(click.ParamType):
             with contextlib.suppress(ValueError):
                 if 0 < float(value) < 1:
                     return float(value)
-        self.fail(f"{value!r} is neither a whole number nor a share of energy between 0 and 1", param, ctx)
+        self.fail(f"{value!r} is neither a whole number nor a share between 0 and 1", param, ctx)
 
 
-def _device(ctx: click.Context, param: click.Parameter, value: str) -> torch.device:
+def _device(ctx: click.Context, param: click.Parameter, value: str | None) -> torch.device:
     import torch
 
+    if value is None:
+        if not _launched():
+            return torch.device("cpu")
+        from accelerate import PartialState
+
+        return PartialState().device
     try:
         device = torch.device(value)
         torch.empty(0, device=device)
@@ -68,12 +79,53 @@ WEIGHTS = click.option("--weights", type=FILE, help="Checkpoint of the original 
 STAGES = click.option("--stages", multiple=True, metavar="PATTERN ...", help="Name the stages, as 'fcs.*'.")
 RANK = click.option(
     "--rank",
-    type=_Rank(),
-    default="8",
-    show_default=True,
-    help="Rank of the adapters, or the share (0 to 1) of the residuals' energy to keep.",
+    type=_Number(),
+    help="Rank of the adapters, or the share (0 to 1) of the residuals' energy to keep.  [default: 8]",
 )
-DEVICE = click.option("--device", default="cpu", show_default=True, callback=_device, help="Where to run: cpu, cuda, …")
+BUDGET = click.option(
+    "--budget",
+    type=_Number(),
+    help="Instead of a rank: parameters of the whole network, or the share (0 to 1) of those it has.",
+)
+CONVERTED = click.option("--converted", type=FILE, required=True, help="Folder of a conversion.")
+OUT = click.option("--out", type=FILE, required=True, help="Folder to save to.")
+SIGMA = click.option(
+    "--sigma",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Noise on the measurements, on a scale of 0 to 255.",
+)
+
+
+def _training(required: bool) -> Callable[[Function], Function]:
+    """The options of what trains."""
+
+    def decorate(command: Function) -> Function:
+        for option in reversed(
+            (
+                click.option(
+                    "--calibration", type=FILE, required=required, help="Folder of images to recover the quality on."
+                ),
+                click.option("--minutes", type=float, help="How long to train."),
+                click.option("--steps", type=int, help="Instead of minutes: how many steps, for runs that repeat."),
+                click.option("--truth", is_flag=True, help="Use the calibration images as ground truth as well."),
+                click.option("--batch", type=click.IntRange(min=1), help="Crops in a batch.  [default: 17,000 pixels]"),
+                click.option("--checkpoint", type=FILE, help="File to keep the state in, and to go on from."),
+                SIGMA,
+            )
+        ):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+DEVICE = click.option(
+    "--device",
+    callback=_device,
+    help="Where to run: cpu, cuda, …  [default: cpu, or what `accelerate launch` gives the process]",
+)
 SEED = click.option("--seed", default=0, show_default=True, help="Seed of the random numbers.")
 
 
@@ -113,37 +165,86 @@ def inspect(task: str, weights: Path | None, stages: tuple[str, ...], device: to
 @TASK
 @WEIGHTS
 @RANK
+@BUDGET
 @STAGES
-@click.option("--out", type=FILE, required=True, help="Folder to save to.")
+@OUT
 @click.option("--dtype", type=click.Choice(DTYPES), help="Store numbers as this.  [default: as they are]")
+@_training(required=False)
 @DEVICE
 @SEED
 def convert_(
     task: str,
     weights: Path | None,
-    rank: int | float,
+    rank: int | float | None,
+    budget: int | float | None,
     stages: tuple[str, ...],
     out: Path,
     dtype: str | None,
     device: torch.device,
     seed: int,
+    calibration: Path | None,
+    **training: Any,
 ) -> None:
-    """Collapse the stages and save base and adapters."""
-    import torch
+    """Collapse the stages and save base and adapters; with --calibration, recover the quality.
 
+    Recovery distils the original network into the conversion on crops of the images, until --minutes
+    are over. Ctrl-C saves the best so far. `accelerate launch -m lorun_adapt convert …` spreads it
+    over processes and GPUs.
+    """
     from .conversion import convert
+    from .task import load_task
+
+    if calibration is None and (given := [f"--{name}" for name, value in training.items() if value]):
+        raise click.UsageError(f"{' and '.join(given)} without --calibration: give the folder of images")
+    _seed(seed)
+    spec = load_task(task)
+    net = spec.build()
+    spec.load_weights(net, weights)
+    crops = None if calibration is None else _crops(spec, calibration, seed, training)
+    with _working("converting"):
+        lorun = convert(
+            net.to(device), rank=rank, budget=budget, stages=stages or None, example_inputs=_example(spec, device)
+        )
+    finished = crops is None or _recover(lorun, net, crops, seed, training)
+    _save(lorun, out, dtype, finished)
+
+
+@cli.command()
+@TASK
+@WEIGHTS
+@CONVERTED
+@OUT
+@click.option("--dtype", type=click.Choice(DTYPES), help="Store numbers as this.  [default: as they are]")
+@_training(required=True)
+@DEVICE
+@SEED
+def recover(
+    task: str,
+    weights: Path | None,
+    converted: Path,
+    out: Path,
+    dtype: str | None,
+    device: torch.device,
+    seed: int,
+    calibration: Path,
+    **training: Any,
+) -> None:
+    """Recover the quality of a conversion, or what is still missing of it.
+
+    The original network is distilled into it on crops of the images, until --minutes are over. Ctrl-C
+    saves the best so far.
+    """
+    from .checkpoint import from_pretrained
     from .task import load_task
 
     _seed(seed)
     spec = load_task(task)
     net = spec.build()
     spec.load_weights(net, weights)
-    with _working("converting"):
-        lorun = convert(net.to(device), rank=rank, stages=stages or None, example_inputs=_example(spec, device))
-    lorun.save_pretrained(out, dtype=getattr(torch, dtype) if dtype else None)
-    _show(lorun.report().tables())
-    size = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
-    click.echo(f"saved to {out}: {size:,} bytes of safetensors")
+    crops = _crops(spec, calibration, seed, training)
+    lorun = from_pretrained(converted, net.to(device))
+    finished = _recover(lorun, net, crops, seed, training)
+    _save(lorun, out, dtype, finished)
 
 
 @cli.command("eval")
@@ -151,13 +252,7 @@ def convert_(
 @click.option("--images", type=FILE, required=True, help="Folder of images.")
 @WEIGHTS
 @click.option("--converted", type=FILE, help="Folder of a conversion, shown beside the original.")
-@click.option(
-    "--sigma",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="Noise on the measurements, on a scale of 0 to 255.",
-)
+@SIGMA
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @DEVICE
 @SEED
@@ -205,31 +300,72 @@ def eval_(
 @RANK
 @DEVICE
 @SEED
-def demo(out: Path, rank: int | float, device: torch.device, seed: int) -> None:
+def demo(out: Path, rank: int | float | None, device: torch.device, seed: int) -> None:
     """Convert the network that comes with the package and restore a photograph with it."""
 
     from .demo import run_demo
 
     _seed(seed)
     with _working("converting the reference network and restoring a photograph"):
-        lorun, tables, path = run_demo(out, rank, device)
+        lorun, tables, path = run_demo(out, rank or 8, device)
     _show([*lorun.stage_map.tables(), *lorun.report().tables(), *tables])
     click.echo(f"picture: {path}")
 
 
 def _seed(seed: int) -> None:
-    import random
+    from .seeds import set_seed
 
-    import numpy as np
+    set_seed(seed)
+
+
+def _crops(spec: Task, folder: Path, seed: int, training: dict[str, Any]) -> Crops:
+    from .budget import Budget
+    from .calibration import Crops
+
+    Budget(training["minutes"], training["steps"])
+    return Crops(spec, spec.images(folder), sigma=training["sigma"], seed=seed, size=training["batch"])
+
+
+def _recover(lorun: LoRunModel, net: nn.Module, crops: Crops, seed: int, training: dict[str, Any]) -> bool:
+    return lorun.recover(
+        net,
+        crops,
+        minutes=training["minutes"],
+        steps=training["steps"],
+        loss=crops.loss if training["truth"] else None,
+        checkpoint=training["checkpoint"],
+        seed=seed,
+    )
+
+
+def _save(lorun: LoRunModel, out: Path, dtype: str | None, finished: bool) -> None:
+    """Save, and say what was; exit as shells expect it of what Ctrl-C has stopped."""
     import torch
 
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    if _is_main_process():
+        lorun.save_pretrained(out, dtype=getattr(torch, dtype) if dtype else None)
+        _show(lorun.report().tables())
+        size = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
+        click.echo(f"saved to {out}: {size:,} bytes of safetensors")
+    if not finished:
+        sys.exit(130)
+
+
+def _launched() -> bool:
+    """Whether `accelerate launch` has started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
+
+
+def _is_main_process() -> bool:
+    if not _launched():
+        return True
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
 
 
 def _example(task: Task, device: torch.device) -> tuple[Any, ...]:
-    from .task import to_device
+    from .nested import to_device
 
     return to_device(task.example_inputs(), device)
 

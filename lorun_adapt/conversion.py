@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -12,14 +12,23 @@ from torch import Tensor, nn
 
 from .align import align
 from .assemble import StageAdapter, copy_network, share, stage_values
+from .budget import Budget
+from .calibration import Batches
 from .errors import LoRunError
-from .factorise import factorise, rank_for_energy
+from .factorise import factorise
 from .find import find_stages
 from .lowrank import DEFAULT_RANK, LowRank, untrained
 from .model import DEFAULT_SET, LoRunModel
 from .plain import check_dense, check_plain, check_reachable, check_sound
 from .plan import Plan, plan
-from .stages import Group, StageMap
+from .ranks import config_for_budget, config_for_rank
+from .seeds import seeded
+from .stages import Group
+
+if TYPE_CHECKING:
+    import os
+
+    from .distill import Loss
 
 
 def convert(
@@ -27,15 +36,22 @@ def convert(
     config: LoraConfig | None = None,
     *,
     rank: int | float | None = None,
+    budget: int | float | None = None,
     stages: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
     example_inputs: Sequence[object] | None = None,
     calls: Mapping[str, int] | None = None,
+    calibration: Iterable[Any] | None = None,
+    minutes: float | None = None,
+    steps: int | None = None,
+    loss: Loss | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    seed: int = 0,
 ) -> LoRunModel:
     """Collapse the repeated denoisers of ``dun`` into one base and a low-rank adapter per stage.
 
     The network itself is left untouched. Without data the quality falls, as the stages of a
-    trained network have little in common; a module called in a loop is shared already, and its
-    adapters start at zero.
+    trained network have little in common; ``calibration`` brings it back. A module called in a loop
+    is shared already, and its adapters start at zero.
 
     Args:
         dun: the trained network.
@@ -45,14 +61,26 @@ def convert(
             ``modules_to_save`` (private by request).
         rank: instead of ``config``: the rank of all adapters (default 8), or, in 0..1, the part
             of the residuals' energy to keep, from which each tensor's rank is chosen.
+        budget: instead of these: how many parameters the whole network may have, or, in 0..1, which
+            part of what it has. The ranks are chosen so as to keep most energy of the residuals.
         stages, example_inputs, calls: as for :func:`find_stages`.
+        calibration, minutes, steps, loss, checkpoint, seed: distil ``dun`` into the conversion, as
+            :meth:`LoRunModel.recover` does.
 
     Raises:
-        LoRunError: as :func:`find_stages`; config and rank together, or an option that means
-            nothing here; weights that are not finite; a parametrised or lazy stage.
+        LoRunError: as :func:`find_stages` and :meth:`LoRunModel.recover`; more than one of config,
+            rank and budget, or an option that means nothing here; weights that are not finite; a
+            parametrised or lazy stage.
     """
-    if config is not None and rank is not None:
-        raise LoRunError("expected config or rank, found both: give the rank as r in the LoraConfig")
+    given = [name for name, value in (("config", config), ("rank", rank), ("budget", budget)) if value is not None]
+    if len(given) > 1:
+        raise LoRunError(f"expected one of config, rank and budget, found {' and '.join(given)}: give one")
+    if calibration is not None:
+        Budget(minutes, steps)
+        with seeded(seed):
+            calibration = Batches(calibration)
+    elif any(value is not None for value in (minutes, steps, loss, checkpoint)):
+        raise LoRunError("expected calibration to recover with, found none: pass batches, or leave the rest out")
     stage_map = find_stages(dun, stages=stages, example_inputs=example_inputs, calls=calls)
     modules = [site.module for group in stage_map.groups for site in group.sites]
     check_plain(dun, modules)
@@ -60,7 +88,10 @@ def convert(
     check_dense(dun)
     check_sound(dun)
     if config is None:
-        config = _config_for(dun, stage_map, DEFAULT_RANK if rank is None else rank)
+        if budget is None:
+            config = config_for_rank(dun, stage_map, DEFAULT_RANK if rank is None else rank)
+        else:
+            config = config_for_budget(dun, stage_map, budget)
     plans = plan(dun, stage_map, config)
 
     base = copy_network(dun)
@@ -74,13 +105,16 @@ def convert(
     }
     errors = {group.name: factored[group.name].errors for group in stage_map.groups}
     ranks = {name: {tensor: term.rank for tensor, term in planned.terms.items()} for name, planned in plans.items()}
-    return LoRunModel(
+    lorun = LoRunModel(
         base,
         dataclasses.replace(stage_map, ranks=ranks),
         {DEFAULT_SET: (adapters, config)},
         errors,
         trainable={name for name, p in dun.named_parameters() if p.requires_grad},
     )
+    if calibration is not None:
+        lorun.recover(dun, calibration, minutes=minutes, steps=steps, loss=loss, checkpoint=checkpoint, seed=seed)
+    return lorun
 
 
 class _Factored:
@@ -144,28 +178,3 @@ def _mean(stack: Tensor) -> Tensor:
     if not (stack.is_floating_point() or stack.is_complex()):
         return stack[0].clone()
     return stack.to(torch.complex128 if stack.is_complex() else torch.float64).mean(0).to(stack.dtype)
-
-
-def _config_for(dun: nn.Module, stage_map: StageMap, rank: int | float) -> LoraConfig:
-    """The LoraConfig that a rank, or a share of energy, stands for."""
-    if (
-        isinstance(rank, bool)
-        or not isinstance(rank, (int, float))
-        or not 0 < rank < float("inf")
-        or (rank >= 1 and rank != int(rank))
-    ):
-        raise LoRunError(
-            f"expected a rank of 1 or more, or a share of energy between 0 and 1, found {rank!r}: choose one"
-        )
-    if rank >= 1:
-        return LoraConfig(r=int(rank), lora_alpha=int(rank))
-    ranks: dict[str, int] = {}
-    for group in stage_map.groups:
-        for spec in group.tensors:
-            if spec.smaller(1):
-                stack = torch.stack(list(stage_values(dun, group, spec)))
-                found = rank_for_energy(stack.reshape(len(stack), *spec.matrix), rank)
-                ranks[spec.name] = max(found, ranks.get(spec.name, 1))
-    pattern = {"^" + re.escape(name): found for name, found in ranks.items()}
-    pattern.update({"^" + re.escape(name.removesuffix(".weight")): found for name, found in ranks.items()})
-    return LoraConfig(rank_pattern=pattern, alpha_pattern=dict(pattern))

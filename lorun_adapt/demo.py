@@ -15,8 +15,9 @@ from .errors import LoRunError
 from .evaluate import psnr, ssim
 from .folder import write_file
 from .model import LoRunModel
+from .nested import to_device
 from .tables import kilobytes, table
-from .task import load_task, to_device
+from .task import load_task
 
 ERROR_GAIN = 8  # how much brighter the error maps are than the errors
 PANEL = 384

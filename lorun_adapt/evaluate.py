@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .errors import LoRunError
+from .nested import device_of, to_device
 from .tables import table
-from .task import Task, to_device
+from .task import Task
 
 WINDOW = 11  # pixels: the side of SSIM's Gaussian window
 
@@ -119,10 +120,6 @@ def ssim(image: Tensor, truth: Tensor, border: int = 0) -> float:
             use_sample_covariance=False,
         )
     )
-
-
-def device_of(net: nn.Module) -> torch.device:
-    return next((p.device for p in net.parameters()), torch.device("cpu"))
 
 
 def _cut(image: Tensor, border: int) -> Tensor:

@@ -62,14 +62,13 @@ def factorise(stages: Tensor, rank: int) -> Factors:
     return Factors(base, coordinates / scale[:, :, None], basis * scale[:, None, :], error)
 
 
-def rank_for_energy(stages: Tensor, fraction: float) -> int:
-    """The smallest rank that keeps ``fraction`` of the energy of the residuals from the mean."""
+def energy_by_rank(stages: Tensor) -> Tensor:
+    """The energy of the residuals from the mean that rank 1, 2, … keeps, over all ``stages`` (N, m, n)."""
     work = stages.to(torch.complex128 if stages.is_complex() else torch.float64)
     residual = work - work.mean(0)
     if work.shape[1] > work.shape[2]:
         residual = residual.mT
-    energy = torch.linalg.eigvalsh(residual @ residual.mH).clamp_min(0).flip(-1).sum(0).cumsum(0)
-    return int((energy < fraction * energy[-1]).sum()) + 1
+    return torch.linalg.eigvalsh(residual @ residual.mH).clamp_min(0).flip(-1).sum(0).cumsum(0)
 
 
 def _energy(matrices: Tensor) -> Tensor:

@@ -98,6 +98,11 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "lorun_plain_class", type(module))
 
 
+def is_base(name: str) -> bool:
+    """Whether a parameter of this name, in a network that runs, is the base to which terms are added."""
+    return name.rpartition(".")[2].startswith(_BASE)
+
+
 _BASE, _TERM = "lorun_base_", "lorun_term_"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,15 +13,20 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .assemble import Choice, StageAdapter, assemble, copy_network, distinct_tensors, merge
+from .budget import Budget
+from .calibration import Batches
 from .calls import count_while_compiling, counting
 from .description import is_adapter_name
 from .errors import LoRunError
 from .folder import as_path
 from .report import Report, make_report
+from .seeds import seeded
 from .stages import Group, Site, StageMap, stage_key
 
 if TYPE_CHECKING:
     import os
+
+    from .distill import Loss
 
 DEFAULT_SET = "default"
 
@@ -40,6 +45,7 @@ class LoRunModel(nn.Module):
             so register hooks on it after these.
         stage_map: where the stages are.
         peft_config: the ``LoraConfig`` of each set.
+        trainable: names of the parameters that the network's authors train.
     """
 
     def __init__(
@@ -60,7 +66,7 @@ class LoRunModel(nn.Module):
         self.stage_map = stage_map
         self.peft_config: dict[str, LoraConfig] = {}
         self.errors = {group: dict(tensors) for group, tensors in errors.items()}
-        self._trainable = set(trainable)
+        self.trainable = set(trainable)
         self._looped = any(site.call is not None for group in stage_map.groups for site in group.sites)
         self._active: dict[int, str] = {}
         self._fingerprint = fingerprint
@@ -197,7 +203,7 @@ class LoRunModel(nn.Module):
         """
         network = merge(self.base, self.stage_map, self._choice(self._active))
         for name, parameter in network.named_parameters():
-            parameter.requires_grad_(name in self._trainable)
+            parameter.requires_grad_(name in self.trainable)
         return network.train(self.training)
 
     def base_denoiser(self, group: str | None = None) -> nn.Module:
@@ -218,6 +224,51 @@ class LoRunModel(nn.Module):
         if group not in groups:
             raise LoRunError(f"expected the name of a denoiser among {list(groups)}, found {group!r}: give group=")
         return copy_network(self.base.get_submodule(groups[group].sites[0].module))
+
+    # --- training --------------------------------------------------------------------------------
+
+    def recover(
+        self,
+        teacher: nn.Module,
+        calibration: Iterable[Any],
+        *,
+        minutes: float | None = None,
+        steps: int | None = None,
+        loss: Loss | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+    ) -> bool:
+        """Distil the original network into this one, until ``minutes`` or ``steps`` are used up.
+
+        Base, adapters and what is outside the stages train; both networks run in ``eval()``. Progress
+        is shown on standard error. The weights that do best on the first two batches are kept; so they
+        are after Ctrl-C, and where the loss becomes NaN, from where it goes on with smaller steps.
+        Launched with ``accelerate launch``, each process takes batches of its own.
+
+        Args:
+            teacher: the network that was converted; it stays as it is.
+            calibration: argument tuples of the forward (or tensors, where it takes one), on the networks'
+                device or not; over and over if they end. No ground truth is needed.
+            loss: where there is ground truth, a callable on output and batch, to minimise instead of the
+                distance to the teacher's output. What a batch holds beyond the arguments that the forward
+                takes by position is for this alone.
+            checkpoint: a file to keep the state in, and to go on from where it exists; removed at the end.
+            seed: of all random numbers. The same seed and ``steps`` give the same weights on a CPU.
+
+        Returns:
+            Whether it ran to its end, and was not stopped by Ctrl-C.
+
+        Raises:
+            LoRunError: a calibration that is empty, does not fit the network, or holds NaN alone; another
+                teacher; several adapter sets; minutes and steps, or neither.
+        """
+        from .recovery import recover  # training needs libraries that running does not
+
+        budget = Budget(minutes, steps)
+        path = None if checkpoint is None else as_path(checkpoint)
+        with seeded(seed):
+            batches = Batches(calibration)
+        return recover(self, teacher, batches, budget, loss=loss, checkpoint=path, seed=seed)
 
     # --- files -----------------------------------------------------------------------------------
 

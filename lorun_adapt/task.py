@@ -77,6 +77,10 @@ class Task:
         """Restored images, shape of ``images``, on the CPU."""
         with torch.no_grad():  # not inference_mode: some forwards differentiate within themselves
             output = self._guard("the network's forward", net, *arguments)
+        return self.restored(output, images).float().cpu()
+
+    def restored(self, output: Any, images: Tensor) -> Tensor:
+        """The images, of the shape of ``images``, in what the network's forward returned."""
         restored = self._call("restore", output, images)
         if not isinstance(restored, Tensor) or restored.shape != images.shape:
             found = tuple(restored.shape) if isinstance(restored, Tensor) else type(restored).__name__
@@ -84,7 +88,7 @@ class Task:
                 f"expected restore() of {self.name} to return images of shape {tuple(images.shape)}, found "
                 f"{found}: cut off what measure() added"
             )
-        return restored.float().cpu()
+        return restored
 
     def example_inputs(self) -> tuple[Any, ...]:
         """The arguments for one image of noise."""
@@ -278,16 +282,3 @@ def image_tensor(image: Image.Image, channels: int) -> Tensor:
         return torch.from_numpy(np.asarray(image).astype(np.float32))[None] / 65535
     pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
     return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1).contiguous()
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """``value`` on ``device``: tensors (as copies), lists, tuples, dicts, and whatever has ``.to``."""
-    if isinstance(value, Tensor):
-        return value.to(device, copy=True)
-    if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_device(item, device) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(to_device(item, device) for item in value)
-    return value.to(device) if hasattr(value, "to") and not isinstance(value, type) else value

@@ -19,7 +19,8 @@ from torch import nn
 
 from lorun_adapt import LoRunError, cli
 from lorun_adapt.evaluate import psnr, ssim
-from lorun_adapt.task import load_task, read_state_dict, to_device
+from lorun_adapt.nested import to_device
+from lorun_adapt.task import load_task, read_state_dict
 
 TASK = """
 import torch

@@ -1,0 +1,117 @@
+"""From a rank, a share of energy or a budget of parameters to PEFT's ``LoraConfig``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from .assemble import distinct_tensors, stage_values
+from .errors import LoRunError
+from .factorise import energy_by_rank
+from .lowrank import pair_size
+from .stages import Group, StageMap, TensorSpec
+
+
+def config_for_rank(dun: nn.Module, stage_map: StageMap, rank: int | float) -> LoraConfig:
+    """One rank for all adapters, or, in 0..1, the share of the residuals' energy that each tensor is to keep.
+
+    Raises:
+        LoRunError: neither of them.
+    """
+    if not _is_number(rank) or not 0 < rank < float("inf") or (rank >= 1 and rank != int(rank)):
+        raise LoRunError(
+            f"expected a rank of 1 or more, or a share of energy between 0 and 1, found {rank!r}: choose one"
+        )
+    if rank >= 1:
+        return LoraConfig(r=int(rank), lora_alpha=int(rank))
+    ranks: dict[str, int] = {}
+    for group, spec in _adaptable(stage_map):
+        energy = _energies(dun, group, spec)
+        found = int((energy < rank * energy[-1]).sum()) + 1
+        ranks[spec.name] = max(found, ranks.get(spec.name, 1))
+    return _config(ranks)
+
+
+def config_for_budget(dun: nn.Module, stage_map: StageMap, budget: int | float) -> LoraConfig:
+    """The ranks with which the whole network keeps most energy at ``budget`` parameters, or that share (0..1) of them.
+
+    From rank 1 in every tensor that a pair can be smaller than, the next rank goes where it keeps the
+    most energy of the stages' residuals for its parameters.
+
+    Raises:
+        LoRunError: no such number, or fewer parameters than rank 1 takes.
+    """
+    sizes = {name: tensor.numel() for name, tensor in distinct_tensors(dun).items()}
+    parameters = {name for name, _ in dun.named_parameters()}
+    before = sum(size for name, size in sizes.items() if name in parameters)
+    if not _is_number(budget) or not 0 < budget < float("inf") or (budget >= 1 and budget != int(budget)):
+        raise LoRunError(
+            f"expected a budget in parameters, or a share of them between 0 and 1, found {budget!r}: choose one"
+        )
+    limit = int(budget) if budget >= 1 else int(budget * before)
+    names = {spec.name for _, spec in _adaptable(stage_map)}
+    ranks = dict.fromkeys(names, 1)
+    left = limit - _size(before, stage_map, ranks)
+    if left < 0:
+        raise LoRunError(
+            f"expected a budget of at least {limit - left:,} parameters, which the network takes at rank 1, found "
+            f"{limit:,}: raise it"
+        )
+    places: dict[str, list[tuple[Group, TensorSpec]]] = {}
+    for group, spec in _adaptable(stage_map):
+        places.setdefault(spec.name, []).append((group, spec))
+    energies = {name: [_energies(dun, group, spec) for group, spec in found] for name, found in places.items()}
+
+    def worth(name: str) -> tuple[float, int]:
+        """Energy that the next rank of a tensor keeps for each parameter, and how many it takes."""
+        cost = sum(len(group.sites) * sum(spec.matrix) for group, spec in places[name])
+        kept = sum(float(e[min(ranks[name], len(e) - 1)] - e[min(ranks[name], len(e)) - 1]) for e in energies[name])
+        return kept / cost, cost
+
+    while True:
+        affordable = [
+            (worth(name)[0], name)
+            for name in ranks
+            if worth(name)[1] <= left and all(spec.smaller(ranks[name] + 1) for _, spec in places[name])
+        ]
+        if not affordable:
+            return _config(ranks)
+        name = max(affordable)[1]
+        left -= worth(name)[1]
+        ranks[name] += 1
+
+
+def _config(ranks: Mapping[str, int]) -> LoraConfig:
+    pattern = {"^" + re.escape(name): found for name, found in ranks.items()}
+    pattern.update({"^" + re.escape(name.removesuffix(".weight")): found for name, found in ranks.items()})
+    return LoraConfig(rank_pattern=pattern, alpha_pattern=dict(pattern))
+
+
+def _adaptable(stage_map: StageMap) -> Iterable[tuple[Group, TensorSpec]]:
+    return [(group, spec) for group in stage_map.groups for spec in group.tensors if spec.smaller(1)]
+
+
+def _energies(dun: nn.Module, group: Group, spec: TensorSpec) -> torch.Tensor:
+    stack = torch.stack(list(stage_values(dun, group, spec)))
+    return energy_by_rank(stack.reshape(len(stack), *spec.matrix))
+
+
+def _size(before: int, stage_map: StageMap, ranks: Mapping[str, int]) -> int:
+    """Parameters of the whole network with these ranks."""
+    size = before
+    for group in stage_map.groups:
+        for spec in group.tensors:
+            if spec.common or spec.buffer:
+                continue
+            rank = ranks.get(spec.name)
+            own = pair_size(spec.matrix, rank) if rank and spec.smaller(rank) else spec.numel
+            size += spec.numel + len(group.sites) * own - len({s.module for s in group.sites}) * spec.numel
+    return size
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

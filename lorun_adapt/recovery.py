@@ -1,0 +1,114 @@
+"""Give a converted network the quality of its original back: distil that into it, from measurements alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .assemble import StageAdapter, lowrank_terms
+from .budget import Budget
+from .calibration import Batches
+from .distill import Distillation, Loss
+from .errors import LoRunError
+from .lowrank import is_base
+from .stages import tensors_of
+from .training import Trained, Trainer
+
+if TYPE_CHECKING:
+    from .model import LoRunModel
+
+# Learning rates, relative to the size of a tensor's values. What stands in every stage, and what
+# is not a stage's to change, moves less.
+FACTORS, BASE, PRIVATE, OUTSIDE = 0.05, 0.03, 0.01, 0.003
+
+
+def recover(
+    lorun: LoRunModel,
+    teacher: nn.Module,
+    calibration: Batches,
+    budget: Budget,
+    *,
+    loss: Loss | None = None,
+    checkpoint: Path | None = None,
+    seed: int = 0,
+) -> bool:
+    """Train base and adapters of ``lorun``; see :meth:`LoRunModel.recover`."""
+    if len(lorun.adapter_names) > 1:
+        raise LoRunError(
+            f"expected one adapter set, found {lorun.adapter_names}: recovery changes the base, which is that of them "
+            "all, so recover first and load the others afterwards"
+        )
+    _check_teacher(teacher, lorun)
+    with _evaluating(teacher), _evaluating(lorun), _trainable(lorun) as trained:
+        distillation = Distillation(lorun, teacher, lorun.stage_map, calibration.first, loss)
+        trainer = Trainer(
+            distillation, trained, calibration, budget, seed=seed, checkpoint=checkpoint, kind=lorun.stage_map.network
+        )
+        finished = trainer.train()
+    lorun._fingerprint = None
+    if not finished:
+        warnings.warn("recovery was stopped: the network has the best weights so far", stacklevel=3)
+    return finished
+
+
+def _check_teacher(teacher: nn.Module, lorun: LoRunModel) -> None:
+    if not isinstance(teacher, nn.Module):
+        raise LoRunError(
+            f"expected the original network as teacher, found {type(teacher).__name__}: pass the nn.Module"
+        )
+    held, wanted = ({n: tuple(t.shape) for n, t, _ in tensors_of(net)} for net in (teacher, lorun.base))
+    for name in (*wanted, *held):
+        if held.get(name) != wanted.get(name):
+            raise LoRunError(
+                f"expected the network that was converted as teacher, found {name!r} of shape {held.get(name)} in "
+                f"{type(teacher).__name__} and {wanted.get(name)} in the conversion: pass the original, not wrapped"
+            )
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """``eval()`` within the block, and each module's own mode afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _trainable(lorun: LoRunModel) -> Iterator[list[Trained]]:
+    """What recovery trains: the adapters, and of the base what runs. The base is frozen again afterwards."""
+    trained = []
+    own: set[int] = set()
+    for adapter in lorun.adapters.modules():
+        if isinstance(adapter, StageAdapter):
+            factors = {id(p) for term in lowrank_terms(adapter).values() for p in term.parameters()}
+            own |= {id(p) for p in adapter.parameters()}
+            trained += [
+                Trained(p, FACTORS if id(p) in factors else PRIVATE) for p in adapter.parameters() if p.requires_grad
+            ]
+    names: dict[int, set[str]] = {}
+    for name, p in lorun.base.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), set()).add(name)
+    base = []
+    for name, p in lorun.network.named_parameters():
+        floats = p.is_floating_point() or p.is_complex()
+        if id(p) not in own and floats and (not lorun.trainable or lorun.trainable & names[id(p)]):
+            base.append(p)
+            trained.append(Trained(p, BASE if is_base(name) else OUTSIDE))
+    if not trained:
+        raise LoRunError("expected tensors to train, found none: the network's stages hold none of their own")
+    for parameter in base:
+        parameter.requires_grad_(True)
+    try:
+        yield trained
+    finally:
+        for parameter in base:
+            parameter.requires_grad_(False)

@@ -1,0 +1,314 @@
+"""The loop that recovery runs in: it knows its time, shows where it is, and can be stopped and resumed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
+from pytorch_optimizer import SOAP
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .budget import Budget, schedule
+from .calibration import Batch, Batches
+from .distill import Distillation
+from .errors import LoRunError
+from .nested import tensors_in, to_device
+from .resume import read_state, write_state
+from .seeds import seeded
+
+CHECKS = 25  # in a run: how often it is looked whether the network got better
+HELD_OUT = 2  # batches that are looked at for that
+IN_A_ROW = 5  # returns after NaN, or batches with NaN, after which there is nothing to hope for
+SMALLEST = 0.01  # what a tensor's values are taken for where they are smaller, as when they start at zero
+SIDE = 512  # of the matrices that SOAP keeps for a tensor; longer dimensions go without
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A tensor to train, and its learning rate relative to the size of its values."""
+
+    parameter: nn.Parameter
+    rate: float
+
+
+@dataclass
+class Run:
+    """Where a run is; what it resumes from."""
+
+    step: int = 0
+    seconds: float = 0.0
+    damping: float = 1.0  # of the learning rate: halved with each rollback
+    rollbacks: int = 0
+    skipped: int = 0
+    best: float = math.inf
+
+
+class Trainer:
+    """Trains some tensors of the student of a :class:`Distillation`, in place.
+
+    Args:
+        distillation: what to minimise.
+        trained: the tensors, in an order that is the same in each run.
+        calibration: what to train on.
+        budget: when to end.
+        seed: of all that is random; the same seed gives the same tensors, to the bit on a CPU, for
+            a budget in steps.
+        checkpoint: a file that holds the state of the run while it lasts. Where it is there, the run
+            goes on from it, and draws again, without computing, the batches that were used up.
+        kind: names the run, so that it does not resume from another one.
+    """
+
+    def __init__(
+        self,
+        distillation: Distillation,
+        trained: Sequence[Trained],
+        calibration: Batches,
+        budget: Budget,
+        *,
+        seed: int,
+        checkpoint: Path | None,
+        kind: str,
+    ) -> None:
+        self.distillation, self.trained, self.calibration = distillation, trained, calibration
+        self.budget, self.seed, self.checkpoint = budget, seed, checkpoint
+        self.kind = f"{kind}, seed {seed}, {[tuple(item.parameter.shape) for item in trained]}"
+        self.accelerator = Accelerator(
+            device_placement=False, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
+        )
+        self.loss_of = self.accelerator.prepare(distillation)
+        self.rates = [item.rate * max(_rms(item.parameter), SMALLEST) for item in trained]
+        self.optimizer, self.prepared = self._fresh_optimizer()
+        self.run = Run()
+        self.best = self._values()
+
+    def train(self) -> bool:
+        """Train until the budget is used up, or Ctrl-C; the best tensors that were seen are left in place.
+
+        Returns:
+            Whether it ran to the end.
+
+        Raises:
+            LoRunError: a calibration that ends, or a loss that stays NaN; the tensors are the best ones then too.
+        """
+        with seeded(self.seed), _interrupted() as stop:
+            try:
+                self._loop(stop)
+            except KeyboardInterrupt:  # in a batch that is being made, or where no signal handler can be
+                stop.set()
+            finally:
+                self._put(self.best)
+        if stop.is_set():
+            return False
+        if self.checkpoint is not None and self.accelerator.is_main_process:
+            self.checkpoint.unlink(missing_ok=True)
+        return True
+
+    def _loop(self, stop: threading.Event) -> None:
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self._resume(self.checkpoint)
+        run, processes = self.run, self.accelerator.num_processes
+        held_out = list(
+            itertools.islice(filter(_finite, itertools.islice(self.calibration, HELD_OUT + IN_A_ROW)), HELD_OUT)
+        )
+        if not held_out:
+            raise LoRunError(f"expected finite batches, found NaN or Inf in the first {HELD_OUT + IN_A_ROW}: mend them")
+        own = itertools.islice(self.calibration, run.step * processes + self.accelerator.process_index, None, processes)
+        started = time.monotonic() - run.seconds
+        with self._bar() as bar:
+            if not run.step:
+                self._check(held_out, bar)
+                if not math.isfinite(run.best):
+                    raise LoRunError(
+                        "expected finite outputs before training, found NaN or Inf: run both networks on the first "
+                        "batches of calibration"
+                    )
+            while (done := self.budget.done(run.seconds, run.step)) < 1:
+                try:
+                    batch = next(own)
+                except KeyboardInterrupt:
+                    stop.set()
+                if stop.is_set():
+                    self._save()
+                    return
+                loss = self._step(batch, done)
+                run.step += 1
+                run.seconds, stopped = self._agreed(time.monotonic() - started, stop.is_set())
+                if stopped:
+                    stop.set()
+                bar.update(_whole(self.budget, run) - bar.n)
+                self._show(bar, loss=f"{loss:.3g}")
+                after = self.budget.done(run.seconds, run.step)
+                if math.floor(CHECKS * after) > math.floor(CHECKS * done):
+                    self._check(held_out, bar)
+                    self._save()
+
+    # --- one step --------------------------------------------------------------------------------
+
+    def _step(self, batch: Batch, done: float) -> float:
+        run = self.run
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = rate * run.damping * schedule(done)
+        seed = self.seed + run.step * self.accelerator.num_processes + self.accelerator.process_index
+        loss = self.loss_of(batch, seed)[0]
+        value = self._agreed_worst(float(loss.detach()))
+        if not math.isfinite(value):
+            if math.isfinite(self._agreed_worst(0.0 if _finite(batch) else math.nan)):
+                self._roll_back(f"the loss is {value} at step {run.step}")
+            else:
+                self._skip(f"NaN or Inf in the batch of step {run.step}")
+            return value
+        run.skipped = 0
+        self.accelerator.backward(loss)
+        self.prepared.step()
+        self.optimizer.zero_grad()
+        return value
+
+    def _skip(self, found: str) -> None:
+        self.run.skipped += 1
+        if self.run.skipped > IN_A_ROW:
+            raise LoRunError(f"expected finite batches, found {found} and in {IN_A_ROW} before: mend the calibration")
+        warnings.warn(f"found {found}: it is left out", stacklevel=2)
+
+    def _roll_back(self, found: str) -> None:
+        run = self.run
+        run.rollbacks += 1
+        if run.rollbacks > IN_A_ROW:
+            raise LoRunError(
+                f"expected a finite loss, found that {found}, after {IN_A_ROW} returns to the best weights with "
+                "ever smaller steps: check the calibration for NaN and the network for overflow"
+            )
+        run.damping /= 2
+        self._put(self.best)
+        self.optimizer, self.prepared = self._fresh_optimizer()
+        warnings.warn(f"{found}: going on from the best weights so far, with half the learning rate", stacklevel=2)
+
+    def _fresh_optimizer(self) -> tuple[SOAP, Any]:
+        groups = [{"params": [item.parameter], "lr": rate} for item, rate in zip(self.trained, self.rates)]
+        optimizer = SOAP(groups, weight_decay=0.0, max_precondition_dim=SIDE)
+        return optimizer, self.accelerator.prepare(optimizer)
+
+    # --- how good it is --------------------------------------------------------------------------
+
+    def _check(self, held_out: Sequence[Batch], bar: tqdm) -> None:
+        """Keep the tensors if they are the best so far."""
+        with torch.no_grad():
+            seen = [self.distillation(batch, self.seed + i)[1:] for i, batch in enumerate(held_out)]
+        value, psnr = (sum(map(float, column)) / len(seen) for column in zip(*seen))
+        if not math.isfinite(self._agreed_worst(value)):
+            if self.run.step:
+                self._roll_back(f"the loss on held-out batches is {value} at step {self.run.step}")
+            return
+        self.run.rollbacks = 0
+        self._show(bar, psnr=f"{psnr:.2f}")
+        if value <= self.run.best:
+            self.run.best, self.best = value, self._values()
+
+    def _values(self) -> list[Tensor]:
+        return [item.parameter.detach().clone() for item in self.trained]
+
+    def _put(self, values: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for item, value in zip(self.trained, values):
+                item.parameter.copy_(value)
+
+    # --- several processes -----------------------------------------------------------------------
+
+    def _agreed(self, *values: Any) -> Sequence[Any]:
+        """The main process's values."""
+        return broadcast_object_list(list(values)) if self.accelerator.num_processes > 1 else values
+
+    def _agreed_worst(self, value: float) -> float:
+        """A value that is not finite, where any process has one, and else the mean."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return float(self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "mean"))
+
+    # --- resuming --------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.checkpoint is None or not self.accelerator.is_main_process:
+            return
+        state = {
+            "run": asdict(self.run),
+            "values": self._values(),
+            "best": self.best,
+            "optimizer": [self.optimizer.state.get(item.parameter, {}) for item in self.trained],
+            "counts": [group.get("step", 0) for group in self.optimizer.param_groups],
+        }
+        write_state(self.checkpoint, self.kind, state)
+
+    def _resume(self, path: Path) -> None:
+        state = read_state(path, self.kind)
+        self.run, self.best = Run(**state["run"]), state["best"]
+        self._put(state["values"])
+        for item, group, held, count in zip(
+            self.trained, self.optimizer.param_groups, state["optimizer"], state["counts"]
+        ):
+            group["step"] = count
+            if held:
+                self.optimizer.state[item.parameter].update(to_device(held, item.parameter.device))
+
+    # --- what is seen ----------------------------------------------------------------------------
+
+    def _bar(self) -> tqdm:
+        return tqdm(
+            desc="recovering",
+            total=_whole(self.budget, None),
+            initial=_whole(self.budget, self.run),
+            unit="step" if self.budget.steps else "s",
+            disable=not self.accelerator.is_main_process,
+            mininterval=0.5 if sys.stderr.isatty() else 20,  # lines in a log
+        )
+
+    def _show(self, bar: tqdm, **values: str) -> None:
+        self._shown = {**getattr(self, "_shown", {}), **values}
+        bar.set_postfix(self._shown, refresh=False)
+
+
+def _whole(budget: Budget, run: Run | None) -> int:
+    """Where the bar is, or ends: seconds or steps."""
+    if budget.steps:
+        return run.step if run else budget.steps
+    return round(run.seconds if run else 60 * (budget.minutes or 0))
+
+
+def _finite(batch: Batch) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors_in(batch))
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.detach().abs().square().mean().sqrt())
+
+
+@contextmanager
+def _interrupted() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, so that a step is not cut in two; the second one interrupts."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def note(number: int, frame: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,396 @@
+"""Recovery: what it improves, what it leaves alone, and how it is stopped, resumed and repeated."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from dun_zoo import ZOO, Block, Case, Denoiser, ListOfBlocks
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lorun_adapt
+from lorun_adapt import LoRunError
+from lorun_adapt.distill import Distillation
+
+Batch = tuple[Tensor, Tensor]
+
+
+def teacher(stages: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    net = ListOfBlocks([Block(Denoiser()) for _ in range(stages)])
+    for p in net.parameters():
+        p.data.mul_(1.5)
+    return net.eval()
+
+
+def measurements(count: int = 8) -> list[Batch]:
+    generator = torch.Generator().manual_seed(2)
+    mask = (torch.rand(1, 1, 8, 8, generator=generator) > 0.5).float()
+    return [(torch.rand(4, 1, 8, 8, generator=generator) * mask, mask) for _ in range(count)]
+
+
+def values(lorun: lorun_adapt.LoRunModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in lorun.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def distance(net: nn.Module, original: nn.Module, batch: Batch | None = None) -> float:
+    batch = batch or measurements(9)[-1]
+    with torch.no_grad():
+        return float((net(*batch) - original(*batch)).square().mean())
+
+
+def test_every_shape_of_network_recovers(case: Case) -> None:
+    lorun = lorun_adapt.convert(case.net, rank=1, **case.find())
+    before = distance(lorun, case.net, case.inputs)
+    original = copy.deepcopy(case.net.state_dict())
+    assert lorun.recover(case.net, [case.inputs], steps=40)
+    after = distance(lorun, case.net, case.inputs)
+    assert after < 0.5 * before or before < 1e-9 and after < 1e-9
+    assert all(torch.equal(tensor, original[name]) for name, tensor in case.net.state_dict().items())
+    assert not any(p.requires_grad for p in lorun.base.parameters())
+    if not case.run_to_find and not case.exact:  # one module for several stages holds no merged weights
+        merged = distance(lorun.merge_and_unload(), case.net, case.inputs)
+        assert merged == pytest.approx(after, rel=1e-3, abs=1e-9)
+
+
+def test_convert_recovers_and_saves(tmp_path) -> None:
+    net, batches = teacher(), measurements()
+    plain = lorun_adapt.convert(net, LoraConfig(r=2, lora_alpha=2))
+    lorun = lorun_adapt.convert(net, LoraConfig(r=2, lora_alpha=2), calibration=batches, steps=60)
+    assert distance(lorun, net) < 0.3 * distance(plain, net)
+    assert lorun.num_parameters() == plain.num_parameters()
+    again = lorun_adapt.convert(net, LoraConfig(r=2, lora_alpha=2))
+    again.recover(teacher=net, calibration=batches, steps=60)
+    assert same(values(again), values(lorun))
+    lorun.save_pretrained(tmp_path / "saved")
+    loaded = lorun_adapt.from_pretrained(tmp_path / "saved", teacher())
+    with torch.no_grad():
+        assert torch.equal(loaded(*batches[0]), lorun(*batches[0]))
+    assert lorun_adapt.convert(net, rank=2, calibration=batches, minutes=0.01).num_parameters() > 0
+
+
+def test_modes_and_random_numbers_of_the_caller_stay() -> None:
+    net = teacher().train()
+    lorun = lorun_adapt.convert(net, rank=1)
+    lorun.train()
+    torch.manual_seed(5)
+    lorun.recover(net, measurements(), steps=2)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+    assert net.training and lorun.training and lorun.network.training
+
+
+# --- stopped, resumed, repeated ------------------------------------------------------------------
+
+
+class Stopping:
+    """Batches that stop the run where the ``at``-th is asked for."""
+
+    def __init__(self, at: int, how: str) -> None:
+        self.at, self.how = at, how
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index, batch in enumerate(measurements(50)):
+            if index == self.at and self.how == "signal":
+                os.kill(os.getpid(), signal.SIGINT)
+            elif index == self.at:
+                raise KeyboardInterrupt
+            yield batch
+
+
+@pytest.mark.parametrize("how", ["signal", "exception"])
+def test_ctrl_c_keeps_the_best_and_resumes_to_the_bit(how, tmp_path) -> None:
+    net, checkpoint = teacher(), tmp_path / "state.safetensors"
+    whole = lorun_adapt.convert(net, rank=2)
+    whole.recover(net, Stopping(-1, how), steps=30)
+    lorun = lorun_adapt.convert(net, rank=2)
+    before = distance(lorun, net)
+    with pytest.warns(UserWarning, match="stopped"):
+        assert not lorun.recover(net, Stopping(17, how), steps=30, checkpoint=checkpoint)
+    assert distance(lorun, net) < before and checkpoint.exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    lorun = lorun_adapt.convert(net, rank=2)  # as in another process
+    assert lorun.recover(net, Stopping(-1, how), steps=30, checkpoint=checkpoint)
+    assert same(values(lorun), values(whole)) and not checkpoint.exists()
+
+
+def test_a_shuffled_loader_resumes_to_the_bit(tmp_path) -> None:
+    net, checkpoint = teacher(), tmp_path / "state.safetensors"
+    images, masks = (torch.cat(parts) for parts in zip(*[(y, mask.expand_as(y)) for y, mask in measurements()]))
+
+    def loader() -> DataLoader:
+        return DataLoader(TensorDataset(images, masks), batch_size=5, shuffle=True)
+
+    def run(calibration, **options) -> dict[str, Tensor]:
+        lorun = lorun_adapt.convert(net, rank=2, calibration=calibration, steps=25, **options)
+        return values(lorun)
+
+    class Interrupted:
+        def __init__(self) -> None:
+            self.loader, self.drawn = loader(), 0
+
+        def __iter__(self) -> Iterator[Batch]:
+            for batch in self.loader:
+                if self.drawn == 14:
+                    raise KeyboardInterrupt
+                self.drawn += 1
+                yield batch
+
+    whole = run(loader())
+    torch.manual_seed(123)  # the caller's own random state is of no consequence
+    assert same(run(loader()), whole)
+    with pytest.warns(UserWarning, match="stopped"):
+        run(Interrupted(), checkpoint=checkpoint)
+    assert same(run(loader(), checkpoint=checkpoint), whole)
+    assert not same(run(loader(), seed=1), whole)
+
+
+def test_a_state_of_another_run_is_refused(tmp_path) -> None:
+    net, checkpoint = teacher(), tmp_path / "state.safetensors"
+    with pytest.warns(UserWarning, match="stopped"):
+        lorun_adapt.convert(net, rank=2, calibration=Stopping(9, "exception"), steps=30, checkpoint=checkpoint)
+    lorun = lorun_adapt.convert(net, rank=1)
+    before = values(lorun)
+    with pytest.raises(LoRunError, match="one of another run"):
+        lorun.recover(net, measurements(), steps=30, checkpoint=checkpoint)
+    checkpoint.write_bytes(b"no such thing")
+    with pytest.raises(LoRunError, match="training state"):
+        lorun.recover(net, measurements(), steps=30, checkpoint=checkpoint)
+    assert same(values(lorun), before)
+
+
+def test_outside_the_main_thread() -> None:
+    net = teacher()
+    lorun = lorun_adapt.convert(net, rank=1)
+    finished = []
+    thread = threading.Thread(target=lambda: finished.append(lorun.recover(net, measurements(), steps=3)))
+    thread.start()
+    thread.join()
+    assert finished == [True]
+
+
+# --- NaN -----------------------------------------------------------------------------------------
+
+
+def test_nan_is_rolled_back() -> None:
+    net = teacher()
+    calls = []
+
+    def loss(output: Tensor, batch: Batch) -> Tensor:
+        calls.append(1)
+        error = (output - batch[0]).square().mean()
+        return error * float("nan") if len(calls) == 20 else error
+
+    lorun = lorun_adapt.convert(net, rank=1)
+    with pytest.warns(UserWarning, match="the loss is nan at step .*half the learning rate"):
+        assert lorun.recover(net, measurements(), steps=30, loss=loss)
+    assert all(torch.isfinite(tensor).all() for tensor in lorun.state_dict().values())
+    with pytest.raises(LoRunError, match="finite outputs before training"):
+        lorun.recover(net, measurements(), steps=5, loss=lambda output, batch: output.sum() * float("nan"))
+
+
+def test_batches_with_nan_are_left_out() -> None:
+    net, batches = teacher(), measurements()
+    batches[4] = (batches[4][0] * float("nan"), batches[4][1])
+    lorun = lorun_adapt.convert(net, rank=2)
+    before = distance(lorun, net)
+    with pytest.warns(UserWarning, match="left out"):
+        lorun.recover(net, batches, steps=30)
+    assert distance(lorun, net) < before
+    kept = values(lorun)
+    with pytest.raises(LoRunError, match="finite batches"):
+        lorun.recover(net, [batches[4]], steps=3)
+    with pytest.raises(LoRunError, match="mend"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lorun.recover(net, [*batches[:4], *[batches[4]] * 20], steps=30)
+    assert all(torch.isfinite(tensor).all() for tensor in values(lorun).values()) and kept.keys()
+
+
+# --- networks that work in place, draw random numbers, or return more than an image ----------------
+
+
+class Odd(nn.Module):
+    """A stage that adds noise of its own, and changes its input and its output in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.denoiser = Denoiser()
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, object]:
+        y.mul_(1.01)
+        out = self.denoiser(x + 0.05 * torch.randn_like(x))
+        return {"log": [out.detach().mean().item()], "image": out, "residual": 1e-6 * self.denoiser(y)}
+
+
+class OddNetwork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Odd() for _ in range(3))
+
+    def forward(self, y: Tensor) -> dict[str, object]:
+        x, residuals = y.clone(), []
+        for block in self.blocks:
+            found = block(x, y)
+            x = found["image"]
+            x.add_(y, alpha=0.1)
+            residuals.append(found["residual"])
+        return {"residuals": residuals, "restored": x, "time": 3}
+
+
+def odd() -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    return OddNetwork().eval(), [torch.rand(4, 1, 8, 8, generator=generator) for _ in range(4)]
+
+
+def test_in_place_random_and_nested() -> None:
+    net, batches = odd()
+    kept = [batch.clone() for batch in batches]
+    lorun = lorun_adapt.convert(net, rank=1)
+
+    def error(seed: int) -> float:
+        outputs = []
+        for network in (lorun, net):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                outputs.append(network(batches[0].clone())["restored"])
+        return float((outputs[0] - outputs[1]).square().mean())
+
+    before = error(1)
+    lorun.recover(net, batches, steps=60)
+    assert error(1) < 0.4 * before
+    assert all(torch.equal(a, b) for a, b in zip(batches, kept))
+
+
+def test_only_what_later_stages_read_is_distilled() -> None:
+    net, batches = odd()
+    lorun = lorun_adapt.convert(net, rank=1)
+    distillation = Distillation(lorun, net, lorun.stage_map, (batches[0],))
+    output = net(batches[0].clone())
+    assert distillation._final == [len(output["residuals"])]
+    assert distillation._handed_on == [[0]] * 3
+    same_network = Distillation(copy.deepcopy(net), net, lorun.stage_map, (batches[0],))
+    total, final, psnr = same_network((batches[0],), 3)
+    assert float(total.detach()) == 0 and float(final) == 0 and float(psnr) > 100
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([], "found none"),
+        (iter(()), "found none"),
+        (5, "iterable"),
+        (torch.rand(2, 1, 8, 8), "iterable"),
+        ([{"y": 1}], "tuple of the forward's arguments"),
+        ([()], "an empty one"),
+        ([torch.rand(4, 1, 8, 8)], "first batch of calibration, found TypeError"),
+        ([(torch.rand(4, 3, 8, 8), torch.rand(1, 3, 8, 8))], "first batch of calibration, found RuntimeError"),
+    ],
+)
+def test_bad_calibration(calibration, message) -> None:
+    net = teacher()
+    lorun = lorun_adapt.convert(net, rank=1)
+    before = values(lorun)
+    with pytest.raises(LoRunError, match=message):
+        lorun.recover(net, calibration, steps=5)
+    assert same(values(lorun), before) and not any(p.requires_grad for p in lorun.base.parameters())
+
+
+def test_bad_arguments() -> None:
+    net, batches = teacher(), measurements()
+    lorun = lorun_adapt.convert(net, rank=1)
+    for options in ({}, {"minutes": 1, "steps": 2}, {"minutes": 0}, {"minutes": -1}, {"steps": 1.5}, {"steps": True}):
+        with pytest.raises(LoRunError, match="minutes|steps"):
+            lorun.recover(net, batches, **options)
+        with pytest.raises(LoRunError, match="minutes|steps"):
+            lorun_adapt.convert(net, calibration=batches, **options)
+    with pytest.raises(LoRunError, match="expected calibration"):
+        lorun_adapt.convert(net, rank=1, minutes=3)
+    with pytest.raises(LoRunError, match="teacher"):
+        lorun.recover(teacher(stages=4), batches, steps=1)
+    with pytest.raises(LoRunError, match="teacher"):
+        lorun.recover("net", batches, steps=1)
+
+
+def test_other_sets_stand_in_the_way(tmp_path) -> None:
+    net = teacher()
+    lorun = lorun_adapt.convert(net, rank=1)
+    lorun.save_pretrained(tmp_path / "saved")
+    lorun.load_adapter(tmp_path / "saved", "other")
+    with pytest.raises(LoRunError, match="recover first"):
+        lorun.recover(net, measurements(), steps=1)
+
+
+def test_an_iterator_that_ends_is_gone_through_again() -> None:
+    net = teacher()
+    by_list = lorun_adapt.convert(net, rank=1, calibration=measurements(5), steps=12)
+    by_iterator = lorun_adapt.convert(net, rank=1, calibration=iter(measurements(5)), steps=12)
+    assert same(values(by_list), values(by_iterator))
+
+
+def test_ground_truth_behind_the_arguments() -> None:
+    net = teacher()
+    pairs = [(y, mask, 0.3 * y.flip(-1)) for y, mask in measurements()]  # far from what the teacher gives
+
+    def loss(output: Tensor, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return (output - batch[2]).square().mean()
+
+    lorun = lorun_adapt.convert(net, rank=2, calibration=pairs, steps=60, loss=loss)
+    by_distance = lorun_adapt.convert(net, rank=2, calibration=pairs, steps=60)
+    with torch.no_grad():
+        assert loss(lorun(*pairs[0][:2]), pairs[0]) < 0.8 * loss(by_distance(*pairs[0][:2]), pairs[0])
+
+
+# --- budget --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(ZOO) - {"looped", "one_block_many_times", "many_parents", "ends_around_a_loop", "shared_body"})
+)
+def test_budget_is_kept(name) -> None:
+    net = ZOO[name]().net
+    before = sum(p.numel() for p in net.parameters())
+    least = lorun_adapt.convert(net, rank=1).num_parameters()
+    for budget in (least, (least + before) // 2, 0.9):
+        limit = budget if budget >= 1 else int(budget * before)
+        if limit < least:
+            continue
+        lorun = lorun_adapt.convert(net, budget=budget)
+        assert lorun.num_parameters() <= limit
+    with pytest.raises(LoRunError, match=f"at least {least:,} parameters"):
+        lorun_adapt.convert(net, budget=least - 1)
+
+
+def test_budget_buys_what_keeps_most() -> None:
+    net = teacher()
+    with torch.no_grad():
+        for block in net.blocks[1:]:  # one tensor alike in all stages, so that any rank is wasted on it
+            for a, b in zip(block.parameters(), net.blocks[0].parameters()):
+                if a.ndim == 4 and a.shape[:2] == (8, 8):
+                    a.copy_(b)
+                    break
+    least = lorun_adapt.convert(net, rank=1).num_parameters()
+    ranks = lorun_adapt.convert(net, budget=least + 300).stage_map.ranks
+    found = [rank for tensors in ranks.values() for rank in tensors.values()]
+    assert min(found) == 1 < max(found)
+    for bad in (0, -5, True, "half", 10.5):
+        with pytest.raises(LoRunError, match="budget"):
+            lorun_adapt.convert(net, budget=bad)
+    with pytest.raises(LoRunError, match="one of config, rank and budget"):
+        lorun_adapt.convert(net, budget=0.5, rank=2)
