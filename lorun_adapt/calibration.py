@@ -46,7 +46,7 @@ def _endless(calibration: Iterable[Any]) -> Iterator[Batch]:
             f"expected calibration to be an iterable of argument tuples, found {type(calibration).__name__}: pass a "
             "DataLoader or a list such as [(y,), …]"
         )
-    once = iter(calibration) is calibration
+    once = isinstance(calibration, Iterator)
     kept: list[Batch] = []
     room = KEPT_BYTES
     for turn in itertools.count():

@@ -50,7 +50,7 @@ def read_state(path: Path, kind: str) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise LoRunError(
             f"expected a training state, found {error} in {path}: remove the file to begin anew"
