@@ -9,7 +9,7 @@ the network it began with.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -201,9 +201,14 @@ def distinct_tensors(network: nn.Module) -> dict[str, Tensor]:
     return dict(found.values())
 
 
-def stage_values(dun: nn.Module, group: Group, spec: TensorSpec) -> Sequence[Tensor]:
+def stage_values(dun: nn.Module, group: Group, spec: TensorSpec) -> list[Tensor]:
     """The tensor of each site, in the order of the stages."""
-    return [_get(dun.get_submodule(site.module), spec.name).detach() for site in group.sites]
+    return [tensor.detach() for tensor in stage_parameters(dun, group, spec)]
+
+
+def stage_parameters(network: nn.Module, group: Group, spec: TensorSpec) -> list[nn.Parameter]:
+    """The parameter itself at each site, in the order of the stages."""
+    return [_get(network.get_submodule(site.module), spec.name) for site in group.sites]
 
 
 def owner_of(denoiser: nn.Module, name: str) -> tuple[int, str]:

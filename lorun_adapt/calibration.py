@@ -77,6 +77,10 @@ def _as_batch(item: Any, index: int) -> Batch:
     )
 
 
+def is_finite(batch: Batch) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors_in(batch))
+
+
 class Measured(tuple):
     """The arguments of a forward, and the images (B, C, H, W) that they are measurements of."""
 

@@ -8,6 +8,7 @@ iteration from where they were. Neither can raise the error.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 TURNS = 30
 ENOUGH = 1e-3  # stop when a turn lowers the error by less than this part of what it was at first
+WEIGHTED_TURNS = 12
+CONJUGATE_STEPS = 40
 NOTHING = 1e-24  # of the energy: rounding
 
 
@@ -60,6 +63,82 @@ def factorise(stages: Tensor, rank: int) -> Factors:
     # Even factors train best; where a coordinate is zero, its basis vector can still train.
     scale = torch.where(scale > 0, scale, 1).sqrt()
     return Factors(base, coordinates / scale[:, :, None], basis * scale[:, None, :], error)
+
+
+def factorise_weighted(stages: Tensor, rank: int, rows: Tensor, columns: Tensor, damping: float) -> Factors:
+    """The same where some directions matter more: minimises sum_k tr(rows_k E_k columns_k E_k^T).
+
+    E_k is what stage k loses. By turns: the pairs by a truncated SVD between the square roots of the
+    weights, and W_0 by conjugate gradients.
+
+    Args:
+        stages: (N, m, n), real.
+        rows, columns: (N, m, m) and (N, n, n), or (N, 1, 1) for multiples of the identity.
+        damping: this part of the mean weight is added to each direction, since the weights hold for
+            small changes only.
+    """
+    work = stages.double()
+    left, right = _Weight(rows, work.shape[1], damping), _Weight(columns, work.shape[2], damping)
+
+    def weighted(matrices: Tensor) -> Tensor:
+        return right.times(left.times(matrices).mT).mT
+
+    base = _solve(weighted, work, work.mean(0))
+    for turn in range(WEIGHTED_TURNS):
+        whitened = right.root(left.root(work - base).mT).mT
+        u, s, v = torch.linalg.svd(whitened, full_matrices=False)
+        u, s, v = u[..., :rank], s[:, :rank], v[:, :rank]
+        b = left.unroot(u * s[:, None])
+        a = right.unroot(v.mT).mT
+        if turn < WEIGHTED_TURNS - 1:
+            base = _solve(weighted, work - b @ a, base)
+    # Even factors train best: the same product from its own SVD.
+    q, r = torch.linalg.qr(b)
+    u, s, v = torch.linalg.svd(r @ a, full_matrices=False)
+    root = s[:, :rank].sqrt()
+    a, b = root[..., None] * v[:, :rank], (q @ u[..., :rank]) * root[:, None]
+    return Factors(base, a, b, _energy(work - base - b @ a))
+
+
+class _Weight:
+    """Symmetric matrices (N, m, m), or (N, 1, 1) for multiples of the identity, and their square roots."""
+
+    def __init__(self, matrices: Tensor, side: int, damping: float) -> None:
+        mean = matrices.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        self.scalar = matrices.shape[1] < side
+        eye = torch.eye(matrices.shape[1], dtype=torch.float64)
+        self.matrices = matrices + (damping * mean + 1e-12 * mean.max() + 1e-300) * eye
+        values, self.basis = torch.linalg.eigh(self.matrices)
+        self.roots = values.clamp_min(1e-300).sqrt()[..., None]
+
+    def times(self, x: Tensor) -> Tensor:
+        return self.matrices * x if self.scalar else self.matrices @ x
+
+    def root(self, x: Tensor) -> Tensor:
+        return self.roots * x if self.scalar else self.basis @ (self.roots * (self.basis.mT @ x))
+
+    def unroot(self, x: Tensor) -> Tensor:
+        return x / self.roots if self.scalar else self.basis @ ((self.basis.mT @ x) / self.roots)
+
+
+def _solve(weighted: Callable[[Tensor], Tensor], targets: Tensor, start: Tensor) -> Tensor:
+    """The matrix that is nearest to all ``targets`` (N, m, n) in their weights, by conjugate gradients."""
+
+    def summed(x: Tensor) -> Tensor:
+        return weighted(x.expand(targets.shape)).sum(0)
+
+    right, found = weighted(targets).sum(0), start
+    rest = right - summed(found)
+    direction, size = rest, rest.square().sum()
+    for _ in range(CONJUGATE_STEPS):
+        if size <= 1e-16 * right.square().sum():
+            break
+        curved = summed(direction)
+        step = size / (direction * curved).sum()
+        found, rest = found + step * direction, rest - step * curved
+        before, size = size, rest.square().sum()
+        direction = rest + size / before * direction
+    return found
 
 
 def energy_by_rank(stages: Tensor) -> Tensor:

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
+from tqdm import tqdm
 
 from .assemble import StageAdapter, lowrank_terms
 from .budget import Budget
-from .calibration import Batches
+from .calibration import Batch, Batches, is_finite
 from .distill import Distillation, Loss
 from .errors import LoRunError
 from .lowrank import is_base
+from .observe import Observer
+from .refit import refit
+from .seeds import seeded
+from .sensitivity import sensitivities
 from .stages import tensors_of
-from .training import Trained, Trainer
+from .training import Trained, Trainer, interruptible
 
 if TYPE_CHECKING:
     from .model import LoRunModel
 
+PROBES = 20  # batches on which it is measured what the output is sensitive to
+DAMPINGS = (0.01, 0.1, 1.0)  # tried for the factorisation: small ones hold where little is lost, large ones elsewhere
 # Learning rates, relative to the size of a tensor's values. What stands in every stage, and what
 # is not a stage's to change, moves less.
 FACTORS, BASE, PRIVATE, OUTSIDE = 0.05, 0.03, 0.01, 0.003
@@ -37,23 +49,81 @@ def recover(
     checkpoint: Path | None = None,
     seed: int = 0,
 ) -> bool:
-    """Train base and adapters of ``lorun``; see :meth:`LoRunModel.recover`."""
+    """Train base and adapters of ``lorun``; see :meth:`LoRunModel.recover`.
+
+    It starts from what is there, or from the teacher's weights factorised by what the measurements
+    show the output to be sensitive to, whichever is nearer to the teacher.
+    """
     if len(lorun.adapter_names) > 1:
         raise LoRunError(
             f"expected one adapter set, found {lorun.adapter_names}: recovery changes the base, which is that of them "
             "all, so recover first and load the others afterwards"
         )
+    started = time.monotonic()
     _check_teacher(teacher, lorun)
     with _evaluating(teacher), _evaluating(lorun), _trainable(lorun) as trained:
-        distillation = Distillation(lorun, teacher, lorun.stage_map, calibration.first, loss)
-        trainer = Trainer(
-            distillation, trained, calibration, budget, seed=seed, checkpoint=checkpoint, kind=lorun.stage_map.network
-        )
-        finished = trainer.train()
+        observer = Observer(teacher, lorun.stage_map, calibration.first)
+        distillation = Distillation(lorun, teacher, observer, loss)
+        with seeded(seed), interruptible() as stop:
+            if checkpoint is None or not checkpoint.exists():
+                start_near(distillation, lorun, teacher, calibration, seed, stop)
+            else:
+                _probes(calibration)  # drawn then too
+            trainer = Trainer(
+                distillation,
+                trained,
+                calibration,
+                budget,
+                seed=seed,
+                checkpoint=checkpoint,
+                kind=lorun.stage_map.network,
+                spent=time.monotonic() - started,
+            )
+            finished = not stop.is_set() and trainer.train(stop)
     lorun._fingerprint = None
     if not finished:
         warnings.warn("recovery was stopped: the network has the best weights so far", stacklevel=3)
     return finished
+
+
+def start_near(
+    distillation: Distillation,
+    lorun: LoRunModel,
+    teacher: nn.Module,
+    calibration: Batches,
+    seed: int,
+    stop: threading.Event,
+) -> None:
+    """Of the weights that ``lorun`` has and those that :func:`refit` finds, leave the ones nearest to the teacher."""
+    tensors = list(lorun.state_dict().values())  # they share memory with the network's
+    best, nearest = [tensor.clone() for tensor in tensors], math.inf
+    try:
+        probes = _probes(calibration)
+        known = sensitivities(
+            teacher,
+            lorun.stage_map,
+            lambda *arguments: distillation.observer.run(*arguments).final,
+            tqdm(probes, desc="weighing tensors", unit="batch", leave=False, delay=2),
+            seed,
+        )
+        for damping in (None, *DAMPINGS) if known else ():
+            if stop.is_set():
+                break
+            if damping is not None:
+                refit(lorun, teacher, known, damping)
+            with torch.no_grad():
+                found = sum(float(distillation(batch, seed)[1]) for batch in probes[:2])
+            if found < nearest:
+                best, nearest = [tensor.clone() for tensor in tensors], found
+    except KeyboardInterrupt:
+        stop.set()
+    finally:
+        for tensor, value in zip(tensors, best):
+            tensor.copy_(value)
+
+
+def _probes(calibration: Batches) -> list[Batch]:
+    return [batch for batch in itertools.islice(calibration, PROBES) if is_finite(batch)]
 
 
 def _check_teacher(teacher: nn.Module, lorun: LoRunModel) -> None:

@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .budget import Budget, schedule
-from .calibration import Batch, Batches
+from .calibration import Batch, Batches, is_finite
 from .distill import Distillation
 from .errors import LoRunError
-from .nested import tensors_in, to_device
+from .nested import to_device
 from .resume import read_state, write_state
-from .seeds import seeded
 
 CHECKS = 25  # in a run: how often it is looked whether the network got better
 HELD_OUT = 2  # batches that are looked at for that
@@ -70,6 +69,7 @@ class Trainer:
         checkpoint: a file that holds the state of the run while it lasts. Where it is there, the run
             goes on from it, and draws again, without computing, the batches that were used up.
         kind: names the run, so that it does not resume from another one.
+        spent: seconds of the budget that preparations took.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Trainer:
         seed: int,
         checkpoint: Path | None,
         kind: str,
+        spent: float = 0.0,
     ) -> None:
         self.distillation, self.trained, self.calibration = distillation, trained, calibration
         self.budget, self.seed, self.checkpoint = budget, seed, checkpoint
@@ -92,11 +93,11 @@ class Trainer:
         self.loss_of = self.accelerator.prepare(distillation)
         self.rates = [item.rate * max(_rms(item.parameter), SMALLEST) for item in trained]
         self.optimizer, self.prepared = self._fresh_optimizer()
-        self.run = Run()
+        self.run = Run(seconds=spent)
         self.best = self._values()
 
-    def train(self) -> bool:
-        """Train until the budget is used up, or Ctrl-C; the best tensors that were seen are left in place.
+    def train(self, stop: threading.Event) -> bool:
+        """Train until the budget is used up, or ``stop`` is set; the best tensors that were seen are left in place.
 
         Returns:
             Whether it ran to the end.
@@ -104,13 +105,12 @@ class Trainer:
         Raises:
             LoRunError: a calibration that ends, or a loss that stays NaN; the tensors are the best ones then too.
         """
-        with seeded(self.seed), _interrupted() as stop:
-            try:
-                self._loop(stop)
-            except KeyboardInterrupt:  # in a batch that is being made, or where no signal handler can be
-                stop.set()
-            finally:
-                self._put(self.best)
+        try:
+            self._loop(stop)
+        except KeyboardInterrupt:  # in a batch that is being made, or where no signal handler can be
+            stop.set()
+        finally:
+            self._put(self.best)
         if stop.is_set():
             return False
         if self.checkpoint is not None and self.accelerator.is_main_process:
@@ -122,7 +122,7 @@ class Trainer:
             self._resume(self.checkpoint)
         run, processes = self.run, self.accelerator.num_processes
         held_out = list(
-            itertools.islice(filter(_finite, itertools.islice(self.calibration, HELD_OUT + IN_A_ROW)), HELD_OUT)
+            itertools.islice(filter(is_finite, itertools.islice(self.calibration, HELD_OUT + IN_A_ROW)), HELD_OUT)
         )
         if not held_out:
             raise LoRunError(f"expected finite batches, found NaN or Inf in the first {HELD_OUT + IN_A_ROW}: mend them")
@@ -166,7 +166,7 @@ class Trainer:
         loss = self.loss_of(batch, seed)[0]
         value = self._agreed_worst(float(loss.detach()))
         if not math.isfinite(value):
-            if math.isfinite(self._agreed_worst(0.0 if _finite(batch) else math.nan)):
+            if math.isfinite(self._agreed_worst(0.0 if is_finite(batch) else math.nan)):
                 self._roll_back(f"the loss is {value} at step {run.step}")
             else:
                 self._skip(f"NaN or Inf in the batch of step {run.step}")
@@ -246,6 +246,7 @@ class Trainer:
             "run": asdict(self.run),
             "values": self._values(),
             "best": self.best,
+            "rates": self.rates,
             "optimizer": [self.optimizer.state.get(item.parameter, {}) for item in self.trained],
             "counts": [group.get("step", 0) for group in self.optimizer.param_groups],
         }
@@ -253,7 +254,7 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         state = read_state(path, self.kind)
-        self.run, self.best = Run(**state["run"]), state["best"]
+        self.run, self.best, self.rates = Run(**state["run"]), state["best"], state["rates"]
         self._put(state["values"])
         for item, group, held, count in zip(
             self.trained, self.optimizer.param_groups, state["optimizer"], state["counts"]
@@ -286,16 +287,12 @@ def _whole(budget: Budget, run: Run | None) -> int:
     return round(run.seconds if run else 60 * (budget.minutes or 0))
 
 
-def _finite(batch: Batch) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors_in(batch))
-
-
 def _rms(tensor: Tensor) -> float:
     return float(tensor.detach().abs().square().mean().sqrt())
 
 
 @contextmanager
-def _interrupted() -> Iterator[threading.Event]:
+def interruptible() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C sets, so that a step is not cut in two; the second one interrupts."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
