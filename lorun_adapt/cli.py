@@ -296,6 +296,33 @@ def eval_(
 
 
 @cli.command()
+@click.argument("converted", metavar="DIR", type=FILE)
+@click.option("--task", required=True, help="Task file, or package.module.")
+@WEIGHTS
+@click.option("--images", type=FILE, required=True, help="Folder of images to judge on.")
+@click.option("--out", type=FILE, default="report.html", show_default=True, help="The page to write.")
+@DEVICE
+@SEED
+def report(
+    converted: Path, task: str, weights: Path | None, images: Path, out: Path, device: torch.device, seed: int
+) -> None:
+    """Write a page with pictures about the conversion in DIR: what it saves, and what it costs where."""
+    import copy
+
+    from .checkpoint import from_pretrained
+    from .page import write_page
+    from .task import load_task
+
+    _seed(seed)
+    spec = load_task(task)
+    net = spec.build()
+    spec.load_weights(net, weights)
+    lorun = from_pretrained(converted, copy.deepcopy(net).to(device)).eval()
+    write_page(out, spec, net.to(device), lorun, spec.images(images))
+    click.echo(f"page: {out}")
+
+
+@cli.command()
 @click.option("--out", type=FILE, default=".", show_default=True, help="Folder for demo.png.")
 @RANK
 @DEVICE

@@ -38,3 +38,19 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 def device_of(network: nn.Module) -> torch.device:
     return next((p.device for p in network.parameters()), torch.device("cpu"))
+
+
+def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
+    """``value`` with ``new`` in the place of ``old``: within lists, tuples, dicts and dataclasses."""
+    if value is old:
+        return new
+    if isinstance(value, Mapping):
+        return {key: replaced(item, old, new) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(replaced(item, old, new) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(replaced(item, old, new) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value) if field.init]
+        return dataclasses.replace(value, **{name: replaced(getattr(value, name), old, new) for name in names})
+    return value

@@ -143,6 +143,51 @@ def test_from_checkpoint_to_scores(task_file, weights, images, tmp_path, capsys,
     assert code == 0 and "mean" in out and "a.JPG" in out
 
 
+def test_recovery_on_the_command_line(task_file, weights, images, tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "images/c.png").write_bytes((images / "b.png").read_bytes())
+    given = (task_file, "--weights", weights, "--calibration", images, "--steps", 12)
+    code, out, err = call(capsys, monkeypatch, "convert", *given, "--budget", 0.9, "--out", tmp_path / "whole")
+    assert code == 0 and "whole network" in out and "left out" not in err and "12/12" in err
+    code, _, _ = call(
+        capsys, monkeypatch, "convert", task_file, "--weights", weights, "--rank", 1, "--out", tmp_path / "a"
+    )
+    assert code == 0
+    more = ("--converted", tmp_path / "a", "--out", tmp_path / "b", "--batch", 2)
+    code, out, _ = call(capsys, monkeypatch, "recover", *given, *more)
+    assert code == 0 and f"saved to {tmp_path / 'b'}" in out
+    code, _, _ = call(
+        capsys, monkeypatch, "recover", *given, *more[:2], "--out", tmp_path / "c", "--truth", "--sigma", 5
+    )
+    assert code == 0
+    psnr = {}
+    for name in ("a", "b", "c"):
+        code, out, _ = call(
+            capsys, monkeypatch, "eval", task_file, "--weights", weights, "--converted", tmp_path / name,
+            "--images", images, "--json",
+        )  # fmt: skip
+        psnr[name] = json.loads(out)["mean"]["psnr_converted"]
+    assert psnr["c"] > psnr["a"]  # the truth says more about the truth than an untrained teacher does
+    page = ("--task", task_file, "--weights", weights, "--images", images, "--out", tmp_path / "page.html")
+    code, _, _ = call(capsys, monkeypatch, "report", tmp_path / "b", *page)
+    text = (tmp_path / "page.html").read_text()
+    assert code == 0 and text.count("data:image/png;base64") == 18 and "<svg" in text and "http" not in text
+    assert "a.JPG" in text and "denoiser.body.0.weight" in text
+
+
+def test_mistakes_in_training_options(task_file, weights, images, tmp_path, capsys, monkeypatch) -> None:
+    given = ("convert", task_file, "--weights", weights, "--out", tmp_path / "out")
+    for arguments, message in (
+        (("--minutes", 3), "without --calibration"),
+        (("--calibration", images), "neither"),
+        (("--calibration", images, "--minutes", 3, "--steps", 3), "both"),
+        (("--calibration", images, "--minutes", -3), "above 0"),
+        (("--calibration", tmp_path / "none", "--minutes", 3), "folder of images"),
+        (("--calibration", images, "--steps", 3, "--rank", 2, "--budget", 0.5), "one of"),
+    ):
+        code, _, err = call(capsys, monkeypatch, *given, *arguments)
+        assert code == 2 and message in err and not (tmp_path / "out").exists()
+
+
 def test_several_patterns(task_file, capsys, monkeypatch) -> None:
     patterns = ("net.blocks.*.denoiser.head", "net.blocks.*.denoiser.body")
     for arguments in (("--stages", *patterns, "--seed", 1), ("--stages", patterns[0], "--stages", patterns[1])):
