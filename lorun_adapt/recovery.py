@@ -61,7 +61,7 @@ def recover(
         )
     started = time.monotonic()
     _check_teacher(teacher, lorun)
-    with _evaluating(teacher), _evaluating(lorun), _trainable(lorun) as trained:
+    with _evaluating(teacher), _evaluating(lorun), trainable(lorun) as trained:
         observer = Observer(teacher, lorun.stage_map, calibration.first)
         distillation = Distillation(lorun, teacher, observer, loss)
         with seeded(seed), interruptible() as stop:
@@ -153,7 +153,7 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _trainable(lorun: LoRunModel) -> Iterator[list[Trained]]:
+def trainable(lorun: LoRunModel) -> Iterator[list[Trained]]:
     """What recovery trains: the adapters, and of the base what runs. The base is frozen again afterwards."""
     trained = []
     own: set[int] = set()

@@ -91,6 +91,8 @@ class Trainer:
             device_placement=False, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
         )
         self.loss_of = self.accelerator.prepare(distillation)
+        # SOAP knows no complex numbers: it is given views of them, as pairs of real ones.
+        self.tensors = [_real(item.parameter) for item in trained]
         self.rates = [item.rate * max(_rms(item.parameter), SMALLEST) for item in trained]
         self.optimizer, self.prepared = self._fresh_optimizer()
         self.run = Run(seconds=spent)
@@ -173,6 +175,10 @@ class Trainer:
             return value
         run.skipped = 0
         self.accelerator.backward(loss)
+        for item, tensor in zip(self.trained, self.tensors):
+            if tensor is not item.parameter:
+                gradient, item.parameter.grad = item.parameter.grad, None
+                tensor.grad = None if gradient is None else torch.view_as_real(gradient)
         self.prepared.step()
         self.optimizer.zero_grad()
         return value
@@ -197,7 +203,7 @@ class Trainer:
         warnings.warn(f"{found}: going on from the best weights so far, with half the learning rate", stacklevel=2)
 
     def _fresh_optimizer(self) -> tuple[SOAP, Any]:
-        groups = [{"params": [item.parameter], "lr": rate} for item, rate in zip(self.trained, self.rates)]
+        groups = [{"params": [tensor], "lr": rate} for tensor, rate in zip(self.tensors, self.rates)]
         optimizer = SOAP(groups, weight_decay=0.0, max_precondition_dim=SIDE)
         return optimizer, self.accelerator.prepare(optimizer)
 
@@ -247,7 +253,7 @@ class Trainer:
             "values": self._values(),
             "best": self.best,
             "rates": self.rates,
-            "optimizer": [self.optimizer.state.get(item.parameter, {}) for item in self.trained],
+            "optimizer": [self.optimizer.state.get(tensor, {}) for tensor in self.tensors],
             "counts": [group.get("step", 0) for group in self.optimizer.param_groups],
         }
         write_state(self.checkpoint, self.kind, state)
@@ -256,12 +262,12 @@ class Trainer:
         state = read_state(path, self.kind)
         self.run, self.best, self.rates = Run(**state["run"]), state["best"], state["rates"]
         self._put(state["values"])
-        for item, group, held, count in zip(
-            self.trained, self.optimizer.param_groups, state["optimizer"], state["counts"]
+        for tensor, group, held, count in zip(
+            self.tensors, self.optimizer.param_groups, state["optimizer"], state["counts"]
         ):
             group["step"] = count
             if held:
-                self.optimizer.state[item.parameter].update(to_device(held, item.parameter.device))
+                self.optimizer.state[tensor].update(to_device(held, tensor.device))
 
     # --- what is seen ----------------------------------------------------------------------------
 
@@ -285,6 +291,10 @@ def _whole(budget: Budget, run: Run | None) -> int:
     if budget.steps:
         return run.step if run else budget.steps
     return round(run.seconds if run else 60 * (budget.minutes or 0))
+
+
+def _real(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(torch.view_as_real(parameter.detach())) if parameter.is_complex() else parameter
 
 
 def _rms(tensor: Tensor) -> float:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from dun_zoo import ZOO, Block, Case, Denoiser, ListOfBlocks
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lorun_adapt
-from lorun_adapt import LoRunError
+from lorun_adapt import LoRunError, recovery
+from lorun_adapt.demo import reference_task
 from lorun_adapt.distill import Distillation
 from lorun_adapt.observe import Observer
+from lorun_adapt.task import load_task
 
 Batch = tuple[Tensor, Tensor]
 
@@ -300,6 +306,109 @@ def test_only_what_later_stages_read_is_distilled() -> None:
     same_network = Distillation(copy.deepcopy(net), net, observer)
     total, final, psnr = same_network((batches[0],), 3)
     assert float(total.detach()) == 0 and float(final) == 0 and float(psnr) > 100
+
+
+class ComplexStage(nn.Module):
+    """A denoiser of k-space: complex kernels, on real and imaginary parts at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(6, 1, 3, 3, dtype=torch.complex64) / 4)
+        self.middle = nn.Parameter(torch.randn(6, 6, 3, 3, dtype=torch.complex64) / 8)
+        self.last = nn.Parameter(torch.randn(1, 6, 3, 3, dtype=torch.complex64) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.conv2d(x, self.first, padding=1)
+        hidden = hidden / (1 + hidden.abs())
+        hidden = nn.functional.conv2d(hidden, self.middle, padding=1)
+        return x + nn.functional.conv2d(hidden / (1 + hidden.abs()), self.last, padding=1)
+
+
+def test_complex_networks() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(ComplexStage() for _ in range(3))).eval()
+    batches = [torch.randn(2, 1, 8, 8, dtype=torch.complex64) for _ in range(4)]
+    lorun = lorun_adapt.convert(net, rank=2, stages="*")
+
+    def error() -> float:
+        with torch.no_grad():
+            return float((lorun(batches[0]) - net(batches[0])).abs().square().mean())
+
+    before = error()
+    assert any(p.is_complex() for p in lorun.parameters())
+    lorun.recover(net, batches, steps=40)
+    assert error() < 0.5 * before
+
+
+# --- memory and processes ------------------------------------------------------------------------
+
+
+def test_memory_of_a_training_step() -> None:
+    task = load_task(str(reference_task()))
+    net = task.build()
+    task.load_weights(net, None)
+    batch = task.measure(torch.rand(1, 1, 66, 66, generator=torch.Generator().manual_seed(0)))
+    lorun = lorun_adapt.convert(net)
+    lorun.base.requires_grad_(True)
+
+    def saved(step) -> int:
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)
+            return tensor
+
+        alive: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            step().backward()
+        return sum(kept.values())
+
+    truth = net(*batch).detach() + 0.1
+    plain = saved(lambda: (net(*batch) - truth).square().mean())
+    distillation = Distillation(lorun, net, Observer(net, lorun.stage_map, batch))
+    assert saved(lambda: distillation(batch, 0)[0]) <= 1.01 * plain
+
+
+LAUNCHED = """
+import sys
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+import lorun_adapt
+from lorun_adapt import recovery
+from test_recover import measurements, teacher
+
+recovery.PROBES = 0  # these would be batches of another size
+lorun = lorun_adapt.convert(teacher(), rank=2)
+lorun.recover(teacher(), measurements(2 + 2 * 12), steps=12)
+if PartialState().is_main_process:
+    state = lorun.merge_and_unload().state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, sys.argv[1])
+"""
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch) -> None:
+    (tmp_path / "launched.py").write_text(LAUNCHED)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(
+        [*command, str(tmp_path / "launched.py"), str(tmp_path / "out.safetensors")],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(recovery, "PROBES", 0)
+    batches = measurements(2 + 2 * 12)
+    pairs = [(torch.cat([a[0], b[0]]), a[1]) for a, b in zip(batches[2::2], batches[3::2])]
+    lorun = lorun_adapt.convert(teacher(), rank=2)
+    start = lorun.merge_and_unload()
+    lorun.recover(teacher(), [*batches[:2], *pairs], steps=12)
+    one, two = lorun.merge_and_unload(), teacher()
+    two.load_state_dict(load_file(tmp_path / "out.safetensors"))
+    assert distance(one, two) < 0.02 * distance(one, start)
 
 
 # --- arguments -----------------------------------------------------------------------------------

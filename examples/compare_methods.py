@@ -1,0 +1,308 @@
+"""Ways to make a network small, at equal bytes and in equal time, as a Markdown table.
+
+    python examples/compare_methods.py examples/ista_net_plus.py IMAGES --judge OTHERS --ranks 8 4 --minutes 5
+
+All ways train on the same crops of IMAGES, for the same minutes on the clock, with the same optimiser
+and schedule, and are judged on OTHERS. Bytes are those of the files: float32 values, and for pruning
+one bit for each weight, which says whether it is there. What each may use is set by the first way's
+bytes at each rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import lorun_adapt
+from lorun_adapt import factorise
+from lorun_adapt.assemble import copy_network
+from lorun_adapt.budget import Budget
+from lorun_adapt.calibration import Batches, Crops
+from lorun_adapt.distill import Distillation
+from lorun_adapt.evaluate import evaluate
+from lorun_adapt.observe import Observer
+from lorun_adapt.recovery import FACTORS, PRIVATE, trainable
+from lorun_adapt.seeds import seeded
+from lorun_adapt.stages import StageMap, TensorSpec
+from lorun_adapt.task import Task, load_task
+from lorun_adapt.training import Trained, Trainer, interruptible
+
+DENSE = 0.02  # learning rate of dense weights, relative to their size
+PRUNED_BY = 0.6  # of the time, in which pruning comes to its end; the rest is fine-tuning
+
+
+class Built(nn.Module):
+    """A network whose tensors are computed from others before each forward.
+
+    ``stage_map`` and ``network`` are where a LoRunModel has them, so that stage outputs are found.
+    """
+
+    def __init__(self, network: nn.Module, stage_map: StageMap, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.network, self.stage_map = network.requires_grad_(False), stage_map
+        self.held = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(t.clone()) for name, t in tensors.items()})
+
+    def built(self) -> dict[str, Tensor]:
+        """The network's tensors by name, from those that are held."""
+        return {name.replace("/", "."): tensor for name, tensor in self.held.items()}
+
+    def forward(self, *args: Any) -> Any:
+        return functional_call(self.network, self.built(), args)
+
+    def bytes(self) -> int:
+        return file_bytes(dict(self.held.items()))
+
+
+class Tied(Built):
+    """One denoiser for all stages."""
+
+    def __init__(self, network: nn.Module, stage_map: StageMap) -> None:
+        self.places = dict(places(stage_map))
+        means = {
+            names[0]: torch.stack([network.get_parameter(n) for n in names]).mean(0) for names in self.places.values()
+        }
+        super().__init__(network, stage_map, means)
+
+    def built(self) -> dict[str, Tensor]:
+        held = super().built()
+        return {name: held[names[0]] for names in self.places.values() for name in names}
+
+
+class Alone(Built):
+    """Each stage's tensors as a product of two factors, nothing shared."""
+
+    def __init__(self, network: nn.Module, stage_map: StageMap, limit: int) -> None:
+        found = dict(places(stage_map))
+        best: dict[str, Tensor] = {}
+        for rank in range(1, 1000):
+            tensors: dict[str, Tensor] = {}
+            for spec, names in found.items():
+                for name in names:
+                    value = network.get_parameter(name)
+                    if spec.smaller(rank):
+                        u, s, v = torch.linalg.svd(value.detach().reshape(spec.matrix).double(), full_matrices=False)
+                        root = s[:rank].sqrt()
+                        tensors[f"{name}:b"] = (u[:, :rank] * root).float()
+                        tensors[f"{name}:a"] = (root[:, None] * v[:rank]).float()
+                    else:
+                        tensors[name] = value.detach()
+            if best and (file_bytes(tensors) > limit or file_bytes(tensors) == file_bytes(best)):
+                break
+            best = tensors
+        super().__init__(network, stage_map, best)
+
+    def built(self) -> dict[str, Tensor]:
+        held = super().built()
+        result = {}
+        for name, tensor in held.items():
+            if name.endswith(":a"):
+                own = name[:-2]
+                result[own] = (held[f"{own}:b"] @ tensor).view_as(self.network.get_parameter(own))
+            elif not name.endswith(":b"):
+                result[name] = tensor
+        return result
+
+
+class Pruned(Built):
+    """Global magnitude pruning, gradually (Zhu and Gupta, arXiv:1710.01878, equation 1), with fine-tuning."""
+
+    def __init__(self, network: nn.Module, stage_map: StageMap, limit: int, seconds: float) -> None:
+        super().__init__(
+            network, stage_map, {n: network.get_parameter(n).detach() for _, ns in places(stage_map) for n in ns}
+        )
+        self.total = sum(tensor.numel() for tensor in self.held.values())
+        self.keep = (limit - self.total / 8 - 1000) / 4 / self.total  # a bit each, and the header
+        self.masks = {name: torch.ones_like(tensor) for name, tensor in self.held.items()}
+        self.started, self.seconds = time.monotonic(), seconds
+
+    def built(self) -> dict[str, Tensor]:
+        done = min(1.0, (time.monotonic() - self.started) / (PRUNED_BY * self.seconds))
+        kept = self.keep + (1 - self.keep) * (1 - done) ** 3
+        if torch.is_grad_enabled() and kept < float(self.kept()) - 1e-4:
+            sizes = torch.cat([(t.detach() * self.masks[name]).abs().flatten() for name, t in self.held.items()])
+            least = sizes.kthvalue(max(1, self.total - int(kept * self.total)))[0]
+            self.masks = {
+                name: (t.detach() * self.masks[name]).abs().gt(least).float() for name, t in self.held.items()
+            }
+        return {name.replace("/", "."): tensor * self.masks[name] for name, tensor in self.held.items()}
+
+    def kept(self) -> float:
+        return sum(float(mask.sum()) for mask in self.masks.values()) / self.total
+
+    def bytes(self) -> int:
+        values = torch.cat([tensor.detach()[self.masks[name] > 0] for name, tensor in self.held.items()])
+        return file_bytes({"values": values, "mask": torch.zeros(math.ceil(self.total / 8), dtype=torch.uint8)})
+
+
+class Peft(nn.Module):
+    """PEFT's own layers around one averaged, frozen denoiser; stages keep what is not adapted."""
+
+    def __init__(self, network: nn.Module, stage_map: StageMap, rank: int) -> None:
+        super().__init__()
+        self.stage_map = stage_map
+        targets = []
+        for spec, names in places(stage_map):
+            if spec.smaller(rank):
+                mean = torch.stack([network.get_parameter(n).detach() for n in names]).mean(0)
+                for name in names:
+                    network.get_parameter(name).data.copy_(mean)
+                    targets.append(name.removesuffix(".weight"))
+        self.model = get_peft_model(network, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+        self.network = self.model.base_model.model
+        self.shared = {name for spec, names in places(stage_map) if spec.smaller(rank) for name in names}
+        for name, parameter in self.network.named_parameters():
+            if "lora_" not in name and name.replace(".base_layer", "") not in self.shared:
+                parameter.requires_grad_(True)
+
+    def forward(self, *args: Any) -> Any:
+        return self.network(*args)
+
+    def bytes(self) -> int:
+        kept = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        once = {
+            str(p.shape) + name.rsplit(".", 3)[-3]: p
+            for name, p in self.network.named_parameters()
+            if "base_layer" in name
+        }
+        return file_bytes({**kept, **once})
+
+
+def places(stage_map: StageMap) -> Iterator[tuple[TensorSpec, list[str]]]:
+    """Each tensor of the denoisers, and its name at each stage."""
+    for group in stage_map.groups:
+        for spec in group.tensors:
+            if not spec.buffer and not spec.common:
+                yield spec, [f"{site.module}.{spec.name}" for site in group.sites]
+
+
+def file_bytes(tensors: Mapping[str, Tensor]) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.safetensors")
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+        return path.stat().st_size
+
+
+def train(student: nn.Module, teacher: nn.Module, rates: list[Trained], crops: Crops, minutes: float) -> None:
+    """As recovery does it, without its start."""
+    with seeded(0), interruptible() as stop:
+        batches = Batches(crops)
+        distillation = Distillation(student, teacher, Observer(teacher, student.stage_map, batches.first))
+        Trainer(distillation, rates, batches, Budget(minutes), seed=0, checkpoint=None, kind="").train(stop)
+
+
+def rates_of(student: Built) -> list[Trained]:
+    rates = {":a": FACTORS, ":b": FACTORS}
+    return [
+        Trained(p, rates.get(name[-2:], DENSE if p.ndim > 1 and p.shape[0] * p[0].numel() > 1000 else PRIVATE))
+        for name, p in student.held.items()
+    ]
+
+
+class Comparison:
+    """The ways, each as a function of rank, or of the bytes it may have, that gives a network and its bytes."""
+
+    def __init__(self, task: Task, net: nn.Module, crops: Crops, minutes: float) -> None:
+        self.task, self.net, self.crops, self.minutes = task, net, crops, minutes
+        self.stage_map = lorun_adapt.find_stages(net)
+
+    def ours(self, rank: int, limit: int) -> tuple[nn.Module, int]:
+        lorun = lorun_adapt.convert(self.net, rank=rank)
+        lorun.recover(self.net, self.crops, minutes=self.minutes)
+        with tempfile.TemporaryDirectory() as folder:
+            lorun.save_pretrained(folder)
+            return lorun, sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+
+    def _built(self, student: Built) -> tuple[nn.Module, int]:
+        train(student, self.net, rates_of(student), self.crops, self.minutes)
+        return student, student.bytes()
+
+    def tied(self, rank: int, limit: int) -> tuple[nn.Module, int]:
+        return self._built(Tied(copy_network(self.net), self.stage_map))
+
+    def alone(self, rank: int, limit: int) -> tuple[nn.Module, int]:
+        return self._built(Alone(copy_network(self.net), self.stage_map, limit))
+
+    def pruned(self, rank: int, limit: int) -> tuple[nn.Module, int]:
+        return self._built(Pruned(copy_network(self.net), self.stage_map, limit, 60 * self.minutes))
+
+    def peft(self, rank: int, limit: int) -> tuple[nn.Module, int]:
+        student = Peft(copy_network(self.net), self.stage_map, rank)
+        rates = [
+            Trained(p, FACTORS if "lora_" in name else PRIVATE)
+            for name, p in student.network.named_parameters()
+            if p.requires_grad
+        ]
+        train(student, self.net, rates, self.crops, self.minutes)
+        return student, student.bytes()
+
+    def relaxed(self, rank: int, limit: int) -> tuple[nn.Module, int]:
+        """Mean, then SVD of what that lost (arXiv:2410.20672, section 2.3), then training."""
+        turns, factorise.TURNS = factorise.TURNS, 0
+        try:
+            lorun = lorun_adapt.convert(self.net, rank=rank)
+        finally:
+            factorise.TURNS = turns
+        with trainable(lorun) as rates:
+            train(lorun.eval(), self.net, rates, self.crops, self.minutes)
+        with tempfile.TemporaryDirectory() as folder:
+            lorun.save_pretrained(folder)
+            return lorun, sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", help="task file")
+    parser.add_argument("images", type=Path, help="folder of images to train on")
+    parser.add_argument("--judge", type=Path, required=True, help="folder of images to judge on")
+    parser.add_argument("--weights", type=Path, help="checkpoint, where the task names none")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 4], help="of the first way; these set the bytes")
+    parser.add_argument("--minutes", type=float, default=5.0, help="for each way and rank")
+    args = parser.parse_args()
+
+    task = load_task(args.task)
+    net = task.build()
+    task.load_weights(net, args.weights)
+    judged = task.images(args.judge)
+    compared = Comparison(task, net, Crops(task, task.images(args.images)), args.minutes)
+    layers = all(
+        isinstance(net.get_submodule(name.rpartition(".")[0]), (nn.Linear, nn.modules.conv._ConvNd))
+        for spec, names in places(compared.stage_map)
+        for name in names
+        if spec.smaller(1)
+    )
+    original = evaluate(task, judged, net, None).mean()["psnr"]
+    print(f"Original: {original:.2f} dB, {file_bytes(dict(net.named_parameters())):,} bytes.\n")
+    print("| way | bytes | PSNR (dB) | below the original |\n| --- | ---: | ---: | ---: |", flush=True)
+    for rank in args.ranks:
+        limit = 0
+        ways: list[tuple[str, Callable[[int, int], tuple[nn.Module, int]]]] = [
+            (f"base and adapters of rank {rank}, recovered", compared.ours),
+            ("magnitude pruning, fine-tuned", compared.pruned),
+            ("each stage factorised alone", compared.alone),
+            (f"tied, then rank {rank} from the SVD of what that lost", compared.relaxed),
+            (f"PEFT's layers of rank {rank} on the average", compared.peft),
+            ("one denoiser for all stages", compared.tied),
+        ]
+        for name, way in ways:
+            if name.startswith("PEFT") and not layers:
+                print(f"| {name} | - | has no layers that PEFT knows | |", flush=True)
+                continue
+            network, size = way(rank, limit)
+            limit = limit or size
+            psnr = evaluate(task, judged, None, network.eval()).mean()["psnr_converted"]
+            print(f"| {name} | {size:,} | {psnr:.2f} | {original - psnr:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
