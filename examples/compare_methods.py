@@ -68,26 +68,24 @@ class Tied(Built):
     """One denoiser for all stages."""
 
     def __init__(self, network: nn.Module, stage_map: StageMap) -> None:
-        self.places = dict(places(stage_map))
-        means = {
-            names[0]: torch.stack([network.get_parameter(n) for n in names]).mean(0) for names in self.places.values()
-        }
+        self.places = [names for _, names in places(stage_map)]
+        means = {names[0]: torch.stack([network.get_parameter(n) for n in names]).mean(0) for names in self.places}
         super().__init__(network, stage_map, means)
 
     def built(self) -> dict[str, Tensor]:
         held = super().built()
-        return {name: held[names[0]] for names in self.places.values() for name in names}
+        return {name: held[names[0]] for names in self.places for name in names}
 
 
 class Alone(Built):
     """Each stage's tensors as a product of two factors, nothing shared."""
 
     def __init__(self, network: nn.Module, stage_map: StageMap, limit: int) -> None:
-        found = dict(places(stage_map))
+        found = list(places(stage_map))
         best: dict[str, Tensor] = {}
         for rank in range(1, 1000):
             tensors: dict[str, Tensor] = {}
-            for spec, names in found.items():
+            for spec, names in found:
                 for name in names:
                     value = network.get_parameter(name)
                     if spec.smaller(rank):
@@ -127,21 +125,24 @@ class Pruned(Built):
         self.started, self.seconds = time.monotonic(), seconds
 
     def built(self) -> dict[str, Tensor]:
-        done = min(1.0, (time.monotonic() - self.started) / (PRUNED_BY * self.seconds))
-        kept = self.keep + (1 - self.keep) * (1 - done) ** 3
-        if torch.is_grad_enabled() and kept < float(self.kept()) - 1e-4:
-            sizes = torch.cat([(t.detach() * self.masks[name]).abs().flatten() for name, t in self.held.items()])
-            least = sizes.kthvalue(max(1, self.total - int(kept * self.total)))[0]
-            self.masks = {
-                name: (t.detach() * self.masks[name]).abs().gt(least).float() for name, t in self.held.items()
-            }
-        return {name.replace("/", "."): tensor * self.masks[name] for name, tensor in self.held.items()}
+        masks = self.at(self.keep)  # it is judged as small as it will be
+        if torch.is_grad_enabled():
+            done = min(1.0, (time.monotonic() - self.started) / (PRUNED_BY * self.seconds))
+            masks = self.masks = self.at(self.keep + (1 - self.keep) * (1 - done) ** 3)
+        return {name.replace("/", "."): tensor * masks[name] for name, tensor in self.held.items()}
 
-    def kept(self) -> float:
-        return sum(float(mask.sum()) for mask in self.masks.values()) / self.total
+    def at(self, kept: float) -> dict[str, Tensor]:
+        """Masks of the part ``kept`` of all weights, the largest of those not pruned yet."""
+        sizes = {name: (tensor.detach() * self.masks[name]).abs() for name, tensor in self.held.items()}
+        dropped = self.total - int(kept * self.total)
+        if dropped <= 0:
+            return self.masks
+        least = torch.cat([size.flatten() for size in sizes.values()]).kthvalue(dropped)[0]
+        return {name: size.gt(least).float() for name, size in sizes.items()}
 
     def bytes(self) -> int:
-        values = torch.cat([tensor.detach()[self.masks[name] > 0] for name, tensor in self.held.items()])
+        masks = self.at(self.keep)
+        values = torch.cat([tensor.detach()[masks[name] > 0] for name, tensor in self.held.items()])
         return file_bytes({"values": values, "mask": torch.zeros(math.ceil(self.total / 8), dtype=torch.uint8)})
 
 
@@ -151,31 +152,25 @@ class Peft(nn.Module):
     def __init__(self, network: nn.Module, stage_map: StageMap, rank: int) -> None:
         super().__init__()
         self.stage_map = stage_map
-        targets = []
+        targets, self.shared = [], {}
         for spec, names in places(stage_map):
             if spec.smaller(rank):
-                mean = torch.stack([network.get_parameter(n).detach() for n in names]).mean(0)
+                self.shared[names[0]] = torch.stack([network.get_parameter(n).detach() for n in names]).mean(0)
                 for name in names:
-                    network.get_parameter(name).data.copy_(mean)
+                    network.get_parameter(name).data.copy_(self.shared[names[0]])
                     targets.append(name.removesuffix(".weight"))
         self.model = get_peft_model(network, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
         self.network = self.model.base_model.model
-        self.shared = {name for spec, names in places(stage_map) if spec.smaller(rank) for name in names}
         for name, parameter in self.network.named_parameters():
-            if "lora_" not in name and name.replace(".base_layer", "") not in self.shared:
-                parameter.requires_grad_(True)
+            adapted = name.endswith("base_layer.weight")
+            parameter.requires_grad_(not adapted)
 
     def forward(self, *args: Any) -> Any:
         return self.network(*args)
 
     def bytes(self) -> int:
-        kept = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-        once = {
-            str(p.shape) + name.rsplit(".", 3)[-3]: p
-            for name, p in self.network.named_parameters()
-            if "base_layer" in name
-        }
-        return file_bytes({**kept, **once})
+        own = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        return file_bytes({**own, **self.shared})
 
 
 def places(stage_map: StageMap) -> Iterator[tuple[TensorSpec, list[str]]]:

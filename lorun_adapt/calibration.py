@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .distill import relative_error
 from .errors import LoRunError
-from .nested import tensors_in
+from .nested import tensors_in, to_device
 from .task import Task
 
 Batch = tuple[Any, ...]  # the arguments of a network's forward
@@ -86,6 +86,11 @@ class Measured(tuple):
 
     truth: Tensor
 
+    def to(self, device: torch.device) -> Measured:
+        moved = Measured(to_device(tuple(self), device))
+        moved.truth = self.truth.to(device)
+        return moved
+
 
 class Crops:
     """Batches of random crops of images, turned and mirrored, without end, as the arguments that a task makes.
@@ -130,8 +135,7 @@ class Crops:
 
     def loss(self, output: Any, batch: Measured) -> Tensor:
         """The relative squared error of the restored images to the truth."""
-        truth = batch.truth.to(next((tensor.device for tensor in tensors_in(output)), batch.truth.device))
-        return relative_error(self.task.restored(output, truth), truth)
+        return relative_error(self.task.restored(output, batch.truth), batch.truth)
 
     def _crop(self, generator: torch.Generator) -> Tensor:
         def draw(count: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .nested import device_of, to_device
 from .observe import Observer
 from .seeds import seeded
 
@@ -30,25 +31,29 @@ class Distillation(nn.Module):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, observer: Observer, loss: Loss | None = None) -> None:
         super().__init__()
-        self.student, self.observer, self.loss, self.stage_weight = student, observer, loss, 1.0
-        self._teacher = [teacher]  # in a list: it is not to be trained, moved or saved
+        self.student, self.observer, self.stage_weight = student, observer, 1.0
+        self._others = teacher, loss  # in a tuple: modules among them are not to be trained, moved or saved
 
-    def forward(self, batch: tuple[Any, ...], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Both networks on ``batch``, drawing the same random numbers from ``seed``.
+    def forward(self, drawn: Callable[[], tuple[Any, ...]], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Both networks on a batch, drawing the same random numbers from ``seed``.
+
+        Args:
+            drawn: gives the batch; a function, since DDP takes the tuples that it knows apart.
 
         Returns:
             What to minimise; of this what is about the final output, without gradient; and PSNR of
             the final output to the teacher's in dB, whose largest value is the peak.
         """
+        (teacher, loss), batch = self._others, drawn()
         with torch.no_grad():
-            target = self.observer.run(self._teacher[0], batch, seed)
+            target = self.observer.run(teacher, batch, seed)
         own = self.observer.run(self.student, batch, seed)
         errors = torch.stack([relative_error(a, b) for a, b in zip(own.final, target.final)])
-        if self.loss is None:
+        if loss is None:
             final = errors.mean()
         else:
             with seeded(seed):
-                final = self.loss(own.whole, batch)
+                final = loss(own.whole, to_device(batch, device_of(self.student)))
         total = final
         between = [relative_error(a, b) for a, b in zip(own.stages, target.stages)]
         if between and self.stage_weight:
@@ -63,6 +68,7 @@ class Distillation(nn.Module):
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """||output - target||^2 / ||target||^2, in float32 or more."""
+    target = target.detach()  # a forward that differentiates within itself gives it a graph of its own
     difference = output.to(torch.promote_types(output.dtype, torch.float32)) - target
     return _energy(difference) / _energy(target).clamp_min(TINY)
 

@@ -82,11 +82,7 @@ def evaluate(
     scores = []
     for path in tqdm(files, desc="restoring", unit="image", delay=2, disable=None, leave=False):
         images = task.read(path)[None]
-        if min(images.shape[-2:]) - 2 * task.border < WINDOW:
-            raise LoRunError(
-                f"expected images of {WINDOW} pixels a side or more, found {tuple(images.shape[-2:])} in {path}: "
-                "remove it"
-            )
+        check_size(images, task.border, path)
         arguments = task.measure(images, sigma)
         values: list[float | None] = []
         for net in (original, converted):
@@ -97,6 +93,18 @@ def evaluate(
             values += [psnr(restored[0], images[0], task.border), ssim(restored[0], images[0], task.border)]
         scores.append(Score(path.name, *values))
     return Evaluation(tuple(scores), parameters, parameters_converted)
+
+
+def check_size(images: Tensor, border: int, path: Path) -> None:
+    """Refuse images (B, C, H, W) that are too small for SSIM.
+
+    Raises:
+        LoRunError: an image of ``path`` with less than 11 pixels a side within the border.
+    """
+    if min(images.shape[-2:]) - 2 * border < WINDOW:
+        raise LoRunError(
+            f"expected images of {WINDOW} pixels a side or more, found {tuple(images.shape[-2:])} in {path}: remove it"
+        )
 
 
 def psnr(image: Tensor, truth: Tensor, border: int = 0) -> float:

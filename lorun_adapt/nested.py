@@ -31,7 +31,7 @@ def to_device(value: Any, device: torch.device) -> Any:
         return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(to_device(item, device) for item in value))
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and not hasattr(value, "to"):
         return type(value)(to_device(item, device) for item in value)
     return value.to(device) if hasattr(value, "to") and not isinstance(value, type) else value
 

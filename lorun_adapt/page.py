@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .conversion import convert
-from .evaluate import psnr, ssim
+from .evaluate import check_size, psnr, ssim
 from .folder import write_file
 from .model import LoRunModel
 from .nested import device_of, replaced, to_device
@@ -26,6 +26,7 @@ from .report import Report
 from .task import Task
 
 SHOWN = 3  # images that are pictured
+HIGHEST = 100.0  # dB: what an exact image counts as
 ERROR_GAIN = 8  # how much brighter the error maps are than the errors
 
 STYLE = """
@@ -82,6 +83,7 @@ def write_page(path: Path, task: Task, original: nn.Module, lorun: LoRunModel, f
     pictures = []
     for place, file in enumerate(tqdm(files, desc="restoring", unit="image", delay=2, disable=None, leave=False)):
         truth = task.read(file)[None]
+        check_size(truth, task.border, file)
         arguments = task.measure(truth)
         restored = {}
         for name, (network, _) in networks.items():
@@ -113,7 +115,7 @@ def stage_psnr(
     values = []
     for tensor in images:
         restored = task.restored(replaced(found.whole, found.final[0], tensor), truth)
-        values.append(psnr(restored[0].float().cpu(), truth[0], task.border))
+        values.append(min(psnr(restored[0].float().cpu(), truth[0], task.border), HIGHEST))
     return values
 
 
@@ -129,7 +131,7 @@ def _named_stages(lorun: LoRunModel) -> dict[str, object]:
 
 
 def _score(image: Tensor, truth: Tensor, task: Task) -> tuple[float, float]:
-    return psnr(image[0], truth[0], task.border), ssim(image[0], truth[0], task.border)
+    return min(psnr(image[0], truth[0], task.border), HIGHEST), ssim(image[0], truth[0], task.border)
 
 
 def _means(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -219,6 +221,7 @@ def _heat_map(lorun: LoRunModel) -> str:
 
 def _chart(first: Sequence[float], second: Sequence[float]) -> str:
     width, height, left, right, top, bottom = 900, 300, 46, 12, 12, 34
+    first, second = ([min(value, HIGHEST) for value in values] for values in (first, second))
     low, high = math.floor(min(*first, *second)), math.ceil(max(*first, *second))
     high = max(high, low + 1)
 
@@ -250,13 +253,11 @@ def _chart(first: Sequence[float], second: Sequence[float]) -> str:
 
 def _pictures(name: str, truth: Tensor, original: Tensor, converted: Tensor, task: Task) -> str:
     def figure(image: Tensor, caption: str) -> str:
-        return (
-            f'<figure><img alt="{html.escape(caption)}" src="{_png(image)}"><figcaption>{caption}</figcaption></figure>'
-        )
+        text = html.escape(caption)
+        return f'<figure><img alt="{text}" src="{_png(image)}"><figcaption>{text}</figcaption></figure>'
 
-    title = html.escape(name)
     parts = [
-        figure(truth, title),
+        figure(truth, name),
         figure(original, f"original network, {psnr(original[0], truth[0], task.border):.2f} dB"),
         figure(converted, f"converted, {psnr(converted[0], truth[0], task.border):.2f} dB"),
         figure((converted - original).abs() * ERROR_GAIN, "converted against original"),

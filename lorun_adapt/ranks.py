@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from .assemble import distinct_tensors, stage_values
+from .assemble import distinct_tensors, stage_parameters, stage_values
 from .errors import LoRunError
 from .factorise import energy_by_rank
 from .lowrank import pair_size
@@ -55,7 +55,7 @@ def config_for_budget(dun: nn.Module, stage_map: StageMap, budget: int | float) 
     limit = int(budget) if budget >= 1 else int(budget * before)
     names = {spec.name for _, spec in _adaptable(stage_map)}
     ranks = dict.fromkeys(names, 1)
-    left = limit - _size(before, stage_map, ranks)
+    left = limit - _size(dun, before, stage_map, ranks)
     if left < 0:
         raise LoRunError(
             f"expected a budget of at least {limit - left:,} parameters, which the network takes at rank 1, found "
@@ -100,7 +100,7 @@ def _energies(dun: nn.Module, group: Group, spec: TensorSpec) -> torch.Tensor:
     return energy_by_rank(stack.reshape(len(stack), *spec.matrix))
 
 
-def _size(before: int, stage_map: StageMap, ranks: Mapping[str, int]) -> int:
+def _size(dun: nn.Module, before: int, stage_map: StageMap, ranks: Mapping[str, int]) -> int:
     """Parameters of the whole network with these ranks."""
     size = before
     for group in stage_map.groups:
@@ -109,7 +109,8 @@ def _size(before: int, stage_map: StageMap, ranks: Mapping[str, int]) -> int:
                 continue
             rank = ranks.get(spec.name)
             own = pair_size(spec.matrix, rank) if rank and spec.smaller(rank) else spec.numel
-            size += spec.numel + len(group.sites) * own - len({s.module for s in group.sites}) * spec.numel
+            held = {id(tensor) for tensor in stage_parameters(dun, group, spec)}
+            size += spec.numel + len(group.sites) * own - len(held) * spec.numel
     return size
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .assemble import StageAdapter, lowrank_terms
+from .assemble import StageAdapter, distinct_tensors, lowrank_terms
 from .budget import Budget
 from .calibration import Batch, Batches, is_finite
+from .checkpoint import fingerprint
 from .distill import Distillation, Loss
 from .errors import LoRunError
 from .lowrank import is_base
@@ -61,26 +62,28 @@ def recover(
         )
     started = time.monotonic()
     _check_teacher(teacher, lorun)
-    with _evaluating(teacher), _evaluating(lorun), trainable(lorun) as trained:
-        observer = Observer(teacher, lorun.stage_map, calibration.first)
-        distillation = Distillation(lorun, teacher, observer, loss)
-        with seeded(seed), interruptible() as stop:
-            if checkpoint is None or not checkpoint.exists():
-                start_near(distillation, lorun, teacher, calibration, seed, stop)
-            else:
-                _probes(calibration)  # drawn then too
-            trainer = Trainer(
-                distillation,
-                trained,
-                calibration,
-                budget,
-                seed=seed,
-                checkpoint=checkpoint,
-                kind=lorun.stage_map.network,
-                spent=time.monotonic() - started,
-            )
-            finished = not stop.is_set() and trainer.train(stop)
-    lorun._fingerprint = None
+    try:
+        with _evaluating(teacher), _evaluating(lorun), trainable(lorun) as trained:
+            observer = Observer(teacher, lorun.stage_map, calibration.first)
+            distillation = Distillation(lorun, teacher, observer, loss)
+            with seeded(seed), interruptible() as stop:
+                if checkpoint is None or not checkpoint.exists():
+                    start_near(distillation, lorun, teacher, calibration, seed, stop)
+                else:
+                    _probes(calibration)  # drawn then too
+                trainer = Trainer(
+                    distillation,
+                    trained,
+                    calibration,
+                    budget,
+                    seed=seed,
+                    checkpoint=checkpoint,
+                    kind=f"{lorun.stage_map.network} {fingerprint(distinct_tensors(teacher))}",
+                    spent=time.monotonic() - started,
+                )
+                finished = trainer.train(stop)
+    finally:
+        lorun._fingerprint = None
     if not finished:
         warnings.warn("recovery was stopped: the network has the best weights so far", stacklevel=3)
     return finished
@@ -112,7 +115,7 @@ def start_near(
             if damping is not None:
                 refit(lorun, teacher, known, damping)
             with torch.no_grad():
-                found = sum(float(distillation(batch, seed)[1]) for batch in probes[:2])
+                found = sum(float(distillation(lambda b=batch: b, seed)[1]) for batch in probes[:2])
             if found < nearest:
                 best, nearest = [tensor.clone() for tensor in tensors], found
     except KeyboardInterrupt:

@@ -86,16 +86,24 @@ class Trainer:
     ) -> None:
         self.distillation, self.trained, self.calibration = distillation, trained, calibration
         self.budget, self.seed, self.checkpoint = budget, seed, checkpoint
-        self.kind = f"{kind}, seed {seed}, {[tuple(item.parameter.shape) for item in trained]}"
         self.accelerator = Accelerator(
             device_placement=False, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
         )
+        shapes = [tuple(item.parameter.shape) for item in trained]
+        self.kind = f"{kind}, seed {seed}, {self.accelerator.num_processes} processes, {shapes}"
+        for item in trained:
+            item.parameter.grad = None
+            if item.parameter.dtype in (torch.float16, torch.bfloat16):
+                raise LoRunError(
+                    f"expected weights of 32 bits or more to train, found {item.parameter.dtype}: convert in float32, "
+                    "and save_pretrained(path, dtype=torch.float16) afterwards"
+                )
         self.loss_of = self.accelerator.prepare(distillation)
         # SOAP knows no complex numbers: it is given views of them, as pairs of real ones.
         self.tensors = [_real(item.parameter) for item in trained]
         self.rates = [item.rate * max(_rms(item.parameter), SMALLEST) for item in trained]
         self.optimizer, self.prepared = self._fresh_optimizer()
-        self.run = Run(seconds=spent)
+        self.run = Run(seconds=self._agreed(spent)[0])
         self.best = self._values()
 
     def train(self, stop: threading.Event) -> bool:
@@ -113,6 +121,8 @@ class Trainer:
             stop.set()
         finally:
             self._put(self.best)
+            for item in self.trained:
+                item.parameter.grad = None
         if stop.is_set():
             return False
         if self.checkpoint is not None and self.accelerator.is_main_process:
@@ -120,6 +130,8 @@ class Trainer:
         return True
 
     def _loop(self, stop: threading.Event) -> None:
+        if self._stopped(stop):
+            return
         if self.checkpoint is not None and self.checkpoint.exists():
             self._resume(self.checkpoint)
         run, processes = self.run, self.accelerator.num_processes
@@ -139,18 +151,13 @@ class Trainer:
                         "batches of calibration"
                     )
             while (done := self.budget.done(run.seconds, run.step)) < 1:
-                try:
-                    batch = next(own)
-                except KeyboardInterrupt:
-                    stop.set()
-                if stop.is_set():
+                batch = self._drawn(own, stop)
+                if self._stopped(stop) or batch is None:
                     self._save()
                     return
                 loss = self._step(batch, done)
                 run.step += 1
-                run.seconds, stopped = self._agreed(time.monotonic() - started, stop.is_set())
-                if stopped:
-                    stop.set()
+                run.seconds = self._agreed(time.monotonic() - started)[0]
                 bar.update(_whole(self.budget, run) - bar.n)
                 self._show(bar, loss=f"{loss:.3g}")
                 after = self.budget.done(run.seconds, run.step)
@@ -165,7 +172,7 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * run.damping * schedule(done)
         seed = self.seed + run.step * self.accelerator.num_processes + self.accelerator.process_index
-        loss = self.loss_of(batch, seed)[0]
+        loss = self.loss_of(lambda: batch, seed)[0]
         value = self._agreed_worst(float(loss.detach()))
         if not math.isfinite(value):
             if math.isfinite(self._agreed_worst(0.0 if is_finite(batch) else math.nan)):
@@ -175,6 +182,9 @@ class Trainer:
             return value
         run.skipped = 0
         self.accelerator.backward(loss)
+        if self.accelerator.scaler is None and not self._gradients_are_finite():
+            self._roll_back(f"a gradient is NaN or Inf at step {run.step}")
+            return value
         for item, tensor in zip(self.trained, self.tensors):
             if tensor is not item.parameter:
                 gradient, item.parameter.grad = item.parameter.grad, None
@@ -200,6 +210,8 @@ class Trainer:
         run.damping /= 2
         self._put(self.best)
         self.optimizer, self.prepared = self._fresh_optimizer()
+        for item in self.trained:
+            item.parameter.grad = None
         warnings.warn(f"{found}: going on from the best weights so far, with half the learning rate", stacklevel=2)
 
     def _fresh_optimizer(self) -> tuple[SOAP, Any]:
@@ -212,9 +224,9 @@ class Trainer:
     def _check(self, held_out: Sequence[Batch], bar: tqdm) -> None:
         """Keep the tensors if they are the best so far."""
         with torch.no_grad():
-            seen = [self.distillation(batch, self.seed + i)[1:] for i, batch in enumerate(held_out)]
-        value, psnr = (sum(map(float, column)) / len(seen) for column in zip(*seen))
-        if not math.isfinite(self._agreed_worst(value)):
+            seen = [self.distillation(lambda b=batch: b, self.seed + i)[1:] for i, batch in enumerate(held_out)]
+        value, psnr = (self._agreed_worst(sum(map(float, column)) / len(seen)) for column in zip(*seen))
+        if not math.isfinite(value):
             if self.run.step:
                 self._roll_back(f"the loss on held-out batches is {value} at step {self.run.step}")
             return
@@ -223,6 +235,10 @@ class Trainer:
         if value <= self.run.best:
             self.run.best, self.best = value, self._values()
 
+    def _gradients_are_finite(self) -> bool:
+        norms = [item.parameter.grad.norm() for item in self.trained if item.parameter.grad is not None]
+        return not norms or bool(torch.isfinite(torch.stack(norms)).all())
+
     def _values(self) -> list[Tensor]:
         return [item.parameter.detach().clone() for item in self.trained]
 
@@ -230,6 +246,26 @@ class Trainer:
         with torch.no_grad():
             for item, value in zip(self.trained, values):
                 item.parameter.copy_(value)
+
+    # --- stopping --------------------------------------------------------------------------------
+
+    def _stopped(self, stop: threading.Event) -> bool:
+        """Whether to stop, as the main process says, so that none waits for another."""
+        if self._agreed(stop.is_set())[0]:
+            stop.set()
+            return True
+        return False
+
+    def _drawn(self, batches: Iterator[Batch], stop: threading.Event) -> Batch | None:
+        """The next batch, or None where Ctrl-C came in between."""
+        try:
+            return next(batches)
+        except KeyboardInterrupt:
+            stop.set()
+        except Exception:  # a loader's worker that Ctrl-C has ended
+            if not stop.is_set():
+                raise
+        return None
 
     # --- several processes -----------------------------------------------------------------------
 
@@ -246,22 +282,31 @@ class Trainer:
     # --- resuming --------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if self.checkpoint is None or not self.accelerator.is_main_process:
+        if self.checkpoint is None or not self.accelerator.is_main_process or not self.run.step:
             return
         state = {
             "run": asdict(self.run),
             "values": self._values(),
             "best": self.best,
             "rates": self.rates,
+            "others": [tensor.clone() for tensor in self._others()],
             "optimizer": [self.optimizer.state.get(tensor, {}) for tensor in self.tensors],
             "counts": [group.get("step", 0) for group in self.optimizer.param_groups],
         }
         write_state(self.checkpoint, self.kind, state)
 
+    def _others(self) -> list[Tensor]:
+        """What the start of a run has set but no step changes: buffers, and what the authors don't train."""
+        trained = {item.parameter.data_ptr() for item in self.trained}
+        held = self.distillation.student.state_dict().values()
+        return [tensor for tensor in held if tensor.data_ptr() not in trained]
+
     def _resume(self, path: Path) -> None:
         state = read_state(path, self.kind)
         self.run, self.best, self.rates = Run(**state["run"]), state["best"], state["rates"]
         self._put(state["values"])
+        for tensor, value in zip(self._others(), state["others"]):
+            tensor.copy_(value)
         for tensor, group, held, count in zip(
             self.tensors, self.optimizer.param_groups, state["optimizer"], state["counts"]
         ):

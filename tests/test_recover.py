@@ -304,7 +304,7 @@ def test_only_what_later_stages_read_is_distilled() -> None:
     assert observer._final == [len(output["residuals"])]
     assert observer._handed_on == [[0]] * 3
     same_network = Distillation(copy.deepcopy(net), net, observer)
-    total, final, psnr = same_network((batches[0],), 3)
+    total, final, psnr = same_network(lambda: (batches[0],), 3)
     assert float(total.detach()) == 0 and float(final) == 0 and float(psnr) > 100
 
 
@@ -367,7 +367,7 @@ def test_memory_of_a_training_step() -> None:
     truth = net(*batch).detach() + 0.1
     plain = saved(lambda: (net(*batch) - truth).square().mean())
     distillation = Distillation(lorun, net, Observer(net, lorun.stage_map, batch))
-    assert saved(lambda: distillation(batch, 0)[0]) <= 1.01 * plain
+    assert saved(lambda: distillation(lambda: batch, 0)[0]) <= 1.01 * plain
 
 
 LAUNCHED = """
@@ -485,7 +485,7 @@ def test_ground_truth_behind_the_arguments() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(ZOO) - {"looped", "one_block_many_times", "many_parents", "ends_around_a_loop", "shared_body"})
+    "name", sorted(set(ZOO) - {"looped", "one_block_many_times", "ends_around_a_loop", "shared_body"})
 )
 def test_budget_is_kept(name) -> None:
     net = ZOO[name]().net
