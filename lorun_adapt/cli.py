@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -48,11 +47,9 @@ def _device(ctx: click.Context, param: click.Parameter, value: str | None) -> to
     import torch
 
     if value is None:
-        if not _launched():
-            return torch.device("cpu")
-        from accelerate import PartialState
+        from .processes import launched, process_state
 
-        return PartialState().device
+        return process_state().device if launched() else torch.device("cpu")
     try:
         device = torch.device(value)
         torch.empty(0, device=device)
@@ -378,17 +375,10 @@ def _save(lorun: LoRunModel, out: Path, dtype: str | None, finished: bool) -> No
         sys.exit(130)
 
 
-def _launched() -> bool:
-    """Whether `accelerate launch` has started this process."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
-
-
 def _is_main_process() -> bool:
-    if not _launched():
-        return True
-    from accelerate import PartialState
+    from .processes import launched, process_state
 
-    return PartialState().is_main_process
+    return not launched() or process_state().is_main_process
 
 
 def _example(task: Task, device: torch.device) -> tuple[Any, ...]:

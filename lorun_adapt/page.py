@@ -6,16 +6,19 @@ import base64
 import html
 import io
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import torch
+from peft import LoraConfig
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .assemble import lowrank_terms
 from .conversion import convert
 from .evaluate import check_size, psnr, ssim
 from .folder import write_file
@@ -70,12 +73,11 @@ def write_page(path: Path, task: Task, original: nn.Module, lorun: LoRunModel, f
         LoRunError: an image or a function of the task that fails, or a page that can't be written.
     """
     observer = Observer(original, lorun.stage_map, to_device(task.example_inputs(), device_of(original)))
-    rank = max((rank for tensors in lorun.stage_map.ranks.values() for rank in tensors.values()), default=8)
-    unrecovered = convert(original, lorun.peft_config[lorun.adapter_names[0]], **_named_stages(lorun))
+    unrecovered = convert(original, _same_ranks(lorun), **_named_stages(lorun))
     networks = {
         "original": (original, sum(p.numel() for p in original.parameters())),
         "this conversion": (lorun, lorun.num_parameters()),
-        f"the same ranks (up to {rank}), not recovered": (unrecovered, unrecovered.num_parameters()),
+        "the same ranks, not recovered": (unrecovered, unrecovered.num_parameters()),
     }
     scores: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}
     bare: list[tuple[float, float]] = []
@@ -107,16 +109,26 @@ def stage_psnr(
 ) -> list[float]:
     """PSNR in dB of the image after each stage; empty where what stages hand on is no image.
 
-    It is one where it has the shape of the final output, in whose place the task restores from it.
+    It is one where it has as many values as the final output, in whose place the task restores from it.
     """
     with torch.no_grad():
         found = observer.run(network, arguments, 0)
-    images = [tensor for tensor in found.stages if found.final and tensor.shape == found.final[0].shape]
+    images = [tensor for tensor in found.stages if found.final and tensor.numel() == found.final[0].numel()]
     values = []
     for tensor in images:
-        restored = task.restored(replaced(found.whole, found.final[0], tensor), truth)
+        restored = task.restored(replaced(found.whole, found.final[0], tensor.reshape(found.final[0].shape)), truth)
         values.append(min(psnr(restored[0].float().cpu(), truth[0], task.border), HIGHEST))
     return values
+
+
+def _same_ranks(lorun: LoRunModel) -> LoraConfig:
+    ranks = {
+        name: term.rank
+        for group in lorun.stage_map.groups
+        for name, term in lowrank_terms(lorun.adapter_of(group, group.sites[0])).items()
+    }
+    pattern = {"^" + re.escape(name): rank for name, rank in ranks.items()}
+    return LoraConfig(target_parameters=list(ranks), rank_pattern=pattern, alpha_pattern=dict(pattern))
 
 
 def _named_stages(lorun: LoRunModel) -> dict[str, object]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list
 from pytorch_optimizer import SOAP
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from .calibration import Batch, Batches, is_finite
 from .distill import Distillation
 from .errors import LoRunError
 from .nested import to_device
+from .processes import make_accelerator
 from .resume import read_state, write_state
 
 CHECKS = 25  # in a run: how often it is looked whether the network got better
@@ -86,9 +86,7 @@ class Trainer:
     ) -> None:
         self.distillation, self.trained, self.calibration = distillation, trained, calibration
         self.budget, self.seed, self.checkpoint = budget, seed, checkpoint
-        self.accelerator = Accelerator(
-            device_placement=False, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
-        )
+        self.accelerator = make_accelerator()
         shapes = [tuple(item.parameter.shape) for item in trained]
         self.kind = f"{kind}, seed {seed}, {self.accelerator.num_processes} processes, {shapes}"
         for item in trained:

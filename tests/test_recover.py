@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lorun_adapt
-from lorun_adapt import LoRunError, recovery
+from lorun_adapt import LoRunError, distill, recovery
 from lorun_adapt.demo import reference_task
 from lorun_adapt.distill import Distillation
 from lorun_adapt.observe import Observer
@@ -347,7 +347,7 @@ def test_memory_of_a_training_step() -> None:
     task = load_task(str(reference_task()))
     net = task.build()
     task.load_weights(net, None)
-    batch = task.measure(torch.rand(1, 1, 66, 66, generator=torch.Generator().manual_seed(0)))
+    batch = task.measure(torch.rand(2, 1, 99, 99, generator=torch.Generator().manual_seed(0)))
     lorun = lorun_adapt.convert(net)
     lorun.base.requires_grad_(True)
 
@@ -370,19 +370,26 @@ def test_memory_of_a_training_step() -> None:
     assert saved(lambda: distillation(lambda: batch, 0)[0]) <= 1.01 * plain
 
 
+def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Whose mean over two batches is that of the batches put together, other than with each one's energy."""
+    return 10 * (output - target).square().mean()
+
+
 LAUNCHED = """
 import sys
 import torch
-from accelerate import PartialState
 from safetensors.torch import save_file
 import lorun_adapt
-from lorun_adapt import recovery
-from test_recover import measurements, teacher
+from lorun_adapt import distill, recovery
+from lorun_adapt.processes import process_state
+from test_recover import mean_squared_error, measurements, teacher
 
 recovery.PROBES = 0  # these would be batches of another size
+distill.relative_error = mean_squared_error
 lorun = lorun_adapt.convert(teacher(), rank=2)
 lorun.recover(teacher(), measurements(2 + 2 * 12), steps=12)
-if PartialState().is_main_process:
+assert process_state().num_processes == 2
+if process_state().is_main_process:
     state = lorun.merge_and_unload().state_dict()
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, sys.argv[1])
 """
@@ -390,7 +397,7 @@ if PartialState().is_main_process:
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch) -> None:
     (tmp_path / "launched.py").write_text(LAUNCHED)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     done = subprocess.run(
@@ -401,6 +408,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch) -> No
     )
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(recovery, "PROBES", 0)
+    monkeypatch.setattr(distill, "relative_error", mean_squared_error)
     batches = measurements(2 + 2 * 12)
     pairs = [(torch.cat([a[0], b[0]]), a[1]) for a, b in zip(batches[2::2], batches[3::2])]
     lorun = lorun_adapt.convert(teacher(), rank=2)

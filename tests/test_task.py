@@ -168,9 +168,10 @@ def test_recovery_on_the_command_line(task_file, weights, images, tmp_path, caps
         psnr[name] = json.loads(out)["mean"]["psnr_converted"]
     assert psnr["c"] > psnr["a"]  # the truth says more about the truth than an untrained teacher does
     page = ("--task", task_file, "--weights", weights, "--images", images, "--out", tmp_path / "page.html")
-    code, _, _ = call(capsys, monkeypatch, "report", tmp_path / "b", *page)
+    code, _, err = call(capsys, monkeypatch, "report", tmp_path / "b", *page)
+    assert code == 0, err
     text = (tmp_path / "page.html").read_text()
-    assert code == 0 and text.count("data:image/png;base64") == 18 and "<svg" in text and "http" not in text
+    assert text.count("data:image/png;base64") == 18 and "<svg" in text and "http" not in text
     assert "a.JPG" in text and "denoiser.body.0.weight" in text
 
 

@@ -1,0 +1,29 @@
+"""The processes that `accelerate launch` or `torchrun` has started, as accelerate knows them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+
+
+def launched() -> bool:
+    """Whether a launcher has started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
+
+
+def process_state() -> PartialState:
+    return PartialState(cpu=_on_cpus())
+
+
+def make_accelerator() -> Accelerator:
+    """An accelerator that leaves modules and batches on the devices where they are."""
+    # Some parameters, such as the base's own copy of private tensors, stand in no forward.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(device_placement=False, cpu=_on_cpus(), kwargs_handlers=[unused])
+
+
+def _on_cpus() -> bool:
+    """Whether several processes have but CPUs, which accelerate takes for one process unless it is told."""
+    return "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
