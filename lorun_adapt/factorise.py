@@ -150,6 +150,12 @@ def energy_by_rank(stages: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(residual @ residual.mH).clamp_min(0).flip(-1).sum(0).cumsum(0)
 
 
+def rank_for_energy(stages: Tensor, fraction: float) -> int:
+    """The smallest rank that keeps ``fraction`` of the energy of the residuals from the mean."""
+    energy = energy_by_rank(stages)
+    return int((energy < fraction * energy[-1]).sum()) + 1
+
+
 def _energy(matrices: Tensor) -> Tensor:
     return matrices.abs().square().sum((1, 2))
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from .assemble import distinct_tensors, stage_parameters, stage_values
 from .errors import LoRunError
-from .factorise import energy_by_rank
+from .factorise import energy_by_rank, rank_for_energy
 from .lowrank import pair_size
 from .stages import Group, StageMap, TensorSpec
 
@@ -30,9 +30,7 @@ def config_for_rank(dun: nn.Module, stage_map: StageMap, rank: int | float) -> L
         return LoraConfig(r=int(rank), lora_alpha=int(rank))
     ranks: dict[str, int] = {}
     for group, spec in _adaptable(stage_map):
-        energy = _energies(dun, group, spec)
-        found = int((energy < rank * energy[-1]).sum()) + 1
-        ranks[spec.name] = max(found, ranks.get(spec.name, 1))
+        ranks[spec.name] = max(rank_for_energy(_matrices(dun, group, spec), rank), ranks.get(spec.name, 1))
     return _config(ranks)
 
 
@@ -64,7 +62,9 @@ def config_for_budget(dun: nn.Module, stage_map: StageMap, budget: int | float) 
     places: dict[str, list[tuple[Group, TensorSpec]]] = {}
     for group, spec in _adaptable(stage_map):
         places.setdefault(spec.name, []).append((group, spec))
-    energies = {name: [_energies(dun, group, spec) for group, spec in found] for name, found in places.items()}
+    energies = {
+        name: [energy_by_rank(_matrices(dun, group, spec)) for group, spec in found] for name, found in places.items()
+    }
 
     def worth(name: str) -> tuple[float, int]:
         """Energy that the next rank of a tensor keeps for each parameter, and how many it takes."""
@@ -95,9 +95,8 @@ def _adaptable(stage_map: StageMap) -> Iterable[tuple[Group, TensorSpec]]:
     return [(group, spec) for group in stage_map.groups for spec in group.tensors if spec.smaller(1)]
 
 
-def _energies(dun: nn.Module, group: Group, spec: TensorSpec) -> torch.Tensor:
-    stack = torch.stack(list(stage_values(dun, group, spec)))
-    return energy_by_rank(stack.reshape(len(stack), *spec.matrix))
+def _matrices(dun: nn.Module, group: Group, spec: TensorSpec) -> torch.Tensor:
+    return torch.stack(stage_values(dun, group, spec)).reshape(len(group.sites), *spec.matrix)
 
 
 def _size(dun: nn.Module, before: int, stage_map: StageMap, ranks: Mapping[str, int]) -> int:
