@@ -118,7 +118,7 @@ def test_impossible_ranks(net: nn.Module, rank) -> None:
 
 
 def test_config_and_rank_together(net: nn.Module) -> None:
-    with pytest.raises(LoRunError, match="config or rank"):
+    with pytest.raises(LoRunError, match="found config and rank"):
         convert(net, LoraConfig(), rank=4)
 
 
