@@ -125,8 +125,9 @@ class Pruned(Built):
         self.started, self.seconds = time.monotonic(), seconds
 
     def built(self) -> dict[str, Tensor]:
-        masks = self.at(self.keep)  # it is judged as small as it will be
-        if torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            masks = self.at(self.keep)  # it is judged as small as it will be
+        else:
             done = min(1.0, (time.monotonic() - self.started) / (PRUNED_BY * self.seconds))
             masks = self.masks = self.at(self.keep + (1 - self.keep) * (1 - done) ** 3)
         return {name.replace("/", "."): tensor * masks[name] for name, tensor in self.held.items()}
@@ -188,6 +189,12 @@ def file_bytes(tensors: Mapping[str, Tensor]) -> int:
         return path.stat().st_size
 
 
+def saved_bytes(lorun: lorun_adapt.LoRunModel) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        lorun.save_pretrained(folder)
+        return sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+
+
 def train(student: nn.Module, teacher: nn.Module, rates: list[Trained], crops: Crops, minutes: float) -> None:
     """As recovery does it, without its start."""
     with seeded(0), interruptible() as stop:
@@ -214,9 +221,7 @@ class Comparison:
     def ours(self, rank: int, limit: int) -> tuple[nn.Module, int]:
         lorun = lorun_adapt.convert(self.net, rank=rank)
         lorun.recover(self.net, self.crops, minutes=self.minutes)
-        with tempfile.TemporaryDirectory() as folder:
-            lorun.save_pretrained(folder)
-            return lorun, sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+        return lorun, saved_bytes(lorun)
 
     def _built(self, student: Built) -> tuple[nn.Module, int]:
         train(student, self.net, rates_of(student), self.crops, self.minutes)
@@ -250,9 +255,7 @@ class Comparison:
             factorise.TURNS = turns
         with trainable(lorun) as rates:
             train(lorun.eval(), self.net, rates, self.crops, self.minutes)
-        with tempfile.TemporaryDirectory() as folder:
-            lorun.save_pretrained(folder)
-            return lorun, sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+        return lorun, saved_bytes(lorun)
 
 
 def main() -> None:

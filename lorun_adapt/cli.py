@@ -189,14 +189,10 @@ def convert_(
     over processes and GPUs.
     """
     from .conversion import convert
-    from .task import load_task
 
     if calibration is None and (given := [f"--{name}" for name, value in training.items() if value]):
         raise click.UsageError(f"{' and '.join(given)} without --calibration: give the folder of images")
-    _seed(seed)
-    spec = load_task(task)
-    net = spec.build()
-    spec.load_weights(net, weights)
+    spec, net = _trained(task, weights, seed)
     crops = None if calibration is None else _crops(spec, calibration, seed, training)
     with _working("converting"):
         lorun = convert(
@@ -232,12 +228,8 @@ def recover(
     saves the best so far.
     """
     from .checkpoint import from_pretrained
-    from .task import load_task
 
-    _seed(seed)
-    spec = load_task(task)
-    net = spec.build()
-    spec.load_weights(net, weights)
+    spec, net = _trained(task, weights, seed)
     crops = _crops(spec, calibration, seed, training)
     lorun = from_pretrained(converted, net.to(device))
     finished = _recover(lorun, net, crops, seed, training)
@@ -304,18 +296,12 @@ def report(
     converted: Path, task: str, weights: Path | None, images: Path, out: Path, device: torch.device, seed: int
 ) -> None:
     """Write a page with pictures about the conversion in DIR: what it saves, and what it costs where."""
-    import copy
-
     from .checkpoint import from_pretrained
     from .page import write_page
-    from .task import load_task
 
-    _seed(seed)
-    spec = load_task(task)
-    net = spec.build()
-    spec.load_weights(net, weights)
-    lorun = from_pretrained(converted, copy.deepcopy(net).to(device)).eval()
-    write_page(out, spec, net.to(device), lorun, spec.images(images))
+    spec, net = _trained(task, weights, seed)
+    lorun = from_pretrained(converted, net.to(device)).eval()
+    write_page(out, spec, net, lorun, spec.images(images))
     click.echo(f"page: {out}")
 
 
@@ -340,6 +326,17 @@ def _seed(seed: int) -> None:
     from .seeds import set_seed
 
     set_seed(seed)
+
+
+def _trained(task: str, weights: Path | None, seed: int) -> tuple[Task, nn.Module]:
+    """The task and its network, with its weights."""
+    from .task import load_task
+
+    _seed(seed)
+    spec = load_task(task)
+    net = spec.build()
+    spec.load_weights(net, weights)
+    return spec, net
 
 
 def _crops(spec: Task, folder: Path, seed: int, training: dict[str, Any]) -> Crops:

@@ -6,7 +6,6 @@ import base64
 import html
 import io
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from .folder import write_file
 from .model import LoRunModel
 from .nested import device_of, replaced, to_device
 from .observe import Observer
+from .ranks import config_of_ranks
 from .report import Report
 from .task import Task
 
@@ -127,8 +127,9 @@ def _same_ranks(lorun: LoRunModel) -> LoraConfig:
         for group in lorun.stage_map.groups
         for name, term in lowrank_terms(lorun.adapter_of(group, group.sites[0])).items()
     }
-    pattern = {"^" + re.escape(name): rank for name, rank in ranks.items()}
-    return LoraConfig(target_parameters=list(ranks), rank_pattern=pattern, alpha_pattern=dict(pattern))
+    config = config_of_ranks(ranks)
+    config.target_parameters = list(ranks)
+    return config
 
 
 def _named_stages(lorun: LoRunModel) -> dict[str, object]:
@@ -233,7 +234,6 @@ def _heat_map(lorun: LoRunModel) -> str:
 
 def _chart(first: Sequence[float], second: Sequence[float]) -> str:
     width, height, left, right, top, bottom = 900, 300, 46, 12, 12, 34
-    first, second = ([min(value, HIGHEST) for value in values] for values in (first, second))
     low, high = math.floor(min(*first, *second)), math.ceil(max(*first, *second))
     high = max(high, low + 1)
 

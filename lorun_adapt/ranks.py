@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from .assemble import distinct_tensors, stage_parameters, stage_values
+from .assemble import stage_parameters, stage_values
 from .errors import LoRunError
 from .factorise import energy_by_rank, rank_for_energy
 from .lowrank import pair_size
@@ -31,7 +31,7 @@ def config_for_rank(dun: nn.Module, stage_map: StageMap, rank: int | float) -> L
     ranks: dict[str, int] = {}
     for group, spec in _adaptable(stage_map):
         ranks[spec.name] = max(rank_for_energy(_matrices(dun, group, spec), rank), ranks.get(spec.name, 1))
-    return _config(ranks)
+    return config_of_ranks(ranks)
 
 
 def config_for_budget(dun: nn.Module, stage_map: StageMap, budget: int | float) -> LoraConfig:
@@ -43,9 +43,7 @@ def config_for_budget(dun: nn.Module, stage_map: StageMap, budget: int | float) 
     Raises:
         LoRunError: no such number, or fewer parameters than rank 1 takes.
     """
-    sizes = {name: tensor.numel() for name, tensor in distinct_tensors(dun).items()}
-    parameters = {name for name, _ in dun.named_parameters()}
-    before = sum(size for name, size in sizes.items() if name in parameters)
+    before = sum(parameter.numel() for parameter in dun.parameters())
     if not _is_number(budget) or not 0 < budget < float("inf") or (budget >= 1 and budget != int(budget)):
         raise LoRunError(
             f"expected a budget in parameters, or a share of them between 0 and 1, found {budget!r}: choose one"
@@ -79,13 +77,14 @@ def config_for_budget(dun: nn.Module, stage_map: StageMap, budget: int | float) 
             if worth(name)[1] <= left and all(spec.smaller(ranks[name] + 1) for _, spec in places[name])
         ]
         if not affordable:
-            return _config(ranks)
+            return config_of_ranks(ranks)
         name = max(affordable)[1]
         left -= worth(name)[1]
         ranks[name] += 1
 
 
-def _config(ranks: Mapping[str, int]) -> LoraConfig:
+def config_of_ranks(ranks: Mapping[str, int]) -> LoraConfig:
+    """A config with the rank of each tensor by name, and a scaling of 1."""
     pattern = {"^" + re.escape(name): found for name, found in ranks.items()}
     pattern.update({"^" + re.escape(name.removesuffix(".weight")): found for name, found in ranks.items()})
     return LoraConfig(rank_pattern=pattern, alpha_pattern=dict(pattern))

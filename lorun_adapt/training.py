@@ -89,8 +89,8 @@ class Trainer:
         self.accelerator = make_accelerator()
         shapes = [tuple(item.parameter.shape) for item in trained]
         self.kind = f"{kind}, seed {seed}, {self.accelerator.num_processes} processes, {shapes}"
+        self._clear_gradients()
         for item in trained:
-            item.parameter.grad = None
             if item.parameter.dtype in (torch.float16, torch.bfloat16):
                 raise LoRunError(
                     f"expected weights of 32 bits or more to train, found {item.parameter.dtype}: convert in float32, "
@@ -103,6 +103,7 @@ class Trainer:
         self.optimizer, self.prepared = self._fresh_optimizer()
         self.run = Run(seconds=self._agreed(spent)[0])
         self.best = self._values()
+        self._shown: dict[str, str] = {}
 
     def train(self, stop: threading.Event) -> bool:
         """Train until the budget is used up, or ``stop`` is set; the best tensors that were seen are left in place.
@@ -119,8 +120,7 @@ class Trainer:
             stop.set()
         finally:
             self._put(self.best)
-            for item in self.trained:
-                item.parameter.grad = None
+            self._clear_gradients()
         if stop.is_set():
             return False
         if self.checkpoint is not None and self.accelerator.is_main_process:
@@ -208,8 +208,7 @@ class Trainer:
         run.damping /= 2
         self._put(self.best)
         self.optimizer, self.prepared = self._fresh_optimizer()
-        for item in self.trained:
-            item.parameter.grad = None
+        self._clear_gradients()
         warnings.warn(f"{found}: going on from the best weights so far, with half the learning rate", stacklevel=2)
 
     def _fresh_optimizer(self) -> tuple[SOAP, Any]:
@@ -232,6 +231,10 @@ class Trainer:
         self._show(bar, psnr=f"{psnr:.2f}")
         if value <= self.run.best:
             self.run.best, self.best = value, self._values()
+
+    def _clear_gradients(self) -> None:
+        for item in self.trained:
+            item.parameter.grad = None
 
     def _gradients_are_finite(self) -> bool:
         norms = [item.parameter.grad.norm() for item in self.trained if item.parameter.grad is not None]
@@ -325,7 +328,7 @@ class Trainer:
         )
 
     def _show(self, bar: tqdm, **values: str) -> None:
-        self._shown = {**getattr(self, "_shown", {}), **values}
+        self._shown |= values
         bar.set_postfix(self._shown, refresh=False)
 
 
