@@ -1,11 +1,11 @@
 """Ways to make a network small, at equal bytes and in equal time, as a Markdown table.
 
-    python examples/compare_methods.py examples/ista_net_plus.py IMAGES --judge OTHERS --ranks 8 4 --minutes 5
+    python examples/compare_methods.py examples/ista_net_plus.py IMAGES --judge OTHERS --budgets 0.4 0.25 --minutes 5
 
 All ways train on the same crops of IMAGES, for the same minutes on the clock, with the same optimiser
 and schedule, and are judged on OTHERS. Bytes are those of the files: float32 values, and for pruning
-one bit for each weight, which says whether it is there. What each may use is set by the first way's
-bytes at each rank.
+one bit for each weight, which says whether it is there. The first way's bytes at each budget are what
+the others may use; of ranks they get the largest that fits.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from lorun_adapt import factorise
 from lorun_adapt.assemble import copy_network
 from lorun_adapt.budget import Budget
 from lorun_adapt.calibration import Batches, Crops
+from lorun_adapt.conversion import collapse
 from lorun_adapt.distill import Distillation
 from lorun_adapt.evaluate import evaluate
+from lorun_adapt.folder import tensor_bytes
 from lorun_adapt.observe import Observer
 from lorun_adapt.recovery import FACTORS, PRIVATE, trainable
 from lorun_adapt.seeds import seeded
@@ -42,6 +44,9 @@ DENSE = 0.02  # learning rate of dense weights, relative to their size
 PRUNED_BY = 0.6  # of the time, in which pruning comes to its end; the rest is fine-tuning
 
 
+Made = tuple[str, nn.Module, int]  # what to call it, the network, bytes of its file
+
+
 class Built(nn.Module):
     """A network whose tensors are computed from others before each forward.
 
@@ -51,6 +56,7 @@ class Built(nn.Module):
     def __init__(self, network: nn.Module, stage_map: StageMap, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.network, self.stage_map = network.requires_grad_(False), stage_map
+        self.rest = outside(network, stage_map)
         self.held = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(t.clone()) for name, t in tensors.items()})
 
     def built(self) -> dict[str, Tensor]:
@@ -61,7 +67,7 @@ class Built(nn.Module):
         return functional_call(self.network, self.built(), args)
 
     def bytes(self) -> int:
-        return file_bytes(dict(self.held.items()))
+        return file_bytes({**self.rest, **self.held})
 
 
 class Tied(Built):
@@ -144,7 +150,9 @@ class Pruned(Built):
     def bytes(self) -> int:
         masks = self.at(self.keep)
         values = torch.cat([tensor.detach()[masks[name] > 0] for name, tensor in self.held.items()])
-        return file_bytes({"values": values, "mask": torch.zeros(math.ceil(self.total / 8), dtype=torch.uint8)})
+        return file_bytes(
+            {**self.rest, "values": values, "mask": torch.zeros(math.ceil(self.total / 8), dtype=torch.uint8)}
+        )
 
 
 class Peft(nn.Module):
@@ -152,7 +160,7 @@ class Peft(nn.Module):
 
     def __init__(self, network: nn.Module, stage_map: StageMap, rank: int) -> None:
         super().__init__()
-        self.stage_map = stage_map
+        self.stage_map, self.rest = stage_map, outside(network, stage_map)
         targets, self.shared = [], {}
         for spec, names in places(stage_map):
             if spec.smaller(rank):
@@ -171,7 +179,7 @@ class Peft(nn.Module):
 
     def bytes(self) -> int:
         own = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-        return file_bytes({**own, **self.shared})
+        return file_bytes({**self.rest, **own, **self.shared})
 
 
 def places(stage_map: StageMap) -> Iterator[tuple[TensorSpec, list[str]]]:
@@ -180,6 +188,12 @@ def places(stage_map: StageMap) -> Iterator[tuple[TensorSpec, list[str]]]:
         for spec in group.tensors:
             if not spec.buffer and not spec.common:
                 yield spec, [f"{site.module}.{spec.name}" for site in group.sites]
+
+
+def outside(network: nn.Module, stage_map: StageMap) -> dict[str, Tensor]:
+    """What a file of the network holds besides the denoisers' tensors."""
+    inside = {name for _, names in places(stage_map) for name in names}
+    return {name: tensor for name, tensor in network.state_dict().items() if name not in inside}
 
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -192,7 +206,7 @@ def file_bytes(tensors: Mapping[str, Tensor]) -> int:
 def saved_bytes(lorun: lorun_adapt.LoRunModel) -> int:
     with tempfile.TemporaryDirectory() as folder:
         lorun.save_pretrained(folder)
-        return sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+        return tensor_bytes(Path(folder))
 
 
 def train(student: nn.Module, teacher: nn.Module, rates: list[Trained], crops: Crops, minutes: float) -> None:
@@ -212,50 +226,66 @@ def rates_of(student: Built) -> list[Trained]:
 
 
 class Comparison:
-    """The ways, each as a function of rank, or of the bytes it may have, that gives a network and its bytes."""
+    """The ways, each as a function of the bytes it may have that gives what to call it, its network and its bytes."""
 
     def __init__(self, task: Task, net: nn.Module, crops: Crops, minutes: float) -> None:
         self.task, self.net, self.crops, self.minutes = task, net, crops, minutes
         self.stage_map = lorun_adapt.find_stages(net)
 
-    def ours(self, rank: int, limit: int) -> tuple[nn.Module, int]:
-        lorun = lorun_adapt.convert(self.net, rank=rank)
-        lorun.recover(self.net, self.crops, minutes=self.minutes)
-        return lorun, saved_bytes(lorun)
+    def ours(self, budget: float) -> Made:
+        started = time.monotonic()
+        lorun = collapse(self.net, budget=budget, calibration=Batches(self.crops))
+        spent = (time.monotonic() - started) / 60
+        lorun.recover(self.net, self.crops, minutes=self.minutes - spent)
+        return "one base and adapters, ranks by sensitivity, recovered", lorun, saved_bytes(lorun)
 
-    def _built(self, student: Built) -> tuple[nn.Module, int]:
+    def pruned(self, limit: int) -> Made:
+        student = Pruned(copy_network(self.net), self.stage_map, limit, 60 * self.minutes)
+        return self._built(f"magnitude pruning to {100 * student.keep:.0f} % of the weights, fine-tuned", student)
+
+    def alone(self, limit: int) -> Made:
+        return self._built(
+            "each stage factorised alone, fine-tuned", Alone(copy_network(self.net), self.stage_map, limit)
+        )
+
+    def tied(self, limit: int) -> Made:
+        return self._built("one denoiser for all stages, fine-tuned", Tied(copy_network(self.net), self.stage_map))
+
+    def _built(self, name: str, student: Built) -> Made:
         train(student, self.net, rates_of(student), self.crops, self.minutes)
-        return student, student.bytes()
+        return name, student, student.bytes()
 
-    def tied(self, rank: int, limit: int) -> tuple[nn.Module, int]:
-        return self._built(Tied(copy_network(self.net), self.stage_map))
-
-    def alone(self, rank: int, limit: int) -> tuple[nn.Module, int]:
-        return self._built(Alone(copy_network(self.net), self.stage_map, limit))
-
-    def pruned(self, rank: int, limit: int) -> tuple[nn.Module, int]:
-        return self._built(Pruned(copy_network(self.net), self.stage_map, limit, 60 * self.minutes))
-
-    def peft(self, rank: int, limit: int) -> tuple[nn.Module, int]:
-        student = Peft(copy_network(self.net), self.stage_map, rank)
+    def peft(self, limit: int) -> Made:
+        rank, student = largest(lambda rank: Peft(copy_network(self.net), self.stage_map, rank), Peft.bytes, limit)
         rates = [
             Trained(p, FACTORS if "lora_" in name else PRIVATE)
             for name, p in student.network.named_parameters()
             if p.requires_grad
         ]
         train(student, self.net, rates, self.crops, self.minutes)
-        return student, student.bytes()
+        return f"PEFT's layers of rank {rank} on the average", student, student.bytes()
 
-    def relaxed(self, rank: int, limit: int) -> tuple[nn.Module, int]:
+    def relaxed(self, limit: int) -> Made:
         """Mean, then SVD of what that lost (arXiv:2410.20672, section 2.3), then training."""
         turns, factorise.TURNS = factorise.TURNS, 0
         try:
-            lorun = lorun_adapt.convert(self.net, rank=rank)
+            rank, lorun = largest(lambda rank: lorun_adapt.convert(self.net, rank=rank), saved_bytes, limit)
         finally:
             factorise.TURNS = turns
         with trainable(lorun) as rates:
             train(lorun.eval(), self.net, rates, self.crops, self.minutes)
-        return lorun, saved_bytes(lorun)
+        return f"mean, rank {rank} from the SVD of what that lost, fine-tuned", lorun, saved_bytes(lorun)
+
+
+def largest(build: Callable[[int], Any], size: Callable[[Any], int], limit: int) -> tuple[int, Any]:
+    """The largest rank whose network has no more than ``limit`` bytes (a little over counts as none), or rank 1."""
+    best = 1, build(1)
+    for rank in range(2, 1000):
+        network = build(rank)
+        if size(network) > 1.01 * limit or size(network) <= size(best[1]):
+            break
+        best = rank, network
+    return best
 
 
 def main() -> None:
@@ -264,8 +294,10 @@ def main() -> None:
     parser.add_argument("images", type=Path, help="folder of images to train on")
     parser.add_argument("--judge", type=Path, required=True, help="folder of images to judge on")
     parser.add_argument("--weights", type=Path, help="checkpoint, where the task names none")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 4], help="of the first way; these set the bytes")
-    parser.add_argument("--minutes", type=float, default=5.0, help="for each way and rank")
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", default=[0.4, 0.25], help="parameters of the first way, as shares"
+    )
+    parser.add_argument("--minutes", type=float, default=5.0, help="for each way and budget")
     args = parser.parse_args()
 
     task = load_task(args.task)
@@ -273,30 +305,23 @@ def main() -> None:
     task.load_weights(net, args.weights)
     judged = task.images(args.judge)
     compared = Comparison(task, net, Crops(task, task.images(args.images)), args.minutes)
-    layers = all(
+    ways = [compared.pruned, compared.alone, compared.relaxed, compared.tied]
+    if all(
         isinstance(net.get_submodule(name.rpartition(".")[0]), (nn.Linear, nn.modules.conv._ConvNd))
         for spec, names in places(compared.stage_map)
         for name in names
         if spec.smaller(1)
-    )
+    ):
+        ways.append(compared.peft)
+    else:
+        print("The network's kernels stand in no layers that PEFT knows.")
     original = evaluate(task, judged, net, None).mean()["psnr"]
-    print(f"Original: {original:.2f} dB, {file_bytes(dict(net.named_parameters())):,} bytes.\n")
+    print(f"Original: {original:.2f} dB, {file_bytes(net.state_dict()):,} bytes.\n")
     print("| way | bytes | PSNR (dB) | below the original |\n| --- | ---: | ---: | ---: |", flush=True)
-    for rank in args.ranks:
+    for budget in args.budgets:
         limit = 0
-        ways: list[tuple[str, Callable[[int, int], tuple[nn.Module, int]]]] = [
-            (f"base and adapters of rank {rank}, recovered", compared.ours),
-            ("magnitude pruning, fine-tuned", compared.pruned),
-            ("each stage factorised alone", compared.alone),
-            (f"tied, then rank {rank} from the SVD of what that lost", compared.relaxed),
-            (f"PEFT's layers of rank {rank} on the average", compared.peft),
-            ("one denoiser for all stages", compared.tied),
-        ]
-        for name, way in ways:
-            if name.startswith("PEFT") and not layers:
-                print(f"| {name} | - | has no layers that PEFT knows | |", flush=True)
-                continue
-            network, size = way(rank, limit)
+        for way in (compared.ours, *ways):
+            name, network, size = way(limit or budget)
             limit = limit or size
             psnr = evaluate(task, judged, None, network.eval()).mean()["psnr_converted"]
             print(f"| {name} | {size:,} | {psnr:.2f} | {original - psnr:.2f} |", flush=True)

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from lorun_adapt import LoRunError, LoRunModel, convert, from_pretrained
 from lorun_adapt.assemble import dense_tensors
-from lorun_adapt.demo import reference_task
+from lorun_adapt.demo import shipped
 from lorun_adapt.description import CONFIG, as_text
 from lorun_adapt.task import load_task
 
@@ -75,7 +75,7 @@ class Unfolded(nn.Module):
 
 def reference() -> tuple[nn.Module, tuple[Any, ...]]:
     """The first three stages of the reference network."""
-    task = load_task(str(reference_task()))
+    task = load_task(str(shipped("examples/compressive_sensing.py")))
     whole = task.build()
     task.load_weights(whole, None)
     net = task.module.UnfoldedISTA(stages=3)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lorun_adapt import convert
 from lorun_adapt.evaluate import evaluate
+from lorun_adapt.folder import tensor_bytes
 from lorun_adapt.task import load_task
 
 
@@ -36,7 +37,7 @@ def main() -> None:
         report = lorun.report()
         with tempfile.TemporaryDirectory() as folder:
             lorun.save_pretrained(folder)
-            size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+            size = tensor_bytes(Path(folder))
         psnr = evaluate(task, files, None, lorun).mean()["psnr_converted"]
         print(
             f"| {rank} | {report.network_after.parameters:,} | {size:,} | {report.relative_error:.3f} | {psnr:.2f} |",

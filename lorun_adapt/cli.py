@@ -6,14 +6,30 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ._version import __version__
 from .errors import LoRunError
+from .options import (
+    BUDGET,
+    CONVERTED,
+    DEVICE,
+    DTYPE,
+    FILE,
+    OUT,
+    RANK,
+    SEED,
+    SIGMA,
+    STAGES,
+    TASK,
+    WEIGHTS,
+    Command,
+    training_options,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -26,105 +42,6 @@ if TYPE_CHECKING:
 
 # torch and PEFT take seconds to import: each command imports what it runs, so that --help is quick.
 
-DTYPES = ("float32", "float16", "bfloat16")
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-class _Number(click.ParamType):
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
-        try:
-            return int(value)
-        except ValueError:
-            with contextlib.suppress(ValueError):
-                if 0 < float(value) < 1:
-                    return float(value)
-        self.fail(f"{value!r} is neither a whole number nor a share between 0 and 1", param, ctx)
-
-
-def _device(ctx: click.Context, param: click.Parameter, value: str | None) -> torch.device:
-    import torch
-
-    if value is None:
-        from .processes import launched, process_state
-
-        return process_state().device if launched() else torch.device("cpu")
-    try:
-        device = torch.device(value)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise click.BadParameter(str(error).splitlines()[0]) from None
-    return device
-
-
-class _Command(click.Command):
-    """A command that takes ``--stages A B`` for ``--stages A --stages B`` once its TASK is given."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if "--stages" in args and not args[0].startswith("-"):
-            place = args.index("--stages") + 2
-            while place < len(args) and not args[place].startswith("-"):
-                args = [*args[:place], "--stages", *args[place:]]
-                place += 2
-        return super().parse_args(ctx, args)
-
-
-FILE = click.Path(path_type=Path)
-TASK = click.argument("task", metavar="TASK")
-WEIGHTS = click.option("--weights", type=FILE, help="Checkpoint of the original network.  [default: the task's]")
-STAGES = click.option("--stages", multiple=True, metavar="PATTERN ...", help="Name the stages, as 'fcs.*'.")
-RANK = click.option(
-    "--rank",
-    type=_Number(),
-    help="Rank of the adapters, or the share (0 to 1) of the residuals' energy to keep.  [default: 8]",
-)
-BUDGET = click.option(
-    "--budget",
-    type=_Number(),
-    help="Instead of a rank: parameters of the whole network, or the share (0 to 1) of those it has.",
-)
-CONVERTED = click.option("--converted", type=FILE, required=True, help="Folder of a conversion.")
-OUT = click.option("--out", type=FILE, required=True, help="Folder to save to.")
-SIGMA = click.option(
-    "--sigma",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="Noise on the measurements, on a scale of 0 to 255.",
-)
-
-
-def _training(required: bool) -> Callable[[Function], Function]:
-    """The options of what trains."""
-
-    def decorate(command: Function) -> Function:
-        for option in reversed(
-            (
-                click.option(
-                    "--calibration", type=FILE, required=required, help="Folder of images to recover the quality on."
-                ),
-                click.option("--minutes", type=float, help="How long to train."),
-                click.option("--steps", type=int, help="Instead of minutes: how many steps, for runs that repeat."),
-                click.option("--truth", is_flag=True, help="Use the calibration images as ground truth as well."),
-                click.option("--batch", type=click.IntRange(min=1), help="Crops in a batch.  [default: 17,000 pixels]"),
-                click.option("--checkpoint", type=FILE, help="File to keep the state in, and to go on from."),
-                SIGMA,
-            )
-        ):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-DEVICE = click.option(
-    "--device",
-    callback=_device,
-    help="Where to run: cpu, cuda, …  [default: cpu, or what `accelerate launch` gives the process]",
-)
-SEED = click.option("--seed", default=0, show_default=True, help="Seed of the random numbers.")
-
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="lorun-adapt")
@@ -136,7 +53,7 @@ def cli() -> None:
     """
 
 
-@cli.command(cls=_Command)
+@cli.command(cls=Command)
 @TASK
 @WEIGHTS
 @STAGES
@@ -158,15 +75,15 @@ def inspect(task: str, weights: Path | None, stages: tuple[str, ...], device: to
     _show(found.tables())
 
 
-@cli.command("convert", cls=_Command)
+@cli.command("convert", cls=Command)
 @TASK
 @WEIGHTS
 @RANK
 @BUDGET
 @STAGES
 @OUT
-@click.option("--dtype", type=click.Choice(DTYPES), help="Store numbers as this.  [default: as they are]")
-@_training(required=False)
+@DTYPE
+@training_options(required=False)
 @DEVICE
 @SEED
 def convert_(
@@ -188,15 +105,23 @@ def convert_(
     are over. Ctrl-C saves the best so far. `accelerate launch -m lorun_adapt convert …` spreads it
     over processes and GPUs.
     """
-    from .conversion import convert
+    from .calibration import Batches
+    from .conversion import collapse
 
     if calibration is None and (given := [f"--{name}" for name, value in training.items() if value]):
         raise click.UsageError(f"{' and '.join(given)} without --calibration: give the folder of images")
     spec, net = _trained(task, weights, seed)
     crops = None if calibration is None else _crops(spec, calibration, seed, training)
-    with _working("converting"):
-        lorun = convert(
-            net.to(device), rank=rank, budget=budget, stages=stages or None, example_inputs=_example(spec, device)
+    weighed = None if crops is None or budget is None else Batches(crops)
+    with _working("converting") if weighed is None else contextlib.nullcontext():  # that has a bar of its own
+        lorun = collapse(
+            net.to(device),
+            rank=rank,
+            budget=budget,
+            stages=stages or None,
+            example_inputs=_example(spec, device),
+            calibration=weighed,
+            seed=seed,
         )
     finished = crops is None or _recover(lorun, net, crops, seed, training)
     _save(lorun, out, dtype, finished)
@@ -207,8 +132,8 @@ def convert_(
 @WEIGHTS
 @CONVERTED
 @OUT
-@click.option("--dtype", type=click.Choice(DTYPES), help="Store numbers as this.  [default: as they are]")
-@_training(required=True)
+@DTYPE
+@training_options(required=True)
 @DEVICE
 @SEED
 def recover(
@@ -307,17 +232,16 @@ def report(
 
 @cli.command()
 @click.option("--out", type=FILE, default=".", show_default=True, help="Folder for demo.png.")
-@RANK
 @DEVICE
 @SEED
-def demo(out: Path, rank: int | float | None, device: torch.device, seed: int) -> None:
-    """Convert the network that comes with the package and restore a photograph with it."""
+def demo(out: Path, device: torch.device, seed: int) -> None:
+    """Restore a photograph with the network that comes with the package, as converted and as recovered."""
 
     from .demo import run_demo
 
     _seed(seed)
     with _working("converting the reference network and restoring a photograph"):
-        lorun, tables, path = run_demo(out, rank or 8, device)
+        lorun, tables, path = run_demo(out, device)
     _show([*lorun.stage_map.tables(), *lorun.report().tables(), *tables])
     click.echo(f"picture: {path}")
 
@@ -363,11 +287,12 @@ def _save(lorun: LoRunModel, out: Path, dtype: str | None, finished: bool) -> No
     """Save, and say what was; exit as shells expect it of what Ctrl-C has stopped."""
     import torch
 
+    from .folder import tensor_bytes
+
     if _is_main_process():
         lorun.save_pretrained(out, dtype=getattr(torch, dtype) if dtype else None)
         _show(lorun.report().tables())
-        size = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
-        click.echo(f"saved to {out}: {size:,} bytes of safetensors")
+        click.echo(f"saved to {out}: {tensor_bytes(out):,} bytes of safetensors")
     if not finished:
         sys.exit(130)
 

@@ -62,7 +62,8 @@ def convert(
         rank: instead of ``config``: the rank of all adapters (default 8), or, in 0..1, the part
             of the residuals' energy to keep, from which each tensor's rank is chosen.
         budget: instead of these: how many parameters the whole network may have, or, in 0..1, which
-            part of what it has. The ranks are chosen so as to keep most energy of the residuals.
+            part of what it has. The ranks are chosen so as to keep most of what the output is sensitive
+            to, measured on ``calibration``; without it, most energy of the residuals.
         stages, example_inputs, calls: as for :func:`find_stages`.
         calibration, minutes, steps, loss, checkpoint, seed: distil ``dun`` into the conversion, as
             :meth:`LoRunModel.recover` does.
@@ -72,15 +73,45 @@ def convert(
             rank and budget, or an option that means nothing here; weights that are not finite; a
             parametrised or lazy stage.
     """
-    given = [name for name, value in (("config", config), ("rank", rank), ("budget", budget)) if value is not None]
-    if len(given) > 1:
-        raise LoRunError(f"expected one of config, rank and budget, found {' and '.join(given)}: give one")
+    batches = None
     if calibration is not None:
         Budget(minutes, steps)
         with seeded(seed):
-            calibration = Batches(calibration)
+            batches = Batches(calibration)
     elif any(value is not None for value in (minutes, steps, loss, checkpoint)):
         raise LoRunError("expected calibration to recover with, found none: pass batches, or leave the rest out")
+    lorun = collapse(
+        dun,
+        config,
+        rank=rank,
+        budget=budget,
+        stages=stages,
+        example_inputs=example_inputs,
+        calls=calls,
+        calibration=batches,
+        seed=seed,
+    )
+    if batches is not None:
+        lorun.recover(dun, batches, minutes=minutes, steps=steps, loss=loss, checkpoint=checkpoint, seed=seed)
+    return lorun
+
+
+def collapse(
+    dun: nn.Module,
+    config: LoraConfig | None = None,
+    *,
+    rank: int | float | None = None,
+    budget: int | float | None = None,
+    stages: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+    example_inputs: Sequence[object] | None = None,
+    calls: Mapping[str, int] | None = None,
+    calibration: Batches | None = None,
+    seed: int = 0,
+) -> LoRunModel:
+    """:func:`convert` up to where recovery starts; ``calibration`` says where a budget is best spent."""
+    given = [name for name, value in (("config", config), ("rank", rank), ("budget", budget)) if value is not None]
+    if len(given) > 1:
+        raise LoRunError(f"expected one of config, rank and budget, found {' and '.join(given)}: give one")
     stage_map = find_stages(dun, stages=stages, example_inputs=example_inputs, calls=calls)
     modules = [site.module for group in stage_map.groups for site in group.sites]
     check_plain(dun, modules)
@@ -91,7 +122,12 @@ def convert(
         if budget is None:
             config = config_for_rank(dun, stage_map, DEFAULT_RANK if rank is None else rank)
         else:
-            config = config_for_budget(dun, stage_map, budget)
+            known = None
+            if calibration is not None:
+                from .recovery import weigh  # training needs libraries that conversion does not
+
+                known = weigh(dun, stage_map, calibration, seed)
+            config = config_for_budget(dun, stage_map, budget, known)
     plans = plan(dun, stage_map, config)
 
     base = copy_network(dun)
@@ -105,16 +141,13 @@ def convert(
     }
     errors = {group.name: factored[group.name].errors for group in stage_map.groups}
     ranks = {name: {tensor: term.rank for tensor, term in planned.terms.items()} for name, planned in plans.items()}
-    lorun = LoRunModel(
+    return LoRunModel(
         base,
         dataclasses.replace(stage_map, ranks=ranks),
         {DEFAULT_SET: (adapters, config)},
         errors,
         trainable={name for name, p in dun.named_parameters() if p.requires_grad},
     )
-    if calibration is not None:
-        lorun.recover(dun, calibration, minutes=minutes, steps=steps, loss=loss, checkpoint=checkpoint, seed=seed)
-    return lorun
 
 
 class _Factored:

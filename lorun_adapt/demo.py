@@ -1,4 +1,4 @@
-"""The embedded example: convert the reference network and restore a photograph with both."""
+"""The embedded example: a photograph restored with the reference network, and with what it was converted to."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.table import Table
 from skimage.data import camera
 from torch import Tensor
 
+from .checkpoint import from_pretrained
 from .conversion import convert
 from .errors import LoRunError
 from .evaluate import psnr, ssim
@@ -24,27 +25,26 @@ PANEL = 384
 CAPTION = 26
 
 
-def run_demo(out: Path, rank: int, device: torch.device) -> tuple[LoRunModel, list[Table], Path]:
-    """Convert the reference network, restore, and write ``demo.png`` into ``out``."""
-    task = load_task(str(reference_task()))
+def run_demo(out: Path, device: torch.device) -> tuple[LoRunModel, list[Table], Path]:
+    """Restore with the reference network, its conversion and that recovered, and write ``demo.png`` into ``out``."""
+    task = load_task(str(shipped("examples/compressive_sensing.py")))
     net = task.build()
     task.load_weights(net, None)
     net.to(device)
+    recovered = from_pretrained(shipped("adapters/compressive_sensing"), net)
+    rank = max(rank for ranks in recovered.stage_map.ranks.values() for rank in ranks.values())
     lorun = convert(net, rank=rank, example_inputs=to_device(task.example_inputs(), device))
     truth = torch.from_numpy(camera()).float()[None, None] / 255
     arguments = task.measure(truth)
     estimate = task.module.restore(task.module.first_estimate(*arguments), truth)
-    images = {
-        "input estimate": estimate,
-        "original": task.run(net, to_device(arguments, device), truth),
-        f"converted, rank {rank}": task.run(lorun, to_device(arguments, device), truth),
-    }
+    networks = {"original": net, f"rank {rank}, as converted": lorun, f"rank {rank}, recovered": recovered}
+    images = {name: task.run(network.eval(), to_device(arguments, device), truth) for name, network in networks.items()}
     report = lorun.report()
-    sizes = {"original": report.network_before, f"converted, rank {rank}": report.network_after}
+    sizes = [None, report.network_before, report.network_after, report.network_after]
     rows = []
-    for name, image in images.items():
-        size = (f"{sizes[name].parameters:,}", kilobytes(sizes[name].bytes)) if name in sizes else ("-", "-")
-        rows.append((name, *size, f"{psnr(image[0], truth[0]):.2f}", f"{ssim(image[0], truth[0]):.4f}"))
+    for (name, image), size in zip({"linear estimate": estimate, **images}.items(), sizes):
+        cells = (f"{size.parameters:,}", kilobytes(size.bytes)) if size else ("-", "-")
+        rows.append((name, *cells, f"{psnr(image[0], truth[0]):.2f}", f"{ssim(image[0], truth[0]):.4f}"))
     result = table(
         "compressive sensing of one photograph at 25 %", ("", "parameters>", "bytes>", "PSNR (dB)>", "SSIM>"), rows
     )
@@ -53,13 +53,13 @@ def run_demo(out: Path, rank: int, device: torch.device) -> tuple[LoRunModel, li
     return lorun, [result], path
 
 
-def reference_task() -> Path:
-    """The reference network's task file, in the installed package or beside it in a checkout."""
+def shipped(name: str) -> Path:
+    """A file or folder that comes with the package: in it where it is installed, beside it in a checkout."""
     package = Path(__file__).parent
-    for folder in (package / "examples", package.parent / "examples"):
-        if (folder / "compressive_sensing.py").is_file():
-            return folder / "compressive_sensing.py"
-    raise LoRunError(f"expected the reference network in {package / 'examples'}, found none: install lorun-adapt again")
+    for folder in (package, package.parent):
+        if (folder / name).exists():
+            return folder / name
+    raise LoRunError(f"expected {package / name} to come with the package, found none: install lorun-adapt again")
 
 
 def picture(images: dict[str, Tensor], truth: Tensor) -> Image.Image:

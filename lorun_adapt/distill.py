@@ -34,6 +34,10 @@ class Distillation(nn.Module):
         self.student, self.observer, self.stage_weight = student, observer, 1.0
         self._others = teacher, loss  # in a tuple: modules among them are not to be trained, moved or saved
 
+    @property
+    def teacher(self) -> nn.Module:
+        return self._others[0]
+
     def forward(self, drawn: Callable[[], tuple[Any, ...]], seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Both networks on a batch, drawing the same random numbers from ``seed``.
 

@@ -150,6 +150,15 @@ def energy_by_rank(stages: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(residual @ residual.mH).clamp_min(0).flip(-1).sum(0).cumsum(0)
 
 
+def weighted_energy_by_rank(stages: Tensor, rows: Tensor, columns: Tensor, damping: float) -> Tensor:
+    """The same in the weights of :func:`factorise_weighted`, from the matrix that is nearest to all in these."""
+    work = stages.double()
+    left, right = _Weight(rows, work.shape[1], damping), _Weight(columns, work.shape[2], damping)
+    base = _solve(lambda x: right.times(left.times(x).mT).mT, work, work.mean(0))
+    whitened = right.root(left.root(work - base).mT).mT
+    return torch.linalg.svdvals(whitened).square().sum(0).cumsum(0)
+
+
 def rank_for_energy(stages: Tensor, fraction: float) -> int:
     """The smallest rank that keeps ``fraction`` of the energy of the residuals from the mean."""
     energy = energy_by_rank(stages)

@@ -32,6 +32,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
 
 
+def tensor_bytes(folder: Path) -> int:
+    """The bytes of all safetensors files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
 def _digest(file) -> str:  # Python 3.10 has no hashlib.file_digest
     digest = hashlib.sha256()
     while block := file.read(1 << 20):

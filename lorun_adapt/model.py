@@ -21,6 +21,7 @@ from .errors import LoRunError
 from .folder import as_path
 from .report import Report, make_report
 from .seeds import seeded
+from .sharing import register_hooks, share_again, shared_places
 from .stages import Group, Site, StageMap, stage_key
 
 if TYPE_CHECKING:
@@ -74,9 +75,7 @@ class LoRunModel(nn.Module):
             self._add_set(name, adapters, config)
         self.network = base
         self.training = base.training
-        self.register_state_dict_post_hook(_leave_network_out)
-        self.register_load_state_dict_pre_hook(_before_load)
-        self.register_load_state_dict_post_hook(_after_load)
+        register_hooks(self)
         self.set_adapter(next(iter(sets)) if active is None else active)
 
     @property
@@ -307,9 +306,10 @@ class LoRunModel(nn.Module):
         # Buffers, and under some of torch's settings parameters too, are replaced place by place,
         # which would leave each place with a tensor of its own.
         _ = self.fingerprint  # of the base as it was before a change of dtype
-        shared = self._shared_places()
+        shared = shared_places(self.base, self.adapters)
         super()._apply(fn, recurse)
-        self._share_again(shared)
+        share_again(shared)
+        self._assemble_again()
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoRunModel:
@@ -324,25 +324,12 @@ class LoRunModel(nn.Module):
             "save_pretrained, or torch.save its state_dict()"
         )
 
-    def _shared_places(self) -> list[list[tuple[dict[str, Any], str]]]:
-        """The places in base and adapters that hold the same tensor."""
-        places: dict[int, list[tuple[dict[str, Any], str]]] = {}
-        for root in (self.base, self.adapters):
-            for module in root.modules():
-                for held in (module._parameters, module._buffers):
-                    for name, tensor in held.items():
-                        if tensor is not None:
-                            places.setdefault(id(tensor), []).append((held, name))
-        return [group for group in places.values() if len(group) > 1]
+    # --- within ----------------------------------------------------------------------------------
 
-    def _share_again(self, places: list[list[tuple[dict[str, Any], str]]]) -> None:
-        for (first, name), *others in places:
-            for held, other in others:
-                held[other] = first[name]
+    def _assemble_again(self) -> None:
+        """Put the network together anew around tensors that have been replaced."""
         if self.network is not self.base:
             self.network = self._assembled(self._active)
-
-    # --- within ----------------------------------------------------------------------------------
 
     def _assembled(self, active: Mapping[int, str]) -> nn.Module:
         network = assemble(self.base, self.stage_map, self._choice(active))
@@ -387,23 +374,3 @@ def check_adapter_name(name: str) -> None:
     """
     if not is_adapter_name(name):
         raise LoRunError(f"expected an adapter name of letters, digits, _ and -, found {name!r}: choose another")
-
-
-# The network that runs holds no tensor that base and adapters don't: it stays out of state dicts.
-
-
-def _leave_network_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name in [name for name in state_dict if name.startswith(f"{prefix}network.")]:
-        del state_dict[name]
-
-
-def _before_load(module: LoRunModel, *_: Any) -> None:
-    module._loading = [module._shared_places(), module.network]
-    module.network = nn.Module()  # else it would be asked for, and given, tensors of its own
-
-
-def _after_load(module: LoRunModel, incompatible_keys: Any) -> None:
-    places, module.network = module._loading
-    del module._loading
-    module._fingerprint = None
-    module._share_again(places)  # load_state_dict(assign=True) puts other tensors into each place

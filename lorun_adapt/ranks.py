@@ -11,9 +11,12 @@ from torch import nn
 
 from .assemble import stage_parameters, stage_values
 from .errors import LoRunError
-from .factorise import energy_by_rank, rank_for_energy
+from .factorise import energy_by_rank, rank_for_energy, weighted_energy_by_rank
 from .lowrank import pair_size
+from .sensitivity import Sensitivity
 from .stages import Group, StageMap, TensorSpec
+
+DAMPING = 0.1  # of the sensitivities: what is lost at the ranks of a budget is neither small nor large
 
 
 def config_for_rank(dun: nn.Module, stage_map: StageMap, rank: int | float) -> LoraConfig:
@@ -34,11 +37,17 @@ def config_for_rank(dun: nn.Module, stage_map: StageMap, rank: int | float) -> L
     return config_of_ranks(ranks)
 
 
-def config_for_budget(dun: nn.Module, stage_map: StageMap, budget: int | float) -> LoraConfig:
-    """The ranks with which the whole network keeps most energy at ``budget`` parameters, or that share (0..1) of them.
+def config_for_budget(
+    dun: nn.Module,
+    stage_map: StageMap,
+    budget: int | float,
+    sensitivity: Mapping[tuple[str, str], Sensitivity] | None = None,
+) -> LoraConfig:
+    """The ranks with which the whole network keeps most at ``budget`` parameters, or that share (0..1) of them.
 
     From rank 1 in every tensor that a pair can be smaller than, the next rank goes where it keeps the
-    most energy of the stages' residuals for its parameters.
+    most energy of the stages' residuals for its parameters: energy of the output, where it is known how
+    sensitive that is to each tensor, or else of the weights.
 
     Raises:
         LoRunError: no such number, or fewer parameters than rank 1 takes.
@@ -49,38 +58,44 @@ def config_for_budget(dun: nn.Module, stage_map: StageMap, budget: int | float) 
             f"expected a budget in parameters, or a share of them between 0 and 1, found {budget!r}: choose one"
         )
     limit = int(budget) if budget >= 1 else int(budget * before)
-    names = {spec.name for _, spec in _adaptable(stage_map)}
-    ranks = dict.fromkeys(names, 1)
+    if any(spec.dtype.is_complex for _, spec in _adaptable(stage_map)):
+        sensitivity = None  # it is not known of these, and energies of two kinds can't be compared
+    places: dict[str, list[tuple[Group, TensorSpec]]] = {}
+    for group, spec in _adaptable(stage_map):
+        places.setdefault(spec.name, []).append((group, spec))
+    ranks = dict.fromkeys(places, 1)
     left = limit - _size(dun, before, stage_map, ranks)
     if left < 0:
         raise LoRunError(
             f"expected a budget of at least {limit - left:,} parameters, which the network takes at rank 1, found "
             f"{limit:,}: raise it"
         )
-    places: dict[str, list[tuple[Group, TensorSpec]]] = {}
-    for group, spec in _adaptable(stage_map):
-        places.setdefault(spec.name, []).append((group, spec))
-    energies = {
-        name: [energy_by_rank(_matrices(dun, group, spec)) for group, spec in found] for name, found in places.items()
-    }
+    costs = {name: sum(len(group.sites) * sum(spec.matrix) for group, spec in found) for name, found in places.items()}
+    kept = {name: [_kept(dun, group, spec, sensitivity) for group, spec in found] for name, found in places.items()}
 
-    def worth(name: str) -> tuple[float, int]:
-        """Energy that the next rank of a tensor keeps for each parameter, and how many it takes."""
-        cost = sum(len(group.sites) * sum(spec.matrix) for group, spec in places[name])
-        kept = sum(float(e[min(ranks[name], len(e) - 1)] - e[min(ranks[name], len(e)) - 1]) for e in energies[name])
-        return kept / cost, cost
+    def worth(name: str) -> float:
+        """What the next rank of a tensor keeps for each parameter."""
+        rank = ranks[name]
+        return sum(float(e[min(rank, len(e) - 1)] - e[min(rank, len(e)) - 1]) for e in kept[name]) / costs[name]
 
-    while True:
-        affordable = [
-            (worth(name)[0], name)
-            for name in ranks
-            if worth(name)[1] <= left and all(spec.smaller(ranks[name] + 1) for _, spec in places[name])
-        ]
-        if not affordable:
-            return config_of_ranks(ranks)
-        name = max(affordable)[1]
-        left -= worth(name)[1]
+    while affordable := [
+        name for name in ranks if costs[name] <= left and all(s.smaller(ranks[name] + 1) for _, s in places[name])
+    ]:
+        name = max(affordable, key=worth)
+        left -= costs[name]
         ranks[name] += 1
+    return config_of_ranks(ranks)
+
+
+def _kept(
+    dun: nn.Module, group: Group, spec: TensorSpec, sensitivity: Mapping[tuple[str, str], Sensitivity] | None
+) -> torch.Tensor:
+    """What rank 1, 2, … of a tensor keeps of its residuals."""
+    matrices = _matrices(dun, group, spec).cpu()
+    known = (sensitivity or {}).get((group.name, spec.name))
+    if known is None:
+        return energy_by_rank(matrices)
+    return weighted_energy_by_rank(matrices, known.rows, known.columns, DAMPING)
 
 
 def config_of_ranks(ranks: Mapping[str, int]) -> LoraConfig:

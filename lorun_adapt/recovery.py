@@ -26,8 +26,8 @@ from .lowrank import is_base
 from .observe import Observer
 from .refit import refit
 from .seeds import seeded
-from .sensitivity import sensitivities
-from .stages import tensors_of
+from .sensitivity import Sensitivity, sensitivities
+from .stages import StageMap, tensors_of
 from .training import Trained, Trainer, interruptible
 
 if TYPE_CHECKING:
@@ -102,13 +102,7 @@ def start_near(
     best, nearest = [tensor.clone() for tensor in tensors], math.inf
     try:
         probes = _probes(calibration)
-        known = sensitivities(
-            teacher,
-            lorun.stage_map,
-            lambda *arguments: distillation.observer.run(*arguments).final,
-            tqdm(probes, desc="weighing tensors", unit="batch", leave=False, delay=2),
-            seed,
-        )
+        known = _weighed(teacher, lorun.stage_map, distillation.observer, probes, seed)
         for damping in (None, *DAMPINGS) if known else ():
             if stop.is_set():
                 break
@@ -123,6 +117,21 @@ def start_near(
     finally:
         for tensor, value in zip(tensors, best):
             tensor.copy_(value)
+
+
+def weigh(
+    teacher: nn.Module, stage_map: StageMap, calibration: Batches, seed: int
+) -> dict[tuple[str, str], Sensitivity]:
+    """What the output of ``teacher`` is sensitive to, on the next batches of ``calibration``."""
+    with _evaluating(teacher):
+        return _weighed(teacher, stage_map, Observer(teacher, stage_map, calibration.first), _probes(calibration), seed)
+
+
+def _weighed(
+    teacher: nn.Module, stage_map: StageMap, observer: Observer, probes: list[Batch], seed: int
+) -> dict[tuple[str, str], Sensitivity]:
+    bar = tqdm(probes, desc="weighing tensors", unit="batch", leave=False, delay=2)
+    return sensitivities(teacher, stage_map, lambda *arguments: observer.run(*arguments).final, bar, seed)
 
 
 def _probes(calibration: Batches) -> list[Batch]:

@@ -26,6 +26,7 @@ from .calibration import Batch, Batches, is_finite
 from .distill import Distillation
 from .errors import LoRunError
 from .nested import to_device
+from .precision import bfloat16, gains_from_bfloat16
 from .processes import make_accelerator
 from .resume import read_state, write_state
 
@@ -54,6 +55,7 @@ class Run:
     rollbacks: int = 0
     skipped: int = 0
     best: float = math.inf
+    bfloat16: bool = False
 
 
 class Trainer:
@@ -142,6 +144,7 @@ class Trainer:
         started = time.monotonic() - run.seconds
         with self._bar() as bar:
             if not run.step:
+                run.bfloat16 = gains_from_bfloat16(self.distillation, held_out[0], self.seed)
                 self._check(held_out, bar)
                 if not math.isfinite(run.best):
                     raise LoRunError(
@@ -170,7 +173,8 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * run.damping * schedule(done)
         seed = self.seed + run.step * self.accelerator.num_processes + self.accelerator.process_index
-        loss = self.loss_of(lambda: batch, seed)[0]
+        with bfloat16(run.bfloat16):
+            loss = self.loss_of(lambda: batch, seed)[0]
         value = self._agreed_worst(float(loss.detach()))
         if not math.isfinite(value):
             if math.isfinite(self._agreed_worst(0.0 if is_finite(batch) else math.nan)):

@@ -15,7 +15,7 @@ from skimage.data import camera
 from test_task import call
 
 import lorun_adapt
-from lorun_adapt.demo import reference_task
+from lorun_adapt.demo import shipped
 from lorun_adapt.evaluate import evaluate
 from lorun_adapt.task import load_task
 
@@ -34,7 +34,7 @@ def test_demo(tmp_path, capsys, monkeypatch) -> None:
 
 
 def test_reference_network() -> None:
-    task = load_task(str(reference_task()))
+    task = load_task(str(shipped("examples/compressive_sensing.py")))
     net = task.build()
     task.load_weights(net, None)
     phi = task.module.sampling_matrix()

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lorun_adapt
 from lorun_adapt import LoRunError, distill, recovery
-from lorun_adapt.demo import reference_task
+from lorun_adapt.demo import shipped
 from lorun_adapt.distill import Distillation
 from lorun_adapt.observe import Observer
 from lorun_adapt.task import load_task
@@ -344,7 +344,7 @@ def test_complex_networks() -> None:
 
 
 def test_memory_of_a_training_step() -> None:
-    task = load_task(str(reference_task()))
+    task = load_task(str(shipped("examples/compressive_sensing.py")))
     net = task.build()
     task.load_weights(net, None)
     batch = task.measure(torch.rand(2, 1, 99, 99, generator=torch.Generator().manual_seed(0)))

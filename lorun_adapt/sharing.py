@@ -1,0 +1,56 @@
+"""Keep one tensor where several places hold it, whatever torch puts into these places."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from .model import LoRunModel
+
+Places = list[list[tuple[dict[str, Any], str]]]  # for each tensor, the dicts that hold it, and under which name
+
+
+def shared_places(*roots: nn.Module) -> Places:
+    """The places within ``roots`` that hold the same tensor."""
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for root in roots:
+        for module in root.modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        places.setdefault(id(tensor), []).append((held, name))
+    return [group for group in places.values() if len(group) > 1]
+
+
+def share_again(places: Places) -> None:
+    """Put what the first of the places holds into the others."""
+    for (first, name), *others in places:
+        for held, other in others:
+            held[other] = first[name]
+
+
+def register_hooks(lorun: LoRunModel) -> None:
+    """Leave the network that runs out of state dicts, since base and adapters hold all its tensors, and load as one."""
+    lorun.register_state_dict_post_hook(_leave_network_out)
+    lorun.register_load_state_dict_pre_hook(_before_load)
+    lorun.register_load_state_dict_post_hook(_after_load)
+
+
+def _leave_network_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in [name for name in state_dict if name.startswith(f"{prefix}network.")]:
+        del state_dict[name]
+
+
+def _before_load(lorun: LoRunModel, *_: Any) -> None:
+    lorun._loading = [shared_places(lorun.base, lorun.adapters), lorun.network]
+    lorun.network = nn.Module()  # else it would be asked for, and given, tensors of its own
+
+
+def _after_load(lorun: LoRunModel, incompatible_keys: Any) -> None:
+    places, lorun.network = lorun._loading
+    del lorun._loading
+    lorun._fingerprint = None
+    share_again(places)  # load_state_dict(assign=True) puts other tensors into each place
+    lorun._assemble_again()
