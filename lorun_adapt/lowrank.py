@@ -71,7 +71,8 @@ class LowRank(nn.Module):
 def _sum(base: Tensor, a: Tensor, b: Tensor, factor: Tensor | None) -> Tensor:
     if factor is not None:
         b = b * factor
-    if torch.is_autocast_enabled(base.device.type):  # the product then has the low precision, the sum must not
+    if torch.is_autocast_enabled(base.device.type) or not base.is_contiguous():
+        # The product may have a low precision, or another order of dimensions: the sum is to be as the base is.
         return base + (b @ a).view_as(base)
     return torch.mm(b, a).view_as(base).add_(base)
 

@@ -29,6 +29,7 @@ from .report import Report
 from .task import Task
 
 SHOWN = 3  # images that are pictured
+SIDE = 320  # pixels of their centres that are: what the page has room for without scaling
 HIGHEST = 100.0  # dB: what an exact image counts as
 ERROR_GAIN = 8  # how much brighter the error maps are than the errors
 
@@ -266,10 +267,11 @@ def _chart(first: Sequence[float], second: Sequence[float]) -> str:
 def _pictures(name: str, truth: Tensor, original: Tensor, converted: Tensor, task: Task) -> str:
     def figure(image: Tensor, caption: str) -> str:
         text = html.escape(caption)
-        return f'<figure><img alt="{text}" src="{_png(image)}"><figcaption>{text}</figcaption></figure>'
+        return f'<figure><img alt="{text}" src="{_data_url(image)}"><figcaption>{text}</figcaption></figure>'
 
+    cut = max(truth.shape[-2:]) > SIDE
     parts = [
-        figure(truth, name),
+        figure(truth, f"{name}, its centre" if cut else name),
         figure(original, f"original network, {psnr(original[0], truth[0], task.border):.2f} dB"),
         figure(converted, f"converted, {psnr(converted[0], truth[0], task.border):.2f} dB"),
         figure((converted - original).abs() * ERROR_GAIN, "converted against original"),
@@ -279,10 +281,13 @@ def _pictures(name: str, truth: Tensor, original: Tensor, converted: Tensor, tas
     return f'<div class="pictures">{"".join(parts)}</div>'
 
 
-def _png(image: Tensor) -> str:
-    """A data URL; of images with other than 1 or 3 channels, the mean of these."""
-    pixels = image[0] if image.shape[1] in (1, 3) else image[0].mean(0, keepdim=True)
+def _data_url(image: Tensor) -> str:
+    """The centre of an image (1, C, H, W); where it has other than 1 or 3 channels, the mean of these."""
+    height, width = image.shape[-2:]
+    top, left = max(0, height - SIDE) // 2, max(0, width - SIDE) // 2
+    pixels = image[0, :, top : top + SIDE, left : left + SIDE]
+    pixels = pixels if len(pixels) in (1, 3) else pixels.mean(0, keepdim=True)
     array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).squeeze(-1).numpy()
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    Image.fromarray(array).save(buffer, format="WEBP", quality=90)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

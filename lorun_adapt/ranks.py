@@ -46,8 +46,8 @@ def config_for_budget(
     """The ranks with which the whole network keeps most at ``budget`` parameters, or that share (0..1) of them.
 
     From rank 1 in every tensor that a pair can be smaller than, the next rank goes where it keeps the
-    most energy of the stages' residuals for its parameters: energy of the output, where it is known how
-    sensitive that is to each tensor, or else of the weights.
+    most of the stages' residuals for its parameters; where it is known how sensitive the output is to
+    each tensor, that counts as well.
 
     Raises:
         LoRunError: no such number, or fewer parameters than rank 1 takes.
@@ -71,12 +71,12 @@ def config_for_budget(
             f"{limit:,}: raise it"
         )
     costs = {name: sum(len(group.sites) * sum(spec.matrix) for group, spec in found) for name, found in places.items()}
-    kept = {name: [_kept(dun, group, spec, sensitivity) for group, spec in found] for name, found in places.items()}
+    gains = {name: [_gains(dun, group, spec, sensitivity) for group, spec in found] for name, found in places.items()}
 
     def worth(name: str) -> float:
         """What the next rank of a tensor keeps for each parameter."""
         rank = ranks[name]
-        return sum(float(e[min(rank, len(e) - 1)] - e[min(rank, len(e)) - 1]) for e in kept[name]) / costs[name]
+        return sum(float(gain[rank]) for gain in gains[name] if rank < len(gain)) / costs[name]
 
     while affordable := [
         name for name in ranks if costs[name] <= left and all(s.smaller(ranks[name] + 1) for _, s in places[name])
@@ -87,15 +87,24 @@ def config_for_budget(
     return config_of_ranks(ranks)
 
 
-def _kept(
+def _gains(
     dun: nn.Module, group: Group, spec: TensorSpec, sensitivity: Mapping[tuple[str, str], Sensitivity] | None
 ) -> torch.Tensor:
-    """What rank 1, 2, … of a tensor keeps of its residuals."""
+    """What rank 1, 2, … of a tensor adds to what is kept of its residuals.
+
+    That is energy of the weights or, where a sensitivity is known, the geometric mean of that and of the
+    energy of the output: this holds for small changes, and training moves what matters to where there is room.
+    """
     matrices = _matrices(dun, group, spec).cpu()
+    gains = _steps(energy_by_rank(matrices))
     known = (sensitivity or {}).get((group.name, spec.name))
-    if known is None:
-        return energy_by_rank(matrices)
-    return weighted_energy_by_rank(matrices, known.rows, known.columns, DAMPING)
+    if known is not None:
+        gains = (gains * _steps(weighted_energy_by_rank(matrices, known.rows, known.columns, DAMPING))).sqrt()
+    return gains
+
+
+def _steps(cumulated: torch.Tensor) -> torch.Tensor:
+    return cumulated.diff(prepend=cumulated.new_zeros(1)).clamp_min(0)
 
 
 def config_of_ranks(ranks: Mapping[str, int]) -> LoraConfig:

@@ -27,6 +27,7 @@ from .observe import Observer
 from .refit import refit
 from .seeds import seeded
 from .sensitivity import Sensitivity, sensitivities
+from .speed import channels_last
 from .stages import StageMap, tensors_of
 from .training import Trained, Trainer, interruptible
 
@@ -66,7 +67,7 @@ def recover(
         with _evaluating(teacher), _evaluating(lorun), trainable(lorun) as trained:
             observer = Observer(teacher, lorun.stage_map, calibration.first)
             distillation = Distillation(lorun, teacher, observer, loss)
-            with seeded(seed), interruptible() as stop:
+            with channels_last(distillation, calibration.first, seed), seeded(seed), interruptible() as stop:
                 if checkpoint is None or not checkpoint.exists():
                     start_near(distillation, lorun, teacher, calibration, seed, stop)
                 else:

@@ -26,9 +26,9 @@ from .calibration import Batch, Batches, is_finite
 from .distill import Distillation
 from .errors import LoRunError
 from .nested import to_device
-from .precision import bfloat16, gains_from_bfloat16
 from .processes import make_accelerator
 from .resume import read_state, write_state
+from .speed import bfloat16, gains_from_bfloat16
 
 CHECKS = 25  # in a run: how often it is looked whether the network got better
 HELD_OUT = 2  # batches that are looked at for that
@@ -160,7 +160,7 @@ class Trainer:
                 run.step += 1
                 run.seconds = self._agreed(time.monotonic() - started)[0]
                 bar.update(_whole(self.budget, run) - bar.n)
-                self._show(bar, loss=f"{loss:.3g}")
+                self._show(bar, step=str(run.step), loss=f"{loss:.3g}")
                 after = self.budget.done(run.seconds, run.step)
                 if math.floor(CHECKS * after) > math.floor(CHECKS * done):
                     self._check(held_out, bar)

@@ -526,3 +526,30 @@ def test_budget_buys_what_keeps_most() -> None:
             lorun_adapt.convert(net, budget=bad)
     with pytest.raises(LoRunError, match="one of config, rank and budget"):
         lorun_adapt.convert(net, budget=0.5, rank=2)
+
+
+class TwoWays(Denoiser):
+    """One way has large weights and shows little in the output, the other shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.shown = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.hidden.weight.data.mul_(10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        head = torch.relu(self.head(x))
+        return x + self.tail(1e-4 * self.hidden(head) + self.shown(head))
+
+
+def test_budget_is_spent_on_what_the_output_is_sensitive_to() -> None:
+    torch.manual_seed(0)
+    net = ListOfBlocks([Block(TwoWays()) for _ in range(3)]).eval()
+    for p in net.parameters():
+        p.data.mul_(1.5)
+    budget = lorun_adapt.convert(net, rank=1).num_parameters() + 800
+    ranks = lorun_adapt.convert(net, budget=budget).stage_map.ranks["denoiser"]
+    assert ranks["denoiser.hidden.weight"] > ranks["denoiser.shown.weight"] == 1
+    lorun = lorun_adapt.convert(net, budget=budget, calibration=measurements(), steps=5)
+    ranks = lorun.stage_map.ranks["denoiser"]
+    assert ranks["denoiser.shown.weight"] > ranks["denoiser.hidden.weight"] == 1
+    assert lorun.num_parameters() <= budget
