@@ -236,7 +236,7 @@ class Comparison:
         started = time.monotonic()
         lorun = collapse(self.net, budget=budget, calibration=Batches(self.crops))
         spent = (time.monotonic() - started) / 60
-        lorun.recover(self.net, self.crops, minutes=self.minutes - spent)
+        lorun.recover(self.net, self.crops, minutes=max(self.minutes - spent, 0.01))
         return "one base and adapters, ranks by sensitivity, recovered", lorun, saved_bytes(lorun)
 
     def pruned(self, limit: int) -> Made:

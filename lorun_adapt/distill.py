@@ -19,9 +19,9 @@ TINY = 1e-20  # energy of an output that is zero, whose relative error must be a
 class Distillation(nn.Module):
     """The loss of a student on one batch; a module, so that it can be spread over devices.
 
-    Without ``loss`` it is the relative squared error of the final output to the teacher's, plus
-    ``stage_weight`` times the mean of the same over the stages' outputs; each output is scaled by
-    its own energy. With ``loss``, this takes the place of the error of the final output.
+    Without ``loss`` it is the sum of the relative squared errors of the final output and of each stage's
+    to the teacher's; each output is scaled by its own energy. With ``loss``, this takes the place of the
+    error of the final output, and the stages count by their mean, as they are no longer all there is to learn.
 
     Args:
         student, teacher: networks with the same modules at the stages; both are run as they are.
@@ -31,7 +31,7 @@ class Distillation(nn.Module):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, observer: Observer, loss: Loss | None = None) -> None:
         super().__init__()
-        self.student, self.observer, self.stage_weight = student, observer, 1.0
+        self.student, self.observer = student, observer
         self._others = teacher, loss  # in a tuple: modules among them are not to be trained, moved or saved
 
     @property
@@ -59,9 +59,9 @@ class Distillation(nn.Module):
             with seeded(seed):
                 final = loss(own.whole, to_device(batch, device_of(self.student)))
         total = final
-        between = [relative_error(a, b) for a, b in zip(own.stages, target.stages)]
-        if between and self.stage_weight:
-            total = total + self.stage_weight * torch.stack(between).mean()
+        if own.stages:
+            between = torch.stack([relative_error(a, b) for a, b in zip(own.stages, target.stages)])
+            total = total + (between.sum() if loss is None else between.mean())
         with torch.no_grad():
             crest = torch.stack(
                 [t.abs().square().max() / t.abs().square().mean().clamp_min(TINY) for t in target.final]

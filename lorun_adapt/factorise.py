@@ -77,6 +77,9 @@ def factorise_weighted(stages: Tensor, rank: int, rows: Tensor, columns: Tensor,
         damping: this part of the mean weight is added to each direction, since the weights hold for
             small changes only.
     """
+    if stages.shape[1] > stages.shape[2]:
+        turned = factorise_weighted(stages.mT, rank, columns, rows, damping)
+        return Factors(turned.base.mT, turned.b.mT, turned.a.mT, turned.error)
     work = stages.double()
     left, right = _Weight(rows, work.shape[1], damping), _Weight(columns, work.shape[2], damping)
 
@@ -86,10 +89,9 @@ def factorise_weighted(stages: Tensor, rank: int, rows: Tensor, columns: Tensor,
     base = _solve(weighted, work, work.mean(0))
     for turn in range(WEIGHTED_TURNS):
         whitened = right.root(left.root(work - base).mT).mT
-        u, s, v = torch.linalg.svd(whitened, full_matrices=False)
-        u, s, v = u[..., :rank], s[:, :rank], v[:, :rank]
-        b = left.unroot(u * s[:, None])
-        a = right.unroot(v.mT).mT
+        u = torch.linalg.eigh(whitened @ whitened.mT)[1][..., -rank:]
+        b = left.unroot(u)
+        a = right.unroot((u.mT @ whitened).mT).mT
         if turn < WEIGHTED_TURNS - 1:
             base = _solve(weighted, work - b @ a, base)
     # Even factors train best: the same product from its own SVD.
@@ -144,10 +146,7 @@ def _solve(weighted: Callable[[Tensor], Tensor], targets: Tensor, start: Tensor)
 def energy_by_rank(stages: Tensor) -> Tensor:
     """The energy of the residuals from the mean that rank 1, 2, … keeps, over all ``stages`` (N, m, n)."""
     work = stages.to(torch.complex128 if stages.is_complex() else torch.float64)
-    residual = work - work.mean(0)
-    if work.shape[1] > work.shape[2]:
-        residual = residual.mT
-    return torch.linalg.eigvalsh(residual @ residual.mH).clamp_min(0).flip(-1).sum(0).cumsum(0)
+    return _cumulated(work - work.mean(0))
 
 
 def weighted_energy_by_rank(stages: Tensor, rows: Tensor, columns: Tensor, damping: float) -> Tensor:
@@ -156,13 +155,19 @@ def weighted_energy_by_rank(stages: Tensor, rows: Tensor, columns: Tensor, dampi
     left, right = _Weight(rows, work.shape[1], damping), _Weight(columns, work.shape[2], damping)
     base = _solve(lambda x: right.times(left.times(x).mT).mT, work, work.mean(0))
     whitened = right.root(left.root(work - base).mT).mT
-    return torch.linalg.svdvals(whitened).square().sum(0).cumsum(0)
+    return _cumulated(whitened)
 
 
 def rank_for_energy(stages: Tensor, fraction: float) -> int:
     """The smallest rank that keeps ``fraction`` of the energy of the residuals from the mean."""
     energy = energy_by_rank(stages)
     return int((energy < fraction * energy[-1]).sum()) + 1
+
+
+def _cumulated(matrices: Tensor) -> Tensor:
+    """The energy of the largest 1, 2, … singular values of each matrix, over all (N, m, n)."""
+    matrices = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    return torch.linalg.eigvalsh(matrices @ matrices.mH).clamp_min(0).flip(-1).sum(0).cumsum(0)
 
 
 def _energy(matrices: Tensor) -> Tensor:

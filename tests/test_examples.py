@@ -20,6 +20,7 @@ from lorun_adapt.evaluate import evaluate
 from lorun_adapt.task import load_task
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+ROWS = ("linear estimate", "original", "rank 8, as converted", "rank 8, recovered")
 PUBLISHED = os.environ.get("ISTA_NET_PLUS")
 JUDGED = os.environ.get("BSD68")
 needs_data = pytest.mark.skipif(not PUBLISHED or not JUDGED, reason="ISTA_NET_PLUS and BSD68 do not name the data")
@@ -27,7 +28,12 @@ needs_data = pytest.mark.skipif(not PUBLISHED or not JUDGED, reason="ISTA_NET_PL
 
 def test_demo(tmp_path, capsys, monkeypatch) -> None:
     code, out, _ = call(capsys, monkeypatch, "demo", "--out", tmp_path / "new")
-    assert code == 0 and "UnfoldedISTA: 9 stages" in out and "converted, rank 8" in out
+    assert code == 0 and "UnfoldedISTA: 9 stages" in out
+    scores = {
+        name: float(line.split()[-2]) for line in out.splitlines() for name in ROWS if line.strip().startswith(name)
+    }
+    assert len(scores) == 4 and scores["rank 8, as converted"] < scores["original"] - 2
+    assert scores["linear estimate"] < scores["original"] - 0.2 <= scores["rank 8, recovered"]
     picture = np.asarray(Image.open(tmp_path / "new/demo.png"))
     assert picture.shape[0] > 700 and picture.shape[1] > 1400 and picture.std() > 30
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["demo.png"]

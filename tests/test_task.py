@@ -171,7 +171,7 @@ def test_recovery_on_the_command_line(task_file, weights, images, tmp_path, caps
     code, _, err = call(capsys, monkeypatch, "report", tmp_path / "b", *page)
     assert code == 0, err
     text = (tmp_path / "page.html").read_text()
-    assert text.count("data:image/png;base64") == 18 and "<svg" in text and "http" not in text
+    assert text.count("data:image/webp;base64") == 18 and "<svg" in text and "http" not in text
     assert "a.JPG" in text and "denoiser.body.weight</th>" in text
 
 
