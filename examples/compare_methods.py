@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 import lorun_adapt
 from lorun_adapt import factorise
-from lorun_adapt.assemble import copy_network
+from lorun_adapt.assemble import copy_network, distinct_tensors
 from lorun_adapt.budget import Budget
 from lorun_adapt.calibration import Batches, Crops
 from lorun_adapt.conversion import collapse
@@ -36,6 +36,7 @@ from lorun_adapt.folder import tensor_bytes
 from lorun_adapt.observe import Observer
 from lorun_adapt.recovery import FACTORS, PRIVATE, trainable
 from lorun_adapt.seeds import seeded
+from lorun_adapt.speed import channels_last
 from lorun_adapt.stages import StageMap, TensorSpec
 from lorun_adapt.task import Task, load_task
 from lorun_adapt.training import Trained, Trainer, interruptible
@@ -56,8 +57,10 @@ class Built(nn.Module):
     def __init__(self, network: nn.Module, stage_map: StageMap, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.network, self.stage_map = network.requires_grad_(False), stage_map
-        self.rest = outside(network, stage_map)
-        self.held = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(t.clone()) for name, t in tensors.items()})
+        rest = outside(network, stage_map)
+        self.buffers_outside = {name: tensor for name, tensor in rest.items() if not isinstance(tensor, nn.Parameter)}
+        held = {**tensors, **{name: tensor for name, tensor in rest.items() if isinstance(tensor, nn.Parameter)}}
+        self.held = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(t.clone()) for name, t in held.items()})
 
     def built(self) -> dict[str, Tensor]:
         """The network's tensors by name, from those that are held."""
@@ -67,7 +70,7 @@ class Built(nn.Module):
         return functional_call(self.network, self.built(), args)
 
     def bytes(self) -> int:
-        return file_bytes({**self.rest, **self.held})
+        return file_bytes({**self.buffers_outside, **self.held})
 
 
 class Tied(Built):
@@ -80,7 +83,9 @@ class Tied(Built):
 
     def built(self) -> dict[str, Tensor]:
         held = super().built()
-        return {name: held[names[0]] for names in self.places for name in names}
+        for names in self.places:
+            held.update(dict.fromkeys(names, held[names[0]]))
+        return held
 
 
 class Alone(Built):
@@ -88,6 +93,7 @@ class Alone(Built):
 
     def __init__(self, network: nn.Module, stage_map: StageMap, limit: int) -> None:
         found = list(places(stage_map))
+        limit = 1.01 * limit - file_bytes(outside(network, stage_map))
         best: dict[str, Tensor] = {}
         for rank in range(1, 1000):
             tensors: dict[str, Tensor] = {}
@@ -112,35 +118,51 @@ class Alone(Built):
         for name, tensor in held.items():
             if name.endswith(":a"):
                 own = name[:-2]
-                result[own] = (held[f"{own}:b"] @ tensor).view_as(self.network.get_parameter(own))
+                like = self.network.get_parameter(own)
+                order = torch.contiguous_format if like.is_contiguous() else torch.channels_last
+                result[own] = (held[f"{own}:b"] @ tensor).view(like.shape).contiguous(memory_format=order)
             elif not name.endswith(":b"):
                 result[name] = tensor
         return result
 
 
 class Pruned(Built):
-    """Global magnitude pruning, gradually (Zhu and Gupta, arXiv:1710.01878, equation 1), with fine-tuning."""
+    """Global magnitude pruning, gradually (Zhu and Gupta, arXiv:1710.01878, equation 1), with fine-tuning.
+
+    What has less than two dimensions (thresholds, step sizes, biases) is kept whole.
+    """
 
     def __init__(self, network: nn.Module, stage_map: StageMap, limit: int, seconds: float) -> None:
-        super().__init__(
-            network, stage_map, {n: network.get_parameter(n).detach() for _, ns in places(stage_map) for n in ns}
-        )
-        self.total = sum(tensor.numel() for tensor in self.held.values())
-        self.keep = (limit - self.total / 8 - 1000) / 4 / self.total  # a bit each, and the header
-        self.masks = {name: torch.ones_like(tensor) for name, tensor in self.held.items()}
-        self.started, self.seconds = time.monotonic(), seconds
+        tensors = {n: network.get_parameter(n).detach() for _, names in places(stage_map) for n in names}
+        super().__init__(network, stage_map, tensors)
+        matrices = [name.replace(".", "/") for name, tensor in tensors.items() if tensor.ndim > 1]
+        self.masks = {name: torch.ones_like(self.held[name]) for name in matrices}
+        self.total = sum(self.held[name].numel() for name in matrices)
+        whole = self._file(torch.zeros(0))
+        self.keep = min(1.0, (limit - file_bytes(whole)) / 4 / self.total)
+        if self.keep <= 0:
+            raise SystemExit(f"expected room for the mask, found {limit:,} bytes: raise the budget")
+        self.started, self.seconds, self.final = time.monotonic(), seconds, False
 
     def built(self) -> dict[str, Tensor]:
         if not torch.is_grad_enabled():
             masks = self.at(self.keep)  # it is judged as small as it will be
+        elif self.final:
+            masks = self.masks
         else:
             done = min(1.0, (time.monotonic() - self.started) / (PRUNED_BY * self.seconds))
             masks = self.masks = self.at(self.keep + (1 - self.keep) * (1 - done) ** 3)
-        return {name.replace("/", "."): tensor * masks[name] for name, tensor in self.held.items()}
+            self.final = done == 1
+        return {
+            name.replace("/", "."): tensor * masks[name] if name in masks else tensor
+            for name, tensor in self.held.items()
+        }
 
     def at(self, kept: float) -> dict[str, Tensor]:
         """Masks of the part ``kept`` of all weights, the largest of those not pruned yet."""
-        sizes = {name: (tensor.detach() * self.masks[name]).abs() for name, tensor in self.held.items()}
+        if self.final:
+            return self.masks
+        sizes = {name: (self.held[name].detach() * mask).abs() for name, mask in self.masks.items()}
         dropped = self.total - int(kept * self.total)
         if dropped <= 0:
             return self.masks
@@ -149,10 +171,12 @@ class Pruned(Built):
 
     def bytes(self) -> int:
         masks = self.at(self.keep)
-        values = torch.cat([tensor.detach()[masks[name] > 0] for name, tensor in self.held.items()])
-        return file_bytes(
-            {**self.rest, "values": values, "mask": torch.zeros(math.ceil(self.total / 8), dtype=torch.uint8)}
-        )
+        return file_bytes(self._file(torch.cat([self.held[name].detach()[mask > 0] for name, mask in masks.items()])))
+
+    def _file(self, values: Tensor) -> dict[str, Tensor]:
+        whole = {name: tensor for name, tensor in self.held.items() if name not in self.masks}
+        mask = torch.zeros(math.ceil(self.total / 8), dtype=torch.uint8)
+        return {**self.buffers_outside, **whole, "values": values, "mask": mask}
 
 
 class Peft(nn.Module):
@@ -160,7 +184,9 @@ class Peft(nn.Module):
 
     def __init__(self, network: nn.Module, stage_map: StageMap, rank: int) -> None:
         super().__init__()
-        self.stage_map, self.rest = stage_map, outside(network, stage_map)
+        self.stage_map = stage_map
+        rest = outside(network, stage_map)
+        self.buffers_outside = {name: tensor for name, tensor in rest.items() if not isinstance(tensor, nn.Parameter)}
         targets, self.shared = [], {}
         for spec, names in places(stage_map):
             if spec.smaller(rank):
@@ -179,7 +205,7 @@ class Peft(nn.Module):
 
     def bytes(self) -> int:
         own = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-        return file_bytes({**self.rest, **own, **self.shared})
+        return file_bytes({**self.buffers_outside, **own, **self.shared})
 
 
 def places(stage_map: StageMap) -> Iterator[tuple[TensorSpec, list[str]]]:
@@ -192,8 +218,8 @@ def places(stage_map: StageMap) -> Iterator[tuple[TensorSpec, list[str]]]:
 
 def outside(network: nn.Module, stage_map: StageMap) -> dict[str, Tensor]:
     """What a file of the network holds besides the denoisers' tensors."""
-    inside = {name for _, names in places(stage_map) for name in names}
-    return {name: tensor for name, tensor in network.state_dict().items() if name not in inside}
+    inside = {id(network.get_parameter(name)) for _, names in places(stage_map) for name in names}
+    return {name: tensor for name, tensor in distinct_tensors(network).items() if id(tensor) not in inside}
 
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -211,16 +237,21 @@ def saved_bytes(lorun: lorun_adapt.LoRunModel) -> int:
 
 def train(student: nn.Module, teacher: nn.Module, rates: list[Trained], crops: Crops, minutes: float) -> None:
     """As recovery does it, without its start."""
+    student.eval()
+    teacher.eval()
     with seeded(0), interruptible() as stop:
         batches = Batches(crops)
         distillation = Distillation(student, teacher, Observer(teacher, student.stage_map, batches.first))
-        Trainer(distillation, rates, batches, Budget(minutes), seed=0, checkpoint=None, kind="").train(stop)
+        with channels_last(distillation, batches.first, 0):
+            trainer = Trainer(distillation, rates, batches, Budget(minutes), seed=0, checkpoint=None, kind="")
+            if not trainer.train(stop):
+                raise KeyboardInterrupt
 
 
 def rates_of(student: Built) -> list[Trained]:
     rates = {":a": FACTORS, ":b": FACTORS}
     return [
-        Trained(p, rates.get(name[-2:], DENSE if p.ndim > 1 and p.shape[0] * p[0].numel() > 1000 else PRIVATE))
+        Trained(p, rates.get(name[-2:], DENSE if p.ndim > 1 and p.numel() > 1000 else PRIVATE))
         for name, p in student.held.items()
     ]
 
@@ -236,7 +267,8 @@ class Comparison:
         started = time.monotonic()
         lorun = collapse(self.net, budget=budget, calibration=Batches(self.crops))
         spent = (time.monotonic() - started) / 60
-        lorun.recover(self.net, self.crops, minutes=max(self.minutes - spent, 0.01))
+        if not lorun.recover(self.net, self.crops, minutes=max(self.minutes - spent, 0.01)):
+            raise KeyboardInterrupt
         return "one base and adapters, ranks by sensitivity, recovered", lorun, saved_bytes(lorun)
 
     def pruned(self, limit: int) -> Made:
@@ -316,7 +348,7 @@ def main() -> None:
     else:
         print("The network's kernels stand in no layers that PEFT knows.")
     original = evaluate(task, judged, net, None).mean()["psnr"]
-    print(f"Original: {original:.2f} dB, {file_bytes(net.state_dict()):,} bytes.\n")
+    print(f"Original: {original:.2f} dB, {file_bytes(distinct_tensors(net)):,} bytes.\n")
     print("| way | bytes | PSNR (dB) | below the original |\n| --- | ---: | ---: | ---: |", flush=True)
     for budget in args.budgets:
         limit = 0

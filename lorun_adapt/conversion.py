@@ -62,8 +62,8 @@ def convert(
         rank: instead of ``config``: the rank of all adapters (default 8), or, in 0..1, the part
             of the residuals' energy to keep, from which each tensor's rank is chosen.
         budget: instead of these: how many parameters the whole network may have, or, in 0..1, which
-            part of what it has. The ranks are chosen so as to keep most of what the output is sensitive
-            to, measured on ``calibration``; without it, most energy of the residuals.
+            part of what it has. The ranks are chosen so as to keep most energy of the residuals, and, with
+            ``calibration``, of what these do to the output.
         stages, example_inputs, calls: as for :func:`find_stages`.
         calibration, minutes, steps, loss, checkpoint, seed: distil ``dun`` into the conversion, as
             :meth:`LoRunModel.recover` does.
@@ -124,9 +124,10 @@ def collapse(
         else:
             known = None
             if calibration is not None:
-                from .recovery import weigh  # training needs libraries that conversion does not
+                from .processes import agreed  # training needs libraries that conversion does not
+                from .recovery import weigh
 
-                known = weigh(dun, stage_map, calibration, seed)
+                known = agreed(weigh(dun, stage_map, calibration, seed))
             config = config_for_budget(dun, stage_map, budget, known)
     plans = plan(dun, stage_map, config)
 

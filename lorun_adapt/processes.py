@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import broadcast_object_list
+
+T = TypeVar("T")
 
 
 def launched() -> bool:
@@ -22,6 +26,13 @@ def make_accelerator() -> Accelerator:
     # Some parameters, such as the base's own copy of private tensors, stand in no forward.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(device_placement=False, cpu=_on_cpus(), kwargs_handlers=[unused])
+
+
+def agreed(value: T) -> T:
+    """The main process's value, in all processes."""
+    if not launched() or process_state().num_processes == 1:
+        return value
+    return broadcast_object_list([value])[0]
 
 
 def _on_cpus() -> bool:

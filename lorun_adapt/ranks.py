@@ -46,8 +46,8 @@ def config_for_budget(
     """The ranks with which the whole network keeps most at ``budget`` parameters, or that share (0..1) of them.
 
     From rank 1 in every tensor that a pair can be smaller than, the next rank goes where it keeps the
-    most of the stages' residuals for its parameters; where it is known how sensitive the output is to
-    each tensor, that counts as well.
+    most of the stages' residuals for its parameters: energy of the weights or, where it is known how sensitive
+    the output is to them, the geometric mean of that and of the energy of the output.
 
     Raises:
         LoRunError: no such number, or fewer parameters than rank 1 takes.
@@ -58,8 +58,6 @@ def config_for_budget(
             f"expected a budget in parameters, or a share of them between 0 and 1, found {budget!r}: choose one"
         )
     limit = int(budget) if budget >= 1 else int(budget * before)
-    if any(spec.dtype.is_complex for _, spec in _adaptable(stage_map)):
-        sensitivity = None  # it is not known of these, and energies of two kinds can't be compared
     places: dict[str, list[tuple[Group, TensorSpec]]] = {}
     for group, spec in _adaptable(stage_map):
         places.setdefault(spec.name, []).append((group, spec))
@@ -71,6 +69,11 @@ def config_for_budget(
             f"{limit:,}: raise it"
         )
     costs = {name: sum(len(group.sites) * sum(spec.matrix) for group, spec in found) for name, found in places.items()}
+    if not all(
+        (group.name, spec.name) in (sensitivity or {}) or _alike(dun, group, spec)
+        for group, spec in _adaptable(stage_map)
+    ):
+        sensitivity = None  # what is known of some tensors alone can't be compared
     gains = {name: [_gains(dun, group, spec, sensitivity) for group, spec in found] for name, found in places.items()}
 
     def worth(name: str) -> float:
@@ -92,8 +95,7 @@ def _gains(
 ) -> torch.Tensor:
     """What rank 1, 2, … of a tensor adds to what is kept of its residuals.
 
-    That is energy of the weights or, where a sensitivity is known, the geometric mean of that and of the
-    energy of the output: this holds for small changes, and training moves what matters to where there is room.
+    The energy of the output alone holds for small changes only, and leaves the other tensors too little to train.
     """
     matrices = _matrices(dun, group, spec).cpu()
     gains = _steps(energy_by_rank(matrices))
@@ -101,6 +103,12 @@ def _gains(
     if known is not None:
         gains = (gains * _steps(weighted_energy_by_rank(matrices, known.rows, known.columns, DAMPING))).sqrt()
     return gains
+
+
+def _alike(dun: nn.Module, group: Group, spec: TensorSpec) -> bool:
+    """Whether a tensor is the same in all stages, so that no rank has anything to keep."""
+    matrices = _matrices(dun, group, spec)
+    return bool((matrices == matrices[0]).all())
 
 
 def _steps(cumulated: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ def recover(
         with _evaluating(teacher), _evaluating(lorun), trainable(lorun) as trained:
             observer = Observer(teacher, lorun.stage_map, calibration.first)
             distillation = Distillation(lorun, teacher, observer, loss)
-            with channels_last(distillation, calibration.first, seed), seeded(seed), interruptible() as stop:
+            with interruptible() as stop, channels_last(distillation, calibration.first, seed), seeded(seed):
                 if checkpoint is None or not checkpoint.exists():
                     start_near(distillation, lorun, teacher, calibration, seed, stop)
                 else:
@@ -124,7 +124,7 @@ def weigh(
     teacher: nn.Module, stage_map: StageMap, calibration: Batches, seed: int
 ) -> dict[tuple[str, str], Sensitivity]:
     """What the output of ``teacher`` is sensitive to, on the next batches of ``calibration``."""
-    with _evaluating(teacher):
+    with _evaluating(teacher), seeded(seed):
         return _weighed(teacher, stage_map, Observer(teacher, stage_map, calibration.first), _probes(calibration), seed)
 
 

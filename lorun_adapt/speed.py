@@ -1,15 +1,15 @@
 """How a CPU runs the networks fastest while they train: convolutions channels last, and in bfloat16.
 
 Which networks run so is tried, not known: some views of activations need another order of dimensions,
-and Fourier transforms and solvers know no bfloat16. What is chosen depends on nothing but the networks
-and the CPU, so that runs repeat.
+and some operations, such as making complex numbers, know no bfloat16. What is chosen depends on nothing but the
+networks and the CPU, so that runs repeat.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .calibration import Batch
 from .distill import Distillation, relative_error
 from .processes import launched
 
-NOISE = 0.1  # of the student's error: what rounding may add to it
+NOISE = 0.3  # of the student's error: what rounding may add to it
 
 
 @contextmanager
@@ -28,15 +28,19 @@ def channels_last(distillation: Distillation, batch: Batch, seed: int) -> Iterat
     Afterwards the parameters have the storage that they had, with the values that they have.
     """
     networks = (distillation.teacher, distillation.student)
-    found = {id(p): p for network in networks for p in network.parameters() if p.ndim == 4 and p.device.type == "cpu"}
+    found = {id(p): p for network in networks for p in network.parameters() if p.ndim == 4 and p.is_contiguous()}
     uses = Counter(p.data_ptr() for p in found.values())
-    moved = {p: p.data for p in found.values() if p.is_contiguous() and uses[p.data_ptr()] == 1}
+    moved = {
+        p: p.data
+        for p in found.values()
+        if p.device.type == "cpu" and p.dtype == torch.float32 and uses[p.data_ptr()] == 1
+    }
 
     def put_back() -> None:
-        while moved:
-            parameter, before = moved.popitem()
-            before.copy_(parameter.data)
-            parameter.data = before
+        for parameter, before in moved.items():
+            if parameter.data_ptr() != before.data_ptr():
+                before.copy_(parameter.data)
+                parameter.data = before
 
     try:
         for parameter, before in moved.items():
@@ -48,32 +52,37 @@ def channels_last(distillation: Distillation, batch: Batch, seed: int) -> Iterat
         put_back()
 
 
-def bfloat16(enabled: bool) -> torch.autocast:
+def bfloat16(enabled: bool) -> AbstractContextManager[None]:
     """What a forward and its loss stand in to run in bfloat16."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled)
+    return torch.autocast("cpu", dtype=torch.bfloat16) if enabled else nullcontext()
 
 
-def gains_from_bfloat16(distillation: Distillation, batch: Batch, seed: int) -> bool:
-    """Whether to run ``distillation`` in bfloat16, tried on one batch.
+def runs_in_bfloat16(distillation: Distillation, batch: Batch, seed: int) -> bool:
+    """Whether this CPU multiplies faster in bfloat16, and the networks run in it.
 
-    Not on other devices, nor where ``accelerate launch`` has said what is wanted, nor where the networks
-    are so near to each other that rounding would hide what is left between them.
+    Not where ``accelerate launch`` has said what is wanted.
     """
-    networks = teacher, student = distillation.teacher, distillation.student
-    plain = all(p.device.type == "cpu" and p.dtype != torch.float64 for net in networks for p in net.parameters())
-    if launched() or not plain or not _multiplies_in_bfloat16():
+    networks = (distillation.teacher, distillation.student)
+    held = [p for network in networks for p in network.parameters()]
+    if launched() or not _multiplies_in_bfloat16() or any(p.device.type != "cpu" for p in held):
         return False
+    if any(p.dtype in (torch.float64, torch.complex128) for p in held):
+        return False
+    with bfloat16(True):
+        return _runs(distillation, batch, seed)
+
+
+def rounding_shows(distillation: Distillation, batch: Batch, seed: int) -> bool:
+    """Whether the networks are so near to each other that bfloat16 would hide what is left between them."""
 
     def final(network: nn.Module) -> list[Tensor]:
         with torch.no_grad():
-            return [tensor.float() for tensor in distillation.observer.run(network, batch, seed).final]
+            return distillation.observer.run(network, batch, seed).final
 
+    target, own = final(distillation.teacher), final(distillation.student)
     with bfloat16(True):
-        if not _runs(distillation, batch, seed):
-            return False
-        rounded = final(teacher)
-    target, own = final(teacher), final(student)
-    return all(bool(relative_error(a, c) <= NOISE * relative_error(b, c)) for a, b, c in zip(rounded, own, target))
+        rounded = final(distillation.teacher)
+    return any(bool(relative_error(a, c) > NOISE * relative_error(b, c)) for a, b, c in zip(rounded, own, target))
 
 
 def _runs(distillation: Distillation, batch: Batch, seed: int) -> bool:

@@ -28,7 +28,7 @@ from .errors import LoRunError
 from .nested import to_device
 from .processes import make_accelerator
 from .resume import read_state, write_state
-from .speed import bfloat16, gains_from_bfloat16
+from .speed import bfloat16, rounding_shows, runs_in_bfloat16
 
 CHECKS = 25  # in a run: how often it is looked whether the network got better
 HELD_OUT = 2  # batches that are looked at for that
@@ -144,7 +144,7 @@ class Trainer:
         started = time.monotonic() - run.seconds
         with self._bar() as bar:
             if not run.step:
-                run.bfloat16 = gains_from_bfloat16(self.distillation, held_out[0], self.seed)
+                run.bfloat16 = runs_in_bfloat16(self.distillation, held_out[0], self.seed)
                 self._check(held_out, bar)
                 if not math.isfinite(run.best):
                     raise LoRunError(
@@ -232,6 +232,8 @@ class Trainer:
                 self._roll_back(f"the loss on held-out batches is {value} at step {self.run.step}")
             return
         self.run.rollbacks = 0
+        if self.run.bfloat16:
+            self.run.bfloat16 = not rounding_shows(self.distillation, held_out[0], self.seed)
         self._show(bar, psnr=f"{psnr:.2f}")
         if value <= self.run.best:
             self.run.best, self.best = value, self._values()
