@@ -121,14 +121,13 @@ def collapse(
     if config is None:
         if budget is None:
             config = config_for_rank(dun, stage_map, DEFAULT_RANK if rank is None else rank)
+        elif calibration is None:
+            config = config_for_budget(dun, stage_map, budget)
         else:
-            known = None
-            if calibration is not None:
-                from .processes import agreed  # training needs libraries that conversion does not
-                from .recovery import weigh
+            from .processes import agreed  # training needs libraries that conversion does not
+            from .recovery import weigh
 
-                known = agreed(weigh(dun, stage_map, calibration, seed))
-            config = config_for_budget(dun, stage_map, budget, known)
+            config = agreed(config_for_budget(dun, stage_map, budget, weigh(dun, stage_map, calibration, seed)))
     plans = plan(dun, stage_map, config)
 
     base = copy_network(dun)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,9 +52,8 @@ class Distillation(nn.Module):
         with torch.no_grad():
             target = self.observer.run(teacher, batch, seed)
         own = self.observer.run(self.student, batch, seed)
-        errors = torch.stack([relative_error(a, b) for a, b in zip(own.final, target.final)])
         if loss is None:
-            final = errors.mean()
+            final = torch.stack([relative_error(a, b) for a, b in zip(own.final, target.final)]).mean()
         else:
             with seeded(seed):
                 final = loss(own.whole, to_device(batch, device_of(self.student)))
@@ -62,12 +61,17 @@ class Distillation(nn.Module):
         if own.stages:
             between = torch.stack([relative_error(a, b) for a, b in zip(own.stages, target.stages)])
             total = total + (between.sum() if loss is None else between.mean())
-        with torch.no_grad():
-            crest = torch.stack(
-                [t.abs().square().max() / t.abs().square().mean().clamp_min(TINY) for t in target.final]
-            )
-            psnr = 10 * torch.log10(crest / errors.clamp_min(TINY)).mean()
-        return total, final.detach(), psnr
+        return total, final.detach(), psnr_to(own.final, target.final)
+
+
+@torch.no_grad()
+def psnr_to(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """The mean PSNR of ``outputs`` to ``targets`` in dB; their peak is the largest absolute value in each target."""
+    values = []
+    for output, target in zip(outputs, targets):
+        crest = target.abs().square().max() / target.abs().square().mean().clamp_min(TINY)
+        values.append(10 * torch.log10(crest / relative_error(output, target).clamp_min(TINY)))
+    return torch.stack(values).mean()
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:

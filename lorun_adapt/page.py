@@ -46,6 +46,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.9rem 0.25rem 0; text-align: right; border-bottom: 1px solid var(--rule); font-weight: 400; }
 th:first-child, td:first-child { text-align: left; } thead th { color: var(--soft); }
 .wide { overflow-x: auto; }
+.map th { text-align: center; overflow-wrap: anywhere; }
 .map td { min-width: 3.4rem; padding: 0.25rem 0.4rem; text-align: center; border: 1px solid var(--paper); }
 .pictures { display: grid; grid-template-columns: repeat(3, 1fr); gap: 0.6rem; margin: 0.6rem 0 1.4rem; }
 figure { margin: 0; } figure img { width: 100%; display: block; background: #000; }
@@ -174,14 +175,15 @@ def _page(
     means = {key: [fmean(column) for column in zip(*values)] for key, values in curves.items()}
     yield "<h2>PSNR after each stage</h2>"
     if all(means.values()):
-        yield '<p><span class="key1">original</span>, <span class="key2">converted</span>; mean over the images</p>'
+        yield '<p><span class="key1">original</span>, <span class="key2">converted</span>; '
+        yield "mean over the images, in dB, by stage</p>"
         yield _chart(means["original"], means["this conversion"])
     else:
         yield "<p>What the stages of this network hand on are no images.</p>"
     yield "<h2>Where the parameters went</h2>" + _sizes(report)
     yield "<h2>Rank and error of each tensor</h2>"
     yield "<p>In each cell the rank, and what the stage's weights lost of themselves when they were factorised: the"
-    yield "darker, the more. Tensors that are not shown stay each stage's own.</p>" + _heat_map(lorun)
+    yield "stronger the colour, the more. Tensors that are not shown stay each stage's own.</p>" + _heat_map(lorun)
     yield f"<h2>Images</h2><p>Errors are shown {ERROR_GAIN} times brighter than they are.</p>"
     yield from pictures
     yield "</html>"
@@ -213,7 +215,7 @@ def _heat_map(lorun: LoRunModel) -> str:
         ranks = lorun.stage_map.adapted(group)
         errors = lorun.errors.get(group.name, {})
         names = [name for name in ranks if name in errors]
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+        head = "".join(f"<th>{html.escape(name).replace('.', '.<wbr>')}</th>" for name in names)
         rows = []
         for place, site in enumerate(group.sites):
             cells = []

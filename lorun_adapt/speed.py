@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import Tensor, nn
 
 from .calibration import Batch
-from .distill import Distillation, relative_error
+from .distill import Distillation, psnr_to
 from .processes import launched
 
-NOISE = 0.3  # of the student's error: what rounding may add to it
+MARGIN = 5.0  # dB: how far the student's PSNR to the teacher must be below what rounding leaves of the teacher
 
 
 @contextmanager
@@ -72,17 +71,14 @@ def runs_in_bfloat16(distillation: Distillation, batch: Batch, seed: int) -> boo
         return _runs(distillation, batch, seed)
 
 
-def rounding_shows(distillation: Distillation, batch: Batch, seed: int) -> bool:
-    """Whether the networks are so near to each other that bfloat16 would hide what is left between them."""
-
-    def final(network: nn.Module) -> list[Tensor]:
-        with torch.no_grad():
-            return distillation.observer.run(network, batch, seed).final
-
-    target, own = final(distillation.teacher), final(distillation.student)
-    with bfloat16(True):
-        rounded = final(distillation.teacher)
-    return any(bool(relative_error(a, c) > NOISE * relative_error(b, c)) for a, b, c in zip(rounded, own, target))
+def rounding_psnr(distillation: Distillation, batch: Batch, seed: int) -> float:
+    """The PSNR in dB of the teacher's output in bfloat16 to what it is in its own precision."""
+    observer, teacher = distillation.observer, distillation.teacher
+    with torch.no_grad():
+        target = observer.run(teacher, batch, seed).final
+        with bfloat16(True):
+            rounded = observer.run(teacher, batch, seed).final
+    return float(psnr_to(rounded, target))
 
 
 def _runs(distillation: Distillation, batch: Batch, seed: int) -> bool:

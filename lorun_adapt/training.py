@@ -28,7 +28,7 @@ from .errors import LoRunError
 from .nested import to_device
 from .processes import make_accelerator
 from .resume import read_state, write_state
-from .speed import bfloat16, rounding_shows, runs_in_bfloat16
+from .speed import MARGIN, bfloat16, rounding_psnr, runs_in_bfloat16
 
 CHECKS = 25  # in a run: how often it is looked whether the network got better
 HELD_OUT = 2  # batches that are looked at for that
@@ -105,6 +105,7 @@ class Trainer:
         self.optimizer, self.prepared = self._fresh_optimizer()
         self.run = Run(seconds=self._agreed(spent)[0])
         self.best = self._values()
+        self._rounding = math.inf
         self._shown: dict[str, str] = {}
 
     def train(self, stop: threading.Event) -> bool:
@@ -145,6 +146,9 @@ class Trainer:
         with self._bar() as bar:
             if not run.step:
                 run.bfloat16 = runs_in_bfloat16(self.distillation, held_out[0], self.seed)
+            if run.bfloat16:
+                self._rounding = rounding_psnr(self.distillation, held_out[0], self.seed)
+            if not run.step:
                 self._check(held_out, bar)
                 if not math.isfinite(run.best):
                     raise LoRunError(
@@ -232,8 +236,7 @@ class Trainer:
                 self._roll_back(f"the loss on held-out batches is {value} at step {self.run.step}")
             return
         self.run.rollbacks = 0
-        if self.run.bfloat16:
-            self.run.bfloat16 = not rounding_shows(self.distillation, held_out[0], self.seed)
+        self.run.bfloat16 = self.run.bfloat16 and psnr < self._rounding - MARGIN
         self._show(bar, psnr=f"{psnr:.2f}")
         if value <= self.run.best:
             self.run.best, self.best = value, self._values()

@@ -9,7 +9,7 @@ from test_recover import Stopping, distance, measurements, same, teacher, values
 from torch import Tensor, nn
 
 import lorun_adapt
-from lorun_adapt import speed
+from lorun_adapt import speed, training
 from lorun_adapt.training import Trainer
 
 
@@ -68,7 +68,7 @@ def test_networks_that_run_in_bfloat16_train_in_it(denoiser, runs, matrix_units,
 
 
 def test_it_ends_where_rounding_would_hide_what_is_left(matrix_units, steps, monkeypatch) -> None:
-    monkeypatch.setattr(speed, "NOISE", 2e-3)  # small networks of smooth functions round well
+    monkeypatch.setattr(training, "MARGIN", 27)  # small networks of smooth functions round well
     net = network()
     lorun = lorun_adapt.convert(net, rank=2)
     lorun.recover(net, measurements(), steps=100)
