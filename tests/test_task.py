@@ -172,7 +172,7 @@ def test_recovery_on_the_command_line(task_file, weights, images, tmp_path, caps
     assert code == 0, err
     text = (tmp_path / "page.html").read_text()
     assert text.count("data:image/webp;base64") == 18 and "<svg" in text and "http" not in text
-    assert "a.JPG" in text and "denoiser.body.weight</th>" in text
+    assert "a.JPG" in text and "denoiser.<wbr>body.<wbr>weight</th>" in text
 
 
 def test_mistakes_in_training_options(task_file, weights, images, tmp_path, capsys, monkeypatch) -> None:
