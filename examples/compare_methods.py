@@ -57,9 +57,8 @@ class Built(nn.Module):
     def __init__(self, network: nn.Module, stage_map: StageMap, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.network, self.stage_map = network.requires_grad_(False), stage_map
-        rest = outside(network, stage_map)
-        self.buffers_outside = {name: tensor for name, tensor in rest.items() if not isinstance(tensor, nn.Parameter)}
-        held = {**tensors, **{name: tensor for name, tensor in rest.items() if isinstance(tensor, nn.Parameter)}}
+        parameters, self.buffers_outside = outside(network, stage_map)
+        held = {**tensors, **parameters}
         self.held = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(t.clone()) for name, t in held.items()})
 
     def built(self) -> dict[str, Tensor]:
@@ -91,26 +90,19 @@ class Tied(Built):
 class Alone(Built):
     """Each stage's tensors as a product of two factors, nothing shared."""
 
-    def __init__(self, network: nn.Module, stage_map: StageMap, limit: int) -> None:
-        found = list(places(stage_map))
-        limit = 1.01 * limit - file_bytes(outside(network, stage_map))
-        best: dict[str, Tensor] = {}
-        for rank in range(1, 1000):
-            tensors: dict[str, Tensor] = {}
-            for spec, names in found:
-                for name in names:
-                    value = network.get_parameter(name)
-                    if spec.smaller(rank):
-                        u, s, v = torch.linalg.svd(value.detach().reshape(spec.matrix).double(), full_matrices=False)
-                        root = s[:rank].sqrt()
-                        tensors[f"{name}:b"] = (u[:, :rank] * root).float()
-                        tensors[f"{name}:a"] = (root[:, None] * v[:rank]).float()
-                    else:
-                        tensors[name] = value.detach()
-            if best and (file_bytes(tensors) > limit or file_bytes(tensors) == file_bytes(best)):
-                break
-            best = tensors
-        super().__init__(network, stage_map, best)
+    def __init__(self, network: nn.Module, stage_map: StageMap, rank: int) -> None:
+        tensors: dict[str, Tensor] = {}
+        for spec, names in places(stage_map):
+            for name in names:
+                value = network.get_parameter(name).detach()
+                if spec.smaller(rank):
+                    u, s, v = torch.linalg.svd(value.reshape(spec.matrix).double(), full_matrices=False)
+                    root = s[:rank].sqrt()
+                    tensors[f"{name}:b"] = (u[:, :rank] * root).float()
+                    tensors[f"{name}:a"] = (root[:, None] * v[:rank]).float()
+                else:
+                    tensors[name] = value
+        super().__init__(network, stage_map, tensors)
 
     def built(self) -> dict[str, Tensor]:
         held = super().built()
@@ -147,8 +139,6 @@ class Pruned(Built):
     def built(self) -> dict[str, Tensor]:
         if not torch.is_grad_enabled():
             masks = self.at(self.keep)  # it is judged as small as it will be
-        elif self.final:
-            masks = self.masks
         else:
             done = min(1.0, (time.monotonic() - self.started) / (PRUNED_BY * self.seconds))
             masks = self.masks = self.at(self.keep + (1 - self.keep) * (1 - done) ** 3)
@@ -185,8 +175,7 @@ class Peft(nn.Module):
     def __init__(self, network: nn.Module, stage_map: StageMap, rank: int) -> None:
         super().__init__()
         self.stage_map = stage_map
-        rest = outside(network, stage_map)
-        self.buffers_outside = {name: tensor for name, tensor in rest.items() if not isinstance(tensor, nn.Parameter)}
+        _, self.buffers_outside = outside(network, stage_map)
         targets, self.shared = [], {}
         for spec, names in places(stage_map):
             if spec.smaller(rank):
@@ -216,10 +205,12 @@ def places(stage_map: StageMap) -> Iterator[tuple[TensorSpec, list[str]]]:
                 yield spec, [f"{site.module}.{spec.name}" for site in group.sites]
 
 
-def outside(network: nn.Module, stage_map: StageMap) -> dict[str, Tensor]:
-    """What a file of the network holds besides the denoisers' tensors."""
+def outside(network: nn.Module, stage_map: StageMap) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a file of the network holds besides the denoisers' tensors: parameters, and buffers."""
     inside = {id(network.get_parameter(name)) for _, names in places(stage_map) for name in names}
-    return {name: tensor for name, tensor in distinct_tensors(network).items() if id(tensor) not in inside}
+    rest = {name: tensor for name, tensor in distinct_tensors(network).items() if id(tensor) not in inside}
+    parameters = {name: tensor for name, tensor in rest.items() if isinstance(tensor, nn.Parameter)}
+    return parameters, {name: tensor for name, tensor in rest.items() if name not in parameters}
 
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -276,9 +267,8 @@ class Comparison:
         return self._built(f"magnitude pruning to {100 * student.keep:.0f} % of the weights, fine-tuned", student)
 
     def alone(self, limit: int) -> Made:
-        return self._built(
-            "each stage factorised alone, fine-tuned", Alone(copy_network(self.net), self.stage_map, limit)
-        )
+        _, student = largest(lambda rank: Alone(copy_network(self.net), self.stage_map, rank), Alone.bytes, limit)
+        return self._built("each stage factorised alone, fine-tuned", student)
 
     def tied(self, limit: int) -> Made:
         return self._built("one denoiser for all stages, fine-tuned", Tied(copy_network(self.net), self.stage_map))

@@ -8,7 +8,6 @@ iteration from where they were. Neither can raise the error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -82,18 +81,14 @@ def factorise_weighted(stages: Tensor, rank: int, rows: Tensor, columns: Tensor,
         return Factors(turned.base.mT, turned.b.mT, turned.a.mT, turned.error)
     work = stages.double()
     left, right = _Weight(rows, work.shape[1], damping), _Weight(columns, work.shape[2], damping)
-
-    def weighted(matrices: Tensor) -> Tensor:
-        return right.times(left.times(matrices).mT).mT
-
-    base = _solve(weighted, work, work.mean(0))
+    base = _nearest(left, right, work, work.mean(0))
     for turn in range(WEIGHTED_TURNS):
-        whitened = right.root(left.root(work - base).mT).mT
+        whitened = _whitened(left, right, work - base)
         u = torch.linalg.eigh(whitened @ whitened.mT)[1][..., -rank:]
         b = left.unroot(u)
         a = right.unroot((u.mT @ whitened).mT).mT
         if turn < WEIGHTED_TURNS - 1:
-            base = _solve(weighted, work - b @ a, base)
+            base = _nearest(left, right, work - b @ a, base)
     # Even factors train best: the same product from its own SVD.
     q, r = torch.linalg.qr(b)
     u, s, v = torch.linalg.svd(r @ a, full_matrices=False)
@@ -123,17 +118,25 @@ class _Weight:
         return x / self.roots if self.scalar else self.basis @ ((self.basis.mT @ x) / self.roots)
 
 
-def _solve(weighted: Callable[[Tensor], Tensor], targets: Tensor, start: Tensor) -> Tensor:
+def _whitened(left: _Weight, right: _Weight, matrices: Tensor) -> Tensor:
+    """The matrices whose plain energy is the weighted energy of ``matrices``."""
+    return right.root(left.root(matrices).mT).mT
+
+
+def _nearest(left: _Weight, right: _Weight, targets: Tensor, start: Tensor) -> Tensor:
     """The matrix that is nearest to all ``targets`` (N, m, n) in their weights, by conjugate gradients."""
+
+    def weighted(x: Tensor) -> Tensor:
+        return right.times(left.times(x).mT).mT
 
     def summed(x: Tensor) -> Tensor:
         return weighted(x.expand(targets.shape)).sum(0)
 
-    right, found = weighted(targets).sum(0), start
-    rest = right - summed(found)
+    wanted, found = weighted(targets).sum(0), start
+    rest = wanted - summed(found)
     direction, size = rest, rest.square().sum()
     for _ in range(CONJUGATE_STEPS):
-        if size <= 1e-16 * right.square().sum():
+        if size <= 1e-16 * wanted.square().sum():
             break
         curved = summed(direction)
         step = size / (direction * curved).sum()
@@ -153,9 +156,7 @@ def weighted_energy_by_rank(stages: Tensor, rows: Tensor, columns: Tensor, dampi
     """The same in the weights of :func:`factorise_weighted`, from the matrix that is nearest to all in these."""
     work = stages.double()
     left, right = _Weight(rows, work.shape[1], damping), _Weight(columns, work.shape[2], damping)
-    base = _solve(lambda x: right.times(left.times(x).mT).mT, work, work.mean(0))
-    whitened = right.root(left.root(work - base).mT).mT
-    return _cumulated(whitened)
+    return _cumulated(_whitened(left, right, work - _nearest(left, right, work, work.mean(0))))
 
 
 def rank_for_energy(stages: Tensor, fraction: float) -> int:

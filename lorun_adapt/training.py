@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from pytorch_optimizer import SOAP
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -26,7 +25,7 @@ from .calibration import Batch, Batches, is_finite
 from .distill import Distillation
 from .errors import LoRunError
 from .nested import to_device
-from .processes import make_accelerator
+from .processes import agreed, make_accelerator
 from .resume import read_state, write_state
 from .speed import MARGIN, bfloat16, rounding_psnr, runs_in_bfloat16
 
@@ -103,7 +102,7 @@ class Trainer:
         self.tensors = [_real(item.parameter) for item in trained]
         self.rates = [item.rate * max(_rms(item.parameter), SMALLEST) for item in trained]
         self.optimizer, self.prepared = self._fresh_optimizer()
-        self.run = Run(seconds=self._agreed(spent)[0])
+        self.run = Run(seconds=agreed(spent))
         self.best = self._values()
         self._rounding = math.inf
         self._shown: dict[str, str] = {}
@@ -162,7 +161,7 @@ class Trainer:
                     return
                 loss = self._step(batch, done)
                 run.step += 1
-                run.seconds = self._agreed(time.monotonic() - started)[0]
+                run.seconds = agreed(time.monotonic() - started)
                 bar.update(_whole(self.budget, run) - bar.n)
                 self._show(bar, step=str(run.step), loss=f"{loss:.3g}")
                 after = self.budget.done(run.seconds, run.step)
@@ -261,7 +260,7 @@ class Trainer:
 
     def _stopped(self, stop: threading.Event) -> bool:
         """Whether to stop, as the main process says, so that none waits for another."""
-        if self._agreed(stop.is_set())[0]:
+        if agreed(stop.is_set()):
             stop.set()
             return True
         return False
@@ -278,10 +277,6 @@ class Trainer:
         return None
 
     # --- several processes -----------------------------------------------------------------------
-
-    def _agreed(self, *values: Any) -> Sequence[Any]:
-        """The main process's values."""
-        return broadcast_object_list(list(values)) if self.accelerator.num_processes > 1 else values
 
     def _agreed_worst(self, value: float) -> float:
         """A value that is not finite, where any process has one, and else the mean."""
