@@ -40,6 +40,15 @@ class StageAdapter(nn.Module):
             else:
                 self.register_buffer(name.replace(".", "/"), tensor)
 
+    def train_only_if(self, trains: bool) -> None:
+        """Let its tensors train, as far as the network's authors train them, or none of them."""
+        # Past nn.Module.named_parameters: this runs for every stage of every set at each swap.
+        own = [parameter for name, parameter in self._parameters.items() if name not in self.lorun_frozen]
+        for parameter in (*own, *(p for term in self._modules.values() for p in term._parameters.values())):
+            wanted = trains and (parameter.is_floating_point() or parameter.is_complex())
+            if parameter.requires_grad is not wanted:
+                parameter.requires_grad_(wanted)
+
 
 def lowrank_terms(adapter: StageAdapter) -> dict[str, LowRank]:
     return {name.replace("/", "."): term for name, term in adapter._modules.items()}

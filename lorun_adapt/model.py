@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .distill import Loss
 
 DEFAULT_SET = "default"
+MOST_READY = 32  # networks kept for choices of sets; each has modules of its own, but no tensors
 
 
 class LoRunModel(nn.Module):
@@ -70,10 +72,13 @@ class LoRunModel(nn.Module):
         self.trainable = set(trainable)
         self._looped = any(site.call is not None for group in stage_map.groups for site in group.sites)
         self._active: dict[int, str] = {}
+        self._inference_mode = False
+        self._ready: dict[tuple[str, ...], nn.Module] = {}  # a set for each stage -> the network of these
+        self._swapping = threading.RLock()
         self._fingerprint = fingerprint
-        for name, (adapters, config) in sets.items():
-            self._add_set(name, adapters, config)
         self.network = base
+        for name, (adapters, config) in sets.items():
+            self._put_set(name, adapters, config)
         self.training = base.training
         register_hooks(self)
         self.set_adapter(next(iter(sets)) if active is None else active)
@@ -110,35 +115,33 @@ class LoRunModel(nn.Module):
         """The set that each stage runs with."""
         return dict(self._active)
 
-    def set_adapter(self, adapter: str | Mapping[int, str]) -> None:
+    def set_adapter(self, adapter: str | Mapping[int, str], inference_mode: bool = False) -> None:
         """Run with another set in all stages, or, with ``{stage: name}``, in some.
+
+        Forwards may run meanwhile in other threads: each runs with the sets it began with, or with the new ones.
+
+        Args:
+            adapter: the name of a set, or such names by stage.
+            inference_mode: freeze the sets that run, too. Else they train, as in PEFT, and a network compiled
+                for sets that train is compiled anew for frozen ones.
 
         Raises:
             LoRunError: an unknown set or stage, or a set without the stage; nothing changes then.
         """
         stages = range(len(self.stage_map))
-        wanted = dict.fromkeys(stages, adapter) if isinstance(adapter, str) else {**self._active, **adapter}
-        for stage, name in wanted.items():
-            if stage not in stages:
-                raise LoRunError(
-                    f"expected a stage in 0..{len(stages) - 1}, found {stage!r}: see print(lorun.stage_map)"
-                )
-            if name not in self.adapters:
-                raise LoRunError(f"expected an adapter among {self.adapter_names}, found {name!r}: load it first")
-            if stage_key(stage) not in self.adapters[name]:
-                held = [int(key.split("_")[1]) for key in self.adapters[name]]
-                raise LoRunError(
-                    f"expected adapter {name!r} to hold stage {stage}, found only {held}: "
-                    "name the stages that it is for, as {stage: name}"
-                )
-        network = self._assembled(wanted)
-        self._active, self.network = wanted, network
-        for name in self.adapters:
-            for (_, site), adapter in self._choice_of(name).items():
-                for tensor, parameter in adapter.named_parameters():
-                    trains = parameter.is_floating_point() or parameter.is_complex()
-                    trains = trains and wanted[site.stage] == name and tensor not in adapter.lorun_frozen
-                    parameter.requires_grad_(trains)
+        with self._swapping:
+            wanted = dict.fromkeys(stages, adapter) if isinstance(adapter, str) else {**self._active, **adapter}
+            for stage, name in wanted.items():
+                if stage not in stages:
+                    raise LoRunError(
+                        f"expected a stage in 0..{len(stages) - 1}, found {stage!r}: see print(lorun.stage_map)"
+                    )
+                if name not in self.adapters:
+                    raise LoRunError(f"expected an adapter among {self.adapter_names}, found {name!r}: load it first")
+                _check_held(name, stage, self.adapters[name])
+            network = self._ready_for(wanted)
+            self._active, self._inference_mode, self.network = wanted, inference_mode, network
+            self._freeze_what_rests()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -149,7 +152,7 @@ class LoRunModel(nn.Module):
         finally:
             self.network = before
             if before is not self.base:  # else within another `with`
-                self.network = self._assembled(self._active)
+                self.network = self._ready_for(self._active)
 
     def load_adapter(self, path: str | os.PathLike[str], adapter_name: str, stage: int | None = None) -> None:
         """Load a set, or one stage's adapter, under a name; it runs once :meth:`set_adapter` says so.
@@ -166,18 +169,9 @@ class LoRunModel(nn.Module):
         """
         check_adapter_name(adapter_name)
         adapters, config = checkpoint.load_set(self, as_path(path), adapter_name, stage)
-        kept = self._choice_of(adapter_name) if stage is not None and adapter_name in self.adapters else {}
-        before = self.adapters[adapter_name] if adapter_name in self.adapters else None
-        config_before = self.peft_config.get(adapter_name)
-        self._add_set(adapter_name, {**kept, **adapters}, config)
-        if adapter_name not in self._active.values():
-            self.adapters[adapter_name].requires_grad_(False)
-            return
-        try:
-            self.set_adapter(self._active)
-        except BaseException:  # it lacks a stage that runs with it
-            self.adapters[adapter_name], self.peft_config[adapter_name] = before, config_before
-            raise
+        with self._swapping:
+            kept = self._choice_of(adapter_name) if stage is not None and adapter_name in self.adapters else {}
+            self._put_set(adapter_name, {**kept, **adapters}, config)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget a set that no stage runs with.
@@ -189,9 +183,13 @@ class LoRunModel(nn.Module):
             raise LoRunError(
                 f"expected an adapter among {self.adapter_names}, found {adapter_name!r}: nothing to delete"
             )
-        if adapter_name in self._active.values():
-            raise LoRunError(f"expected an adapter that is not in use, found {adapter_name!r}: set another one first")
-        del self.adapters[adapter_name], self.peft_config[adapter_name]
+        with self._swapping:
+            if adapter_name in self._active.values():
+                raise LoRunError(
+                    f"expected an adapter that is not in use, found {adapter_name!r}: set another one first"
+                )
+            self._forget(adapter_name)
+            del self.adapters[adapter_name], self.peft_config[adapter_name]
 
     def merge_and_unload(self) -> nn.Module:
         """A network of the original class with dense weights of its own; this one stays as it is.
@@ -315,7 +313,8 @@ class LoRunModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> LoRunModel:
         twin = self.__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        memo[id(self._swapping)] = threading.RLock()  # a lock can't be copied
+        twin.__dict__ = copy.deepcopy({**self.__dict__, "_ready": {}}, memo)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -328,23 +327,53 @@ class LoRunModel(nn.Module):
 
     def _assemble_again(self) -> None:
         """Put the network together anew around tensors that have been replaced."""
+        self._ready.clear()
         if self.network is not self.base:
-            self.network = self._assembled(self._active)
+            self.network = self._ready_for(self._active)
 
-    def _assembled(self, active: Mapping[int, str]) -> nn.Module:
-        network = assemble(self.base, self.stage_map, self._choice(active))
-        modes = {name: module.training for name, module in self.network.named_modules()}
-        for name, module in network.named_modules():
-            module.training = modes.get(name, self.training)
+    def _ready_for(self, active: Mapping[int, str]) -> nn.Module:
+        """The network of a choice of sets, its modules in the modes of those that run now.
+
+        Those of the last choices are kept, so that a swap between them is one assignment.
+        """
+        key = tuple(active[stage] for stage in range(len(self.stage_map)))
+        network = self._ready.pop(key, None) or assemble(self.base, self.stage_map, self._choice(active))
+        self._ready[key] = network
+        if len(self._ready) > MOST_READY:
+            del self._ready[next(iter(self._ready))]
+        if network is not self.network:
+            modes = {name: module.training for name, module in self.network.named_modules()}
+            for name, module in network.named_modules():
+                if module.training is not (mode := modes.get(name, self.training)):
+                    module.training = mode
         return network
 
-    def _add_set(self, name: str, adapters: Choice, config: LoraConfig) -> None:
-        """Hold a set under a name, in the place of one that has it; the network stays as it is."""
+    def _put_set(self, name: str, adapters: Choice, config: LoraConfig) -> None:
+        """Hold a set under a name, in the place of one that has it and, where that runs, run it."""
         held: dict[int, dict[str, StageAdapter]] = {}
         for (group, site), adapter in adapters.items():
             held.setdefault(site.stage, {})[group] = adapter
-        self.adapters[name] = nn.ModuleDict({stage_key(s): nn.ModuleDict(held[s]) for s in sorted(held)})
-        self.peft_config[name] = config
+        new = nn.ModuleDict({stage_key(s): nn.ModuleDict(held[s]) for s in sorted(held)})
+        for stage, active in self._active.items():
+            if active == name:
+                _check_held(name, stage, new)
+        self.adapters[name], self.peft_config[name] = new, config
+        self._forget(name)
+        if name in self._active.values() and self.network is not self.base:
+            self.network = self._ready_for(self._active)
+        self._freeze_what_rests()
+
+    def _forget(self, name: str) -> None:
+        """Let go of the networks that are ready with a set."""
+        for key in [key for key in self._ready if name in key]:
+            del self._ready[key]
+
+    def _freeze_what_rests(self) -> None:
+        """Let the adapters train that run, or none of them, and no others."""
+        for name, stages in self.adapters.items():
+            for stage, active in self._active.items():
+                for adapter in stages[stage_key(stage)].values() if stage_key(stage) in stages else ():
+                    adapter.train_only_if(active == name and not self._inference_mode)
 
     def _choice_of(self, name: str) -> dict[tuple[str, Site], StageAdapter]:
         return {
@@ -364,6 +393,15 @@ class LoRunModel(nn.Module):
     def adapter_of(self, group: Group, site: Site, name: str | None = None) -> StageAdapter:
         """The adapter of one denoiser: of the set ``name``, or of the one its stage runs with."""
         return self.adapters[name or self._active[site.stage]][stage_key(site.stage)][group.name]
+
+
+def _check_held(name: str, stage: int, adapters: nn.ModuleDict) -> None:
+    if stage_key(stage) not in adapters:
+        held = [int(key.split("_")[1]) for key in adapters]
+        raise LoRunError(
+            f"expected adapter {name!r} to hold stage {stage}, found only {held}: "
+            "name the stages that it is for, as {stage: name}"
+        )
 
 
 def check_adapter_name(name: str) -> None:
