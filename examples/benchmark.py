@@ -1,4 +1,4 @@
-"""How long a conversion takes, and what low-rank terms cost at inference.
+"""How long a conversion takes, what low-rank terms cost at inference, and how fast adapter sets are swapped.
 
     python examples/benchmark.py
 
@@ -9,13 +9,17 @@ ratios carry over to another machine.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 
 from lorun_adapt import convert
@@ -70,12 +74,47 @@ def medians(functions: list[Callable[[], object]], repeats: int) -> list[float]:
     return [statistics.median(seconds) for seconds in times]
 
 
+def time_swaps(repeats: int) -> None:
+    """Sets on the transforms alone, which PEFT can represent, in memory and from disk."""
+    lorun = convert(Unfolded(64, 2).eval(), stages="stages.*.forward_transform")
+    mask = torch.ones(1, 1, 64, 64)
+    y = torch.rand(1, 1, 64, 64)
+    with tempfile.TemporaryDirectory() as scratch:
+        lorun.save_pretrained(scratch)
+        folder = Path(scratch, "adapters", "default")
+        for name in ("a", "b", "from_disk"):
+            lorun.load_adapter(folder, name)
+        sets = itertools.cycle(["a", "b"])
+        choices = itertools.cycle([{stage: "ab"[(stage + turn) % 2] for stage in range(9)} for turn in range(2)])
+        denoiser = PeftModel.from_pretrained(lorun.base_denoiser(), folder / "stage_00", adapter_name="first")
+
+        def load_into_peft() -> None:
+            for stage in range(9):
+                denoiser.load_adapter(folder / f"stage_{stage:02d}", f"stage_{stage}")
+
+        with torch.inference_mode():
+            forward, one, each, disk, peft = medians(
+                [
+                    partial(lorun, y, mask),
+                    lambda: lorun.set_adapter(next(sets)),
+                    lambda: lorun.set_adapter(next(choices)),
+                    lambda: lorun.load_adapter(folder, "from_disk"),
+                    load_into_peft,
+                ],
+                repeats,
+            )
+    print(f"setting a set in nine stages: {1000 * one:.2f} ms, {one / forward:.3f} times a forward at 64x64")
+    print(f"setting a choice by stage: {1000 * each:.2f} ms, {each / forward:.3f} times a forward at 64x64")
+    print(f"a set of nine stages from disk: {1000 * disk:.1f} ms, {disk / peft:.3f} times PEFT's load_adapter")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
     torch.manual_seed(0)
 
+    time_swaps(args.repeats)
     net = Unfolded(64, 9)
     (seconds,) = medians([lambda: convert(net)], 3)
     print(f"conversion of {sum(p.numel() for p in net.parameters()):,} parameters: {seconds:.2f} s")

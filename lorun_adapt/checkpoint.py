@@ -13,41 +13,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from . import peft_format
+from .adapter_files import ADAPTERS, BASE_KEY, TENSORS, Saved, read_set, stage_folder
 from .assemble import StageAdapter, copy_network, distinct_tensors, lowrank_terms, share, stage_values
 from .card import model_card
 from .description import CONFIG, as_text, describe, read_description, stage_map_of
 from .errors import LoRunError
-from .folder import as_path, put_back, replace_folder, sha256
-from .peft_config import config_from_json
+from .folder import as_path, put_back, replace_folder, sha256, undisturbed
+from .peft_reader import readers_of
 from .plain import check_dense
-from .reading import DTYPES, Slot, file_limit, parse_json, parse_tensors, read_file
-from .stages import Group, Site, StageMap, is_sound, stage_key, tensors_of
+from .reading import DTYPES, Slot, file_limit, parse_tensors
+from .stages import Group, Site, is_sound, stage_key, tensors_of
 
 if TYPE_CHECKING:
     from .model import LoRunModel
 
-AdapterSet = tuple[dict[tuple[str, Site], StageAdapter], LoraConfig]
-Loaded = TypeVar("Loaded")
-
-BASE, ADAPTERS, CARD = "base.safetensors", "adapters", "README.md"
-TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-BASE_KEY = "lorun_base"  # the fingerprint of the base, in the metadata of a safetensors file
-RETRIES = 20
+BASE, CARD = "base.safetensors", "README.md"
 
 
 def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None) -> None:
@@ -110,7 +101,7 @@ def from_pretrained(path: str | os.PathLike[str], dun: nn.Module) -> LoRunModel:
         raise LoRunError(f"expected a network, found {type(dun).__name__}: build one of the class that was converted")
     with contextlib.suppress(OSError):  # what can't be put back is reported as missing
         put_back(Path(os.path.realpath(folder)))
-    return _undisturbed(folder, lambda: _load(folder, dun))
+    return undisturbed(folder, lambda: _load(folder, dun))
 
 
 def _load(folder: Path, dun: nn.Module) -> LoRunModel:
@@ -119,15 +110,16 @@ def _load(folder: Path, dun: nn.Module) -> LoRunModel:
     description = read_description(folder, dun)
     stage_map = stage_map_of(dun, description, folder / CONFIG)
     check_dense(dun)
-    saved = _Saved(folder, description)
+    saved = Saved(folder, description)
     of_dun = {name: Slot(tuple(tensor.shape), tensor.dtype) for name, tensor, _ in tensors_of(dun)}
     content = saved.content(BASE, file_limit(of_dun))
     base = copy_network(dun)
     for group in stage_map.groups:
         share(base, group, {spec.name: stage_values(dun, group, spec)[0].clone() for spec in group.tensors})
     _fill_base(base, content, folder / BASE)
+    readers = readers_of(base, stage_map)
     sets = {
-        name: _read_set(saved, f"{ADAPTERS}/{name}", base, stage_map, description["fingerprint"])
+        name: read_set(saved, f"{ADAPTERS}/{name}", readers, stage_map, description["fingerprint"])
         for name in description["adapters"]
     }
     ranks: dict[str, dict[str, int]] = {}
@@ -142,107 +134,6 @@ def _load(folder: Path, dun: nn.Module) -> LoRunModel:
         fingerprint=description["fingerprint"],
         trainable={name for name, p in dun.named_parameters() if p.requires_grad},
     )
-
-
-def load_set(lorun: LoRunModel, path: Path, name: str, stage: int | None) -> AdapterSet:
-    """What :meth:`LoRunModel.load_adapter` reads: the adapters by group and site, and a config."""
-    return _undisturbed(path, lambda: _load_set(lorun, path, name, stage))
-
-
-def _load_set(lorun: LoRunModel, path: Path, name: str, stage: int | None) -> AdapterSet:
-    stage_map = lorun.stage_map
-    if not os.path.isdir(path):
-        raise LoRunError(f"expected a folder with an adapter, found none at {path}: give a saved folder or a set's")
-    if stage is not None and (
-        not hasattr(stage, "__index__") or int(stage) not in range(len(stage_map)) or isinstance(stage, bool)
-    ):
-        raise LoRunError(f"expected a stage in 0..{len(stage_map) - 1}, found {stage!r}: see print(lorun.stage_map)")
-    saved, key = _place_of(path, lorun)
-    if saved.description is not None and key == "":
-        names = saved.description["adapters"]
-        chosen = name if name in names else names[0] if len(names) == 1 else None
-        if chosen is None:
-            raise LoRunError(f"expected one adapter set or {name!r} in {path}, found {names}: give the folder of a set")
-        key = f"{ADAPTERS}/{chosen}"
-    if stage is None:
-        return _read_set(saved, key, lorun.base, stage_map, lorun.fingerprint)
-    if os.path.isdir(saved.folder / key / stage_key(stage)):
-        key = f"{key}/{stage_key(stage)}".lstrip("/")
-    found = {}
-    for group in stage_map.groups:
-        for site in group.sites:
-            if site.stage == stage:
-                part = f"{key}/{group.name}".lstrip("/") if len(stage_map.groups) > 1 else key
-                found[group.name, site] = _read_adapter(saved, part, lorun.base, group, site, lorun.fingerprint)
-    return _together(found)
-
-
-def _place_of(path: Path, lorun: LoRunModel) -> tuple[_Saved, str]:
-    """The saved folder that ``path`` is or lies in, if it knows of it, and the place within."""
-    try:
-        path = Path(os.path.abspath(path))
-    except OSError as error:
-        raise LoRunError(
-            f"expected a folder, found that the current one is gone for {path}: change to another"
-        ) from error
-    for root in (path, *path.parents[1:4]):  # adapters/<set>, adapters/<set>/stage_00, or a denoiser's folder in that
-        key = "" if root == path else path.relative_to(root).as_posix()
-        if not os.path.lexists(root / CONFIG) or not f"{key}/".startswith(("/", f"{ADAPTERS}/")):
-            continue
-        description = read_description(root, lorun.base)
-        if key and not any(name.startswith(f"{key}/") for name in description["files"]):
-            break  # something that was put there later
-        if description["fingerprint"] != lorun.fingerprint:
-            raise _other_base(lorun.fingerprint, description["fingerprint"], str(root / CONFIG))
-        theirs = stage_map_of(lorun.base, description, root / CONFIG)
-        if _sites(theirs) != _sites(lorun.stage_map):
-            raise LoRunError(
-                f"expected the stages of this network, found others in {root / CONFIG}: load the base that it was "
-                "trained on with from_pretrained"
-            )
-        return _Saved(root, description), key
-    return _Saved(path, None), ""
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, shapes and values, the same whether a value is stored as float16 or float32."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu()
-        if tensor.is_floating_point():
-            tensor = tensor.float()
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def stage_folder(stage_map: StageMap, group: Group, site: Site) -> str:
-    stage = stage_key(site.stage)
-    return stage if len(stage_map.groups) == 1 else f"{stage}/{group.name}"
-
-
-def _sites(stage_map: StageMap) -> list[tuple[str, tuple[Site, ...]]]:
-    return [(group.name, group.sites) for group in stage_map.groups]
-
-
-def _undisturbed(folder: Path, load: Callable[[], Loaded]) -> Loaded:
-    """What ``load`` returns, tried again where a save has put another folder in the place meanwhile."""
-    for _ in range(RETRIES):
-        before = _identity(folder)
-        try:
-            return load()
-        except LoRunError:
-            if _identity(folder) == before:
-                raise
-    return load()
-
-
-def _identity(folder: Path) -> tuple[int, ...] | None:
-    try:
-        found = os.stat(folder)
-    except (OSError, ValueError):
-        return None
-    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -292,86 +183,6 @@ def _buffers(network: nn.Module) -> set[str]:
 # --- reading -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """A folder to read from, and the description that has its files' hashes, if there is one."""
-
-    folder: Path
-    description: Mapping[str, Any] | None
-
-    def content(self, name: str, limit: int) -> bytes:
-        known = self.description["files"].get(name) if self.description is not None else None
-        if self.description is not None and known is None:
-            raise LoRunError(
-                f"expected a hash of {name!r}, found none in {self.folder / CONFIG}: it was put there later, or the "
-                "folder is damaged; download it again"
-            )
-        content = read_file(self.folder, name, limit)
-        if known is not None and hashlib.sha256(content).hexdigest() != known:
-            raise LoRunError(f"expected {self.folder / name} as it was saved, found another hash: download it again")
-        return content
-
-    def folders(self, key: str) -> list[str]:
-        """The names of the folders in ``key``."""
-        try:
-            return sorted(entry.name for entry in (self.folder / key).iterdir() if entry.is_dir())
-        except OSError:
-            return []
-
-
-def _read_set(saved: _Saved, key: str, base: nn.Module, stage_map: StageMap, fingerprint: str) -> AdapterSet:
-    """The set in the folder ``key``, which may hold some stages only, but those whole."""
-    parts = {stage_folder(stage_map, g, s): (g, s) for g in stage_map.groups for s in g.sites}
-    stages = {part.partition("/")[0] for part in parts}
-    extra = [name for name in saved.folders(key) if re.fullmatch(r"stage_\d+", name) and name not in stages]
-    if extra:
-        raise LoRunError(
-            f"expected {len(stage_map)} stages, found {extra[-1]} in {saved.folder / key}: it is for another network"
-        )
-    if saved.description is not None:
-        depth = len(key.split("/"))
-        held = {name.split("/")[depth] for name in saved.description["files"] if name.startswith(f"{key}/stage_")}
-    else:
-        held = {stage for stage in stages if os.path.isdir(saved.folder / key / stage)}
-    if not held & stages:
-        raise LoRunError(
-            f"expected adapters for {len(stage_map)} stages in {saved.folder / key}, found none: give a set's folder, "
-            "or say with stage= whose adapter it is"
-        )
-    found = {}
-    for part, (group, site) in parts.items():
-        if part.partition("/")[0] in held:
-            place = f"{key}/{part}".lstrip("/")
-            found[group.name, site] = _read_adapter(saved, place, base, group, site, fingerprint)
-    return _together(found)
-
-
-def _together(found: Mapping[tuple[str, Site], tuple[StageAdapter, LoraConfig]]) -> AdapterSet:
-    return {place: adapter for place, (adapter, _) in found.items()}, next(config for _, config in found.values())
-
-
-def _read_adapter(
-    saved: _Saved, key: str, base: nn.Module, group: Group, site: Site, fingerprint: str
-) -> tuple[StageAdapter, LoraConfig]:
-    first, denoiser = (base.get_submodule(place.module) for place in (group.sites[0], site))
-    slots, highest = peft_format.slots(denoiser, group), peft_format.highest_rank(group)
-    names = [f"{key}/{name}".lstrip("/") for name in (PEFT_CONFIG, TENSORS)]
-    pickle = saved.folder / key / "adapter_model.bin"
-    if os.path.exists(pickle) and not os.path.exists(saved.folder / names[1]):
-        raise LoRunError(
-            f"expected {TENSORS}, found a pickle at {pickle}: pickles can run code and are never read; save the "
-            "adapter with safe_serialization=True"
-        )
-    where = [str(saved.folder / name) for name in names]
-    options = parse_json(saved.content(names[0], 65_536 + 600 * len(slots)), where[0])
-    config = config_from_json(options, where[0], len(group.tensors))
-    content = saved.content(names[1], file_limit(slots, highest))
-    tensors, about = parse_tensors(content, slots, where[1], highest)
-    if about.get(BASE_KEY, fingerprint) != fingerprint:
-        raise _other_base(fingerprint, about[BASE_KEY], where[1])
-    return peft_format.read(tensors, config, denoiser, first, group, where[1]), config
-
-
 def _fill_base(base: nn.Module, content: bytes, file: Path) -> None:
     places, buffers = distinct_tensors(base), _buffers(base)
     slots = {name: Slot(tuple(tensor.shape), tensor.dtype) for name, tensor in places.items()}
@@ -399,10 +210,3 @@ def _fill_base(base: nn.Module, content: bytes, file: Path) -> None:
 
 def _like(value: Tensor, place: Tensor) -> Tensor:
     return nn.Parameter(value, requires_grad=False) if isinstance(place, nn.Parameter) else value
-
-
-def _other_base(held: str, found: str, where: str) -> LoRunError:
-    return LoRunError(
-        f"expected an adapter for the base {held[:12]}, found one for {found[:12]} in {where}: load the base that it "
-        "was trained on with from_pretrained"
-    )

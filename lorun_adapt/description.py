@@ -37,15 +37,7 @@ def describe(lorun: LoRunModel, files: Mapping[str, str]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "network": lorun.stage_map.network,
-        "groups": [
-            {
-                "name": group.name,
-                "sites": [{"stage": s.stage, "module": s.module, "call": s.call} for s in group.sites],
-                "tensors": {spec.name: list(spec.shape) for spec in group.tensors},
-                "common": [spec.name for spec in group.tensors if spec.common],
-            }
-            for group in lorun.stage_map.groups
-        ],
+        "groups": groups_of(lorun.stage_map),
         "adapters": lorun.adapter_names,
         "errors": lorun.errors,
         "fingerprint": lorun.fingerprint,
@@ -53,6 +45,19 @@ def describe(lorun: LoRunModel, files: Mapping[str, str]) -> dict[str, Any]:
         "versions": {"lorun-adapt": __version__, "torch": torch.__version__, "peft": peft.__version__},
         "files": dict(files),
     }
+
+
+def groups_of(stage_map: StageMap) -> list[dict[str, Any]]:
+    """Where the stages are, as it is written."""
+    return [
+        {
+            "name": group.name,
+            "sites": [{"stage": s.stage, "module": s.module, "call": s.call} for s in group.sites],
+            "tensors": {spec.name: list(spec.shape) for spec in group.tensors},
+            "common": [spec.name for spec in group.tensors if spec.common],
+        }
+        for group in stage_map.groups
+    ]
 
 
 def as_text(description: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from .errors import LoRunError
 
@@ -23,7 +23,10 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+Loaded = TypeVar("Loaded")
+
 PARTIAL, OLD = ".partial", ".old"
+RETRIES = 20
 PATIENCE = 20.0  # seconds to wait for another process's save
 
 
@@ -206,6 +209,26 @@ def put_back(target: Path) -> None:
         olds = [path for path in target.parent.glob(f"{glob.escape(_prefix(target))}*{OLD}") if any(path.iterdir())]
         if alone and olds and not os.path.lexists(target):
             os.rename(max(olds, key=lambda path: path.stat().st_ctime), target)
+
+
+def undisturbed(folder: Path, load: Callable[[], Loaded]) -> Loaded:
+    """What ``load`` returns, tried again where a save has put another folder in the place meanwhile."""
+    for _ in range(RETRIES):
+        before = _identity(folder)
+        try:
+            return load()
+        except LoRunError:
+            if _identity(folder) == before:
+                raise
+    return load()
+
+
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(folder)
+    except (OSError, ValueError):
+        return None
+    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def _remove_abandoned(target: Path, alone: bool) -> None:

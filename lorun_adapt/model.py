@@ -1,29 +1,22 @@
-"""The converted network: one base, sets of adapters, and the network that runs."""
+"""The converted network: what runs, how it is trained, where it is kept, and what it amounts to."""
 
 from __future__ import annotations
 
-import copy
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 
 from . import checkpoint
-from .assemble import Choice, StageAdapter, assemble, copy_network, distinct_tensors, merge
+from .adapter_sets import AdapterSets
+from .assemble import copy_network, merge
 from .budget import Budget
 from .calibration import Batches
-from .calls import count_while_compiling, counting
-from .description import is_adapter_name
 from .errors import LoRunError
 from .folder import as_path
 from .report import Report, make_report
 from .seeds import seeded
-from .sharing import register_hooks, share_again, shared_places
-from .stages import Group, Site, StageMap, stage_key
 
 if TYPE_CHECKING:
     import os
@@ -31,10 +24,9 @@ if TYPE_CHECKING:
     from .distill import Loss
 
 DEFAULT_SET = "default"
-MOST_READY = 32  # networks kept for choices of sets; each has modules of its own, but no tensors
 
 
-class LoRunModel(nn.Module):
+class LoRunModel(AdapterSets):
     """A deep unfolding network whose denoisers are one shared base and an adapter per stage.
 
     Made by :func:`lorun_adapt.convert` and :func:`lorun_adapt.from_pretrained`. It is called with
@@ -50,146 +42,6 @@ class LoRunModel(nn.Module):
         peft_config: the ``LoraConfig`` of each set.
         trainable: names of the parameters that the network's authors train.
     """
-
-    def __init__(
-        self,
-        base: nn.Module,
-        stage_map: StageMap,
-        sets: Mapping[str, tuple[Choice, LoraConfig]],
-        errors: Mapping[str, Mapping[str, list[tuple[float, float]]]],
-        *,
-        trainable: set[str],
-        active: Mapping[int, str] | None = None,
-        fingerprint: str | None = None,
-    ) -> None:
-        super().__init__()
-        base.requires_grad_(False)
-        self.base = base
-        self.adapters = nn.ModuleDict()
-        self.stage_map = stage_map
-        self.peft_config: dict[str, LoraConfig] = {}
-        self.errors = {group: dict(tensors) for group, tensors in errors.items()}
-        self.trainable = set(trainable)
-        self._looped = any(site.call is not None for group in stage_map.groups for site in group.sites)
-        self._active: dict[int, str] = {}
-        self._inference_mode = False
-        self._ready: dict[tuple[str, ...], nn.Module] = {}  # a set for each stage -> the network of these
-        self._swapping = threading.RLock()
-        self._fingerprint = fingerprint
-        self.network = base
-        for name, (adapters, config) in sets.items():
-            self._put_set(name, adapters, config)
-        self.training = base.training
-        register_hooks(self)
-        self.set_adapter(next(iter(sets)) if active is None else active)
-
-    @property
-    def fingerprint(self) -> str:
-        """What names the base in files: the same for a base that was stored, or moved, to another dtype."""
-        if self._fingerprint is None or any(parameter.requires_grad for parameter in self.base.parameters()):
-            self._fingerprint = checkpoint.fingerprint(distinct_tensors(self.base))
-        return self._fingerprint
-
-    # --- running ---------------------------------------------------------------------------------
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the original network returns for the same arguments."""
-        network = self.network
-        if not self._looped:
-            return network(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            count_while_compiling(network)
-            return network(*args, **kwargs)
-        with counting():
-            return network(*args, **kwargs)
-
-    # --- adapters --------------------------------------------------------------------------------
-
-    @property
-    def adapter_names(self) -> list[str]:
-        """The loaded adapter sets."""
-        return list(self.adapters)
-
-    @property
-    def active_adapters(self) -> dict[int, str]:
-        """The set that each stage runs with."""
-        return dict(self._active)
-
-    def set_adapter(self, adapter: str | Mapping[int, str], inference_mode: bool = False) -> None:
-        """Run with another set in all stages, or, with ``{stage: name}``, in some.
-
-        Forwards may run meanwhile in other threads: each runs with the sets it began with, or with the new ones.
-
-        Args:
-            adapter: the name of a set, or such names by stage.
-            inference_mode: freeze the sets that run, too. Else they train, as in PEFT, and a network compiled
-                for sets that train is compiled anew for frozen ones.
-
-        Raises:
-            LoRunError: an unknown set or stage, or a set without the stage; nothing changes then.
-        """
-        stages = range(len(self.stage_map))
-        with self._swapping:
-            wanted = dict.fromkeys(stages, adapter) if isinstance(adapter, str) else {**self._active, **adapter}
-            for stage, name in wanted.items():
-                if stage not in stages:
-                    raise LoRunError(
-                        f"expected a stage in 0..{len(stages) - 1}, found {stage!r}: see print(lorun.stage_map)"
-                    )
-                if name not in self.adapters:
-                    raise LoRunError(f"expected an adapter among {self.adapter_names}, found {name!r}: load it first")
-                _check_held(name, stage, self.adapters[name])
-            network = self._ready_for(wanted)
-            self._active, self._inference_mode, self.network = wanted, inference_mode, network
-            self._freeze_what_rests()
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Run the bare base in every stage within the ``with`` block."""
-        before, self.network = self.network, self.base
-        try:
-            yield
-        finally:
-            self.network = before
-            if before is not self.base:  # else within another `with`
-                self.network = self._ready_for(self._active)
-
-    def load_adapter(self, path: str | os.PathLike[str], adapter_name: str, stage: int | None = None) -> None:
-        """Load a set, or one stage's adapter, under a name; it runs once :meth:`set_adapter` says so.
-
-        Args:
-            path: a saved folder (its set of that name, or its only one), the folder of a set, or,
-                with ``stage``, the folder of a single stage.
-            adapter_name: letters, digits, ``_`` and ``-``. A loaded set of that name is replaced;
-                with ``stage`` only that stage is.
-            stage: load this stage's adapter alone.
-
-        Raises:
-            LoRunError: files that are missing, damaged or not for this base; nothing changes then.
-        """
-        check_adapter_name(adapter_name)
-        adapters, config = checkpoint.load_set(self, as_path(path), adapter_name, stage)
-        with self._swapping:
-            kept = self._choice_of(adapter_name) if stage is not None and adapter_name in self.adapters else {}
-            self._put_set(adapter_name, {**kept, **adapters}, config)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget a set that no stage runs with.
-
-        Raises:
-            LoRunError: an unknown set, or one in use.
-        """
-        if adapter_name not in self.adapters:
-            raise LoRunError(
-                f"expected an adapter among {self.adapter_names}, found {adapter_name!r}: nothing to delete"
-            )
-        with self._swapping:
-            if adapter_name in self._active.values():
-                raise LoRunError(
-                    f"expected an adapter that is not in use, found {adapter_name!r}: set another one first"
-                )
-            self._forget(adapter_name)
-            del self.adapters[adapter_name], self.peft_config[adapter_name]
 
     def merge_and_unload(self) -> nn.Module:
         """A network of the original class with dense weights of its own; this one stays as it is.
@@ -297,118 +149,3 @@ class LoRunModel(nn.Module):
     def report(self) -> Report:
         """Parameters and bytes before and after, and the error of each adapted tensor."""
         return make_report(self)
-
-    # --- torch -----------------------------------------------------------------------------------
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRunModel:
-        # Buffers, and under some of torch's settings parameters too, are replaced place by place,
-        # which would leave each place with a tensor of its own.
-        _ = self.fingerprint  # of the base as it was before a change of dtype
-        shared = shared_places(self.base, self.adapters)
-        super()._apply(fn, recurse)
-        share_again(shared)
-        self._assemble_again()
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LoRunModel:
-        twin = self.__new__(type(self))
-        memo[id(self)] = twin
-        memo[id(self._swapping)] = threading.RLock()  # a lock can't be copied
-        twin.__dict__ = copy.deepcopy({**self.__dict__, "_ready": {}}, memo)
-        return twin
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise LoRunError(
-            "expected no pickling of a LoRunModel (torch.save, pickle, a spawned process), found it: use "
-            "save_pretrained, or torch.save its state_dict()"
-        )
-
-    # --- within ----------------------------------------------------------------------------------
-
-    def _assemble_again(self) -> None:
-        """Put the network together anew around tensors that have been replaced."""
-        self._ready.clear()
-        if self.network is not self.base:
-            self.network = self._ready_for(self._active)
-
-    def _ready_for(self, active: Mapping[int, str]) -> nn.Module:
-        """The network of a choice of sets, its modules in the modes of those that run now.
-
-        Those of the last choices are kept, so that a swap between them is one assignment.
-        """
-        key = tuple(active[stage] for stage in range(len(self.stage_map)))
-        network = self._ready.pop(key, None) or assemble(self.base, self.stage_map, self._choice(active))
-        self._ready[key] = network
-        if len(self._ready) > MOST_READY:
-            del self._ready[next(iter(self._ready))]
-        if network is not self.network:
-            modes = {name: module.training for name, module in self.network.named_modules()}
-            for name, module in network.named_modules():
-                if module.training is not (mode := modes.get(name, self.training)):
-                    module.training = mode
-        return network
-
-    def _put_set(self, name: str, adapters: Choice, config: LoraConfig) -> None:
-        """Hold a set under a name, in the place of one that has it and, where that runs, run it."""
-        held: dict[int, dict[str, StageAdapter]] = {}
-        for (group, site), adapter in adapters.items():
-            held.setdefault(site.stage, {})[group] = adapter
-        new = nn.ModuleDict({stage_key(s): nn.ModuleDict(held[s]) for s in sorted(held)})
-        for stage, active in self._active.items():
-            if active == name:
-                _check_held(name, stage, new)
-        self.adapters[name], self.peft_config[name] = new, config
-        self._forget(name)
-        if name in self._active.values() and self.network is not self.base:
-            self.network = self._ready_for(self._active)
-        self._freeze_what_rests()
-
-    def _forget(self, name: str) -> None:
-        """Let go of the networks that are ready with a set."""
-        for key in [key for key in self._ready if name in key]:
-            del self._ready[key]
-
-    def _freeze_what_rests(self) -> None:
-        """Let the adapters train that run, or none of them, and no others."""
-        for name, stages in self.adapters.items():
-            for stage, active in self._active.items():
-                for adapter in stages[stage_key(stage)].values() if stage_key(stage) in stages else ():
-                    adapter.train_only_if(active == name and not self._inference_mode)
-
-    def _choice_of(self, name: str) -> dict[tuple[str, Site], StageAdapter]:
-        return {
-            (group.name, site): self.adapter_of(group, site, name)
-            for group in self.stage_map.groups
-            for site in group.sites
-            if stage_key(site.stage) in self.adapters[name]
-        }
-
-    def _choice(self, active: Mapping[int, str]) -> dict[tuple[str, Site], StageAdapter]:
-        return {
-            (group.name, site): self.adapter_of(group, site, active[site.stage])
-            for group in self.stage_map.groups
-            for site in group.sites
-        }
-
-    def adapter_of(self, group: Group, site: Site, name: str | None = None) -> StageAdapter:
-        """The adapter of one denoiser: of the set ``name``, or of the one its stage runs with."""
-        return self.adapters[name or self._active[site.stage]][stage_key(site.stage)][group.name]
-
-
-def _check_held(name: str, stage: int, adapters: nn.ModuleDict) -> None:
-    if stage_key(stage) not in adapters:
-        held = [int(key.split("_")[1]) for key in adapters]
-        raise LoRunError(
-            f"expected adapter {name!r} to hold stage {stage}, found only {held}: "
-            "name the stages that it is for, as {stage: name}"
-        )
-
-
-def check_adapter_name(name: str) -> None:
-    """Names become folders and attributes.
-
-    Raises:
-        LoRunError: a name that can't.
-    """
-    if not is_adapter_name(name):
-        raise LoRunError(f"expected an adapter name of letters, digits, _ and -, found {name!r}: choose another")

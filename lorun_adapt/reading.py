@@ -82,14 +82,15 @@ def read_file(folder: Path, name: str, limit: int) -> bytes:
 
 def _within(path: Path, folder: Path) -> bool:
     try:
-        home, real = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+        home, real = os.path.realpath(folder), os.path.realpath(path)
     except (OSError, ValueError):
         return True  # opening it says what is wrong
-    if real.is_relative_to(home):
+    if real.startswith(home.rstrip(os.sep) + os.sep):
         return True
-    if "snapshots" in home.parts:  # of huggingface_hub's cache, where files are links to ../../blobs
-        cache = Path(*home.parts[: len(home.parts) - 1 - home.parts[::-1].index("snapshots")])
-        return real.parent == cache / "blobs"
+    parts = Path(home).parts
+    if "snapshots" in parts:  # of huggingface_hub's cache, where files are links to ../../blobs
+        cache = Path(*parts[: len(parts) - 1 - parts[::-1].index("snapshots")])
+        return Path(real).parent == cache / "blobs"
     return False
 
 

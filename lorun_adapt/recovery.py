@@ -19,9 +19,9 @@ from tqdm import tqdm
 from .assemble import StageAdapter, distinct_tensors, lowrank_terms
 from .budget import Budget
 from .calibration import Batch, Batches, is_finite
-from .checkpoint import fingerprint
 from .distill import Distillation, Loss
 from .errors import LoRunError
+from .fingerprint import fingerprint_of
 from .lowrank import is_base
 from .observe import Observer
 from .refit import refit
@@ -79,7 +79,7 @@ def recover(
                     budget,
                     seed=seed,
                     checkpoint=checkpoint,
-                    kind=f"{lorun.stage_map.network} {fingerprint(distinct_tensors(teacher))}",
+                    kind=f"{lorun.stage_map.network} {fingerprint_of(distinct_tensors(teacher))}",
                     spent=time.monotonic() - started,
                 )
                 finished = trainer.train(stop)

@@ -178,7 +178,7 @@ HURT: dict[str, tuple[Callable[[Path], object], bool, str]] = {
         True,
         r"\(rank, 8, 3, 3\)",
     ),
-    "nan": (tensors(lambda t: t[BODY].view(-1)[3].fill_(float("nan"))), True, "finite factors"),
+    "nan": (tensors(lambda t: t[BODY].view(-1)[3].fill_(float("nan"))), True, "finite numbers"),
     "inf_private": (tensors(lambda t: t["base_model.model.step"].fill_(float("inf"))), True, "finite numbers"),
     "no_config": (lambda f: (f / CONFIG).unlink(), False, "adapter_config.json, found No such file"),
     "config_no_json": (rewrite(CONFIG, lambda c: b"\x80\x04K\x01."), True, "expected JSON"),

@@ -1,0 +1,190 @@
+"""Adapters in folders: a set, or one stage's, from a saved conversion or from PEFT.
+
+    adapters/<set>/stage_00/adapter_config.json      a PEFT LoraConfig
+    adapters/<set>/stage_00/adapter_model.safetensors
+
+A stage of several denoisers has a subfolder for each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import LoraConfig
+
+from .assemble import StageAdapter
+from .description import CONFIG, groups_of, read_description, stage_map_of
+from .errors import LoRunError
+from .folder import undisturbed
+from .peft_reader import Reader
+from .reading import parse_tensors, read_file
+from .stages import Group, Site, StageMap, stage_key
+
+if TYPE_CHECKING:
+    from .model import LoRunModel
+
+AdapterSet = tuple[dict[tuple[str, Site], StageAdapter], LoraConfig]
+
+ADAPTERS = "adapters"
+TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BASE_KEY = "lorun_base"  # the fingerprint of the base, in the metadata of a safetensors file
+
+
+def load_set(lorun: LoRunModel, path: Path, name: str, stage: int | None) -> AdapterSet:
+    """What :meth:`LoRunModel.load_adapter` reads: the adapters by group and site, and a config."""
+    return undisturbed(path, lambda: _load_set(lorun, path, name, stage))
+
+
+def _load_set(lorun: LoRunModel, path: Path, name: str, stage: int | None) -> AdapterSet:
+    stage_map, fingerprint = lorun.stage_map, lorun.fingerprint
+    if not os.path.isdir(path):
+        raise LoRunError(f"expected a folder with an adapter, found none at {path}: give a saved folder or a set's")
+    if stage is not None and (
+        not hasattr(stage, "__index__") or int(stage) not in range(len(stage_map)) or isinstance(stage, bool)
+    ):
+        raise LoRunError(f"expected a stage in 0..{len(stage_map) - 1}, found {stage!r}: see print(lorun.stage_map)")
+    saved, key = _place_of(path, lorun, fingerprint)
+    if saved.description is not None and key == "":
+        names = saved.description["adapters"]
+        chosen = name if name in names else names[0] if len(names) == 1 else None
+        if chosen is None:
+            raise LoRunError(f"expected one adapter set or {name!r} in {path}, found {names}: give the folder of a set")
+        key = f"{ADAPTERS}/{chosen}"
+    if stage is None:
+        return read_set(saved, key, lorun.readers, stage_map, fingerprint)
+    if os.path.isdir(saved.folder / key / stage_key(stage)):
+        key = f"{key}/{stage_key(stage)}".lstrip("/")
+    found = {}
+    for group in stage_map.groups:
+        for site in group.sites:
+            if site.stage == stage:
+                part = f"{key}/{group.name}".lstrip("/") if len(stage_map.groups) > 1 else key
+                found[group.name, site] = _read_adapter(
+                    saved, part, lorun.readers[group.name, site.module], site, fingerprint
+                )
+    return _together(found)
+
+
+def _place_of(path: Path, lorun: LoRunModel, fingerprint: str) -> tuple[Saved, str]:
+    """The saved folder that ``path`` is or lies in, if it knows of it, and the place within."""
+    try:
+        path = Path(os.path.abspath(path))
+    except OSError as error:
+        raise LoRunError(
+            f"expected a folder, found that the current one is gone for {path}: change to another"
+        ) from error
+    for root in (path, *path.parents[1:4]):  # adapters/<set>, adapters/<set>/stage_00, or a denoiser's folder in that
+        key = "" if root == path else path.relative_to(root).as_posix()
+        if not os.path.lexists(root / CONFIG) or not f"{key}/".startswith(("/", f"{ADAPTERS}/")):
+            continue
+        description = read_description(root, lorun.base)
+        if key and not any(name.startswith(f"{key}/") for name in description["files"]):
+            break  # something that was put there later
+        if description["fingerprint"] != fingerprint:
+            raise other_base(fingerprint, description["fingerprint"], str(root / CONFIG))
+        alike = description["network"] == lorun.stage_map.network
+        if not (alike and description["groups"] == groups_of(lorun.stage_map)):
+            stage_map_of(lorun.base, description, root / CONFIG)  # says what does not fit
+            raise LoRunError(
+                f"expected the stages of this network, found others in {root / CONFIG}: load the base that it was "
+                "trained on with from_pretrained"
+            )
+        return Saved(root, description), key
+    return Saved(path, None), ""
+
+
+def stage_folder(stage_map: StageMap, group: Group, site: Site) -> str:
+    stage = stage_key(site.stage)
+    return stage if len(stage_map.groups) == 1 else f"{stage}/{group.name}"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A folder to read from, and the description that has its files' hashes, if there is one."""
+
+    folder: Path
+    description: Mapping[str, Any] | None
+
+    def content(self, name: str, limit: int) -> bytes:
+        known = self.description["files"].get(name) if self.description is not None else None
+        if self.description is not None and known is None:
+            raise LoRunError(
+                f"expected a hash of {name!r}, found none in {self.folder / CONFIG}: it was put there later, or the "
+                "folder is damaged; download it again"
+            )
+        content = read_file(self.folder, name, limit)
+        if known is not None and hashlib.sha256(content).hexdigest() != known:
+            raise LoRunError(f"expected {self.folder / name} as it was saved, found another hash: download it again")
+        return content
+
+    def folders(self, key: str) -> list[str]:
+        """The names of the folders in ``key``."""
+        try:
+            return sorted(entry.name for entry in (self.folder / key).iterdir() if entry.is_dir())
+        except OSError:
+            return []
+
+
+def read_set(
+    saved: Saved, key: str, readers: Mapping[tuple[str, str], Reader], stage_map: StageMap, fingerprint: str
+) -> AdapterSet:
+    """The set in the folder ``key``, which may hold some stages only, but those whole."""
+    parts = {stage_folder(stage_map, g, s): (g, s) for g in stage_map.groups for s in g.sites}
+    stages = {part.partition("/")[0] for part in parts}
+    extra = [name for name in saved.folders(key) if re.fullmatch(r"stage_\d+", name) and name not in stages]
+    if extra:
+        raise LoRunError(
+            f"expected {len(stage_map)} stages, found {extra[-1]} in {saved.folder / key}: it is for another network"
+        )
+    if saved.description is not None:
+        depth = len(key.split("/"))
+        held = {name.split("/")[depth] for name in saved.description["files"] if name.startswith(f"{key}/stage_")}
+    else:
+        held = {stage for stage in stages if os.path.isdir(saved.folder / key / stage)}
+    if not held & stages:
+        raise LoRunError(
+            f"expected adapters for {len(stage_map)} stages in {saved.folder / key}, found none: give a set's folder, "
+            "or say with stage= whose adapter it is"
+        )
+    found = {}
+    for part, (group, site) in parts.items():
+        if part.partition("/")[0] in held:
+            place = f"{key}/{part}".lstrip("/")
+            found[group.name, site] = _read_adapter(saved, place, readers[group.name, site.module], site, fingerprint)
+    return _together(found)
+
+
+def _together(found: Mapping[tuple[str, Site], tuple[StageAdapter, LoraConfig]]) -> AdapterSet:
+    return {place: adapter for place, (adapter, _) in found.items()}, next(config for _, config in found.values())
+
+
+def _read_adapter(
+    saved: Saved, key: str, reader: Reader, site: Site, fingerprint: str
+) -> tuple[StageAdapter, LoraConfig]:
+    names = [f"{key}/{name}".lstrip("/") for name in (PEFT_CONFIG, TENSORS)]
+    where = [str(saved.folder / name) for name in names]
+    pickle = where[1].removesuffix(TENSORS) + "adapter_model.bin"
+    if os.path.exists(pickle) and not os.path.exists(where[1]):
+        raise LoRunError(
+            f"expected {TENSORS}, found a pickle at {pickle}: pickles can run code and are never read; save the "
+            "adapter with safe_serialization=True"
+        )
+    wanted = reader.wanted(saved.content(names[0], 65_536 + 600 * len(reader.slots)), where[0])
+    content = saved.content(names[1], reader.bytes)
+    tensors, about = parse_tensors(content, reader.slots, where[1], reader.highest)
+    if about.get(BASE_KEY, fingerprint) != fingerprint:
+        raise other_base(fingerprint, about[BASE_KEY], where[1])
+    return reader.read(tensors, wanted, site, where[1]), wanted.told
+
+
+def other_base(held: str, found: str, where: str) -> LoRunError:
+    return LoRunError(
+        f"expected an adapter for the base {held[:12]}, found one for {found[:12]} in {where}: load the base that it "
+        "was trained on with from_pretrained"
+    )
