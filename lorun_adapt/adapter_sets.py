@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,15 +17,17 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from .adapter_files import load_set
-from .assemble import Choice, StageAdapter, assemble, distinct_tensors
+from .assemble import Choice, StageAdapter, assemble, distinct_tensors, lowrank_terms
 from .calls import count_while_compiling, counting
 from .description import is_adapter_name
 from .errors import LoRunError
 from .fingerprint import fingerprint_of
 from .folder import as_path
 from .peft_reader import Reader, readers_of
+from .ranks import config_of_ranks
 from .sharing import register_hooks, share_again, shared_places
 from .stages import Group, Site, StageMap, stage_key
+from .weighted import weighted_set
 
 if TYPE_CHECKING:
     import os
@@ -183,6 +185,29 @@ class AdapterSets(nn.Module):
         with self._swapping:
             kept = self._choice_of(adapter_name) if stage is not None and adapter_name in self.adapters else {}
             self._put_set(adapter_name, {**kept, **adapters}, config)
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Make a set of the weighted sum of what others add to the base, as PEFT does with ``combination_type="svd"``.
+
+        A tensor's low-rank terms become one of the largest of their ranks, by SVD of their sum; of the stages' own
+        tensors the differences from the base are summed. Weights that sum to 1 interpolate. The new set holds the
+        stages that all of the others hold.
+
+        Args:
+            adapters, weights: names of loaded sets, and for each a number, which may be negative.
+            adapter_name: the new set's name; a set of that name is replaced.
+
+        Raises:
+            LoRunError: an unknown set, lists of different length, or sums that are not finite; nothing changes then.
+        """
+        check_adapter_name(adapter_name)
+        with self._swapping:
+            found = weighted_set(self, adapters, weights)
+            ranks: dict[str, int] = {}
+            for adapter in found.values():
+                for name, term in lowrank_terms(adapter).items():
+                    ranks[name] = max(term.rank, ranks.get(name, 1))
+            self._put_set(adapter_name, found, config_of_ranks(ranks))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget a set that no stage runs with.
