@@ -210,6 +210,18 @@ def distinct_tensors(network: nn.Module) -> dict[str, Tensor]:
     return dict(found.values())
 
 
+def held_tensors(base: nn.Module, stage_map: StageMap) -> dict[str, Tensor]:
+    """Those that a base holds: all but the zeros that stand in for a base where a tensor has none."""
+    zeros = {
+        id(tensor)
+        for group in stage_map.groups
+        for spec in group.tensors
+        if spec.alone
+        for tensor in stage_parameters(base, group, spec)
+    }
+    return {name: tensor for name, tensor in distinct_tensors(base).items() if id(tensor) not in zeros}
+
+
 def stage_values(dun: nn.Module, group: Group, spec: TensorSpec) -> list[Tensor]:
     """The tensor of each site, in the order of the stages."""
     return [tensor.detach() for tensor in stage_parameters(dun, group, spec)]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import peft_format
 from .adapter_files import ADAPTERS, BASE_KEY, TENSORS, Saved, read_set, stage_folder
-from .assemble import StageAdapter, copy_network, distinct_tensors, lowrank_terms, share, stage_values
+from .assemble import StageAdapter, copy_network, held_tensors, lowrank_terms, share, stage_values
 from .card import model_card
 from .description import CONFIG, as_text, describe, read_description, stage_map_of
 from .errors import LoRunError
@@ -33,7 +33,7 @@ from .folder import as_path, put_back, replace_folder, sha256, undisturbed
 from .peft_reader import readers_of
 from .plain import check_dense
 from .reading import DTYPES, Slot, file_limit, parse_tensors
-from .stages import Group, Site, is_sound, stage_key, tensors_of
+from .stages import Group, Site, StageMap, is_sound, stage_key, tensors_of
 
 if TYPE_CHECKING:
     from .model import LoRunModel
@@ -48,7 +48,7 @@ def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None) -> None:
     about = {BASE_KEY: lorun.fingerprint}  # one entry: of several, safetensors leaves the order open
 
     def fill(folder: Path) -> None:
-        _write_tensors(folder / BASE, distinct_tensors(lorun.base), dtype, about, _buffers(lorun.base))
+        _write_tensors(folder / BASE, held_tensors(lorun.base, lorun.stage_map), dtype, about, _buffers(lorun.base))
         problems: dict[str, str] = {}
         for name in lorun.adapter_names:
             for (group, site), adapter in _adapters(lorun, name):
@@ -115,8 +115,9 @@ def _load(folder: Path, dun: nn.Module) -> LoRunModel:
     content = saved.content(BASE, file_limit(of_dun))
     base = copy_network(dun)
     for group in stage_map.groups:
-        share(base, group, {spec.name: stage_values(dun, group, spec)[0].clone() for spec in group.tensors})
-    _fill_base(base, content, folder / BASE)
+        firsts = {spec.name: stage_values(dun, group, spec)[0].clone() for spec in group.tensors}
+        share(base, group, {s.name: firsts[s.name].zero_() if s.alone else firsts[s.name] for s in group.tensors})
+    _fill_base(base, stage_map, content, folder / BASE)
     readers = readers_of(base, stage_map)
     sets = {
         name: read_set(saved, f"{ADAPTERS}/{name}", readers, stage_map, description["fingerprint"])
@@ -183,8 +184,8 @@ def _buffers(network: nn.Module) -> set[str]:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _fill_base(base: nn.Module, content: bytes, file: Path) -> None:
-    places, buffers = distinct_tensors(base), _buffers(base)
+def _fill_base(base: nn.Module, stage_map: StageMap, content: bytes, file: Path) -> None:
+    places, buffers = held_tensors(base, stage_map), _buffers(base)
     slots = {name: Slot(tuple(tensor.shape), tensor.dtype) for name, tensor in places.items()}
     tensors, _ = parse_tensors(content, slots, str(file))
     for name, place in places.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +21,9 @@ from .lowrank import DEFAULT_RANK, LowRank, untrained
 from .model import DEFAULT_SET, LoRunModel
 from .plain import check_dense, check_plain, check_reachable, check_sound
 from .plan import Plan, plan
-from .ranks import config_for_budget, config_for_rank
+from .ranks import config_for_rank, config_of_ranks
 from .seeds import seeded
+from .spending import spend
 from .stages import Group
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ def convert(
         rank: instead of ``config``: the rank of all adapters (default 8), or, in 0..1, the part
             of the residuals' energy to keep, from which each tensor's rank is chosen.
         budget: instead of these: how many parameters the whole network may have, or, in 0..1, which
-            part of what it has. The ranks are chosen so as to keep most energy of the residuals, and, with
-            ``calibration``, of what these do to the output.
+            part of what it has. Ranks, and the tensors that get no base, are chosen so as to keep most energy of
+            the stages' weights and, with ``calibration``, of what these do to the output.
         stages, example_inputs, calls: as for :func:`find_stages`.
         calibration, minutes, steps, loss, checkpoint, seed: distil ``dun`` into the conversion, as
             :meth:`LoRunModel.recover` does.
@@ -107,27 +108,36 @@ def collapse(
     calls: Mapping[str, int] | None = None,
     calibration: Batches | None = None,
     seed: int = 0,
+    without_base: Collection[str] = (),
 ) -> LoRunModel:
-    """:func:`convert` up to where recovery starts; ``calibration`` says where a budget is best spent."""
+    """:func:`convert` up to where recovery starts.
+
+    ``calibration`` says where a budget is best spent, and with it tensors get no base where that is not worth its
+    parameters; ``without_base`` names them for a config.
+    """
     given = [name for name, value in (("config", config), ("rank", rank), ("budget", budget)) if value is not None]
     if len(given) > 1:
         raise LoRunError(f"expected one of config, rank and budget, found {' and '.join(given)}: give one")
-    stage_map = find_stages(dun, stages=stages, example_inputs=example_inputs, calls=calls)
+    stage_map = find_stages(dun, stages=stages, example_inputs=example_inputs, calls=calls).without_base(without_base)
     modules = [site.module for group in stage_map.groups for site in group.sites]
     check_plain(dun, modules)
     check_reachable(dun, modules)
     check_dense(dun)
     check_sound(dun)
-    if config is None:
-        if budget is None:
-            config = config_for_rank(dun, stage_map, DEFAULT_RANK if rank is None else rank)
-        elif calibration is None:
-            config = config_for_budget(dun, stage_map, budget)
-        else:
-            from .processes import agreed  # training needs libraries that conversion does not
-            from .recovery import weigh
+    if budget is not None:
+        sensitivity = None
+        if calibration is not None:
+            from .recovery import weigh  # training needs libraries that conversion does not
 
-            config = agreed(config_for_budget(dun, stage_map, budget, weigh(dun, stage_map, calibration, seed)))
+            sensitivity = weigh(dun, stage_map, calibration, seed)
+        spent = spend(dun, stage_map, budget, sensitivity)
+        if calibration is not None:
+            from .processes import agreed
+
+            spent = agreed(spent)
+        config, stage_map = config_of_ranks(spent.ranks), stage_map.without_base(spent.without_base)
+    elif config is None:
+        config = config_for_rank(dun, stage_map, DEFAULT_RANK if rank is None else rank)
     plans = plan(dun, stage_map, config)
 
     base = copy_network(dun)
@@ -167,7 +177,7 @@ class _Factored:
                 group,
                 [dun.get_submodule(site.module) for site in group.sites],
                 stacks,
-                {name: term.rank for name, term in terms.items()},
+                {spec.name: terms[spec.name].rank for spec in group.tensors if spec.name in terms and not spec.alone},
                 planned.kept,
             )
         self.base: dict[str, Tensor] = {}
@@ -184,7 +194,7 @@ class _Factored:
                 self.base[spec.name] = _mean(stack)
                 continue
             matrices = stack.reshape(len(stack), *spec.matrix)
-            factors, scaling = factorise(matrices, terms[spec.name].rank), terms[spec.name].scaling
+            factors, scaling = factorise(matrices, terms[spec.name].rank, spec.alone), terms[spec.name].scaling
             self.base[spec.name] = factors.base.to(stack.dtype).reshape(spec.shape)
             norms = torch.linalg.matrix_norm(matrices.to(factors.base.dtype))
             self.errors[spec.name] = list(zip(factors.error.sqrt().tolist(), norms.tolist()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -55,6 +56,7 @@ def groups_of(stage_map: StageMap) -> list[dict[str, Any]]:
             "sites": [{"stage": s.stage, "module": s.module, "call": s.call} for s in group.sites],
             "tensors": {spec.name: list(spec.shape) for spec in group.tensors},
             "common": [spec.name for spec in group.tensors if spec.common],
+            "without_base": [spec.name for spec in group.tensors if spec.alone],
         }
         for group in stage_map.groups
     ]
@@ -162,6 +164,7 @@ def _is_group(value: object) -> bool:
         and isinstance(value.get("tensors"), dict)
         and all(_are(shape, list, _is_count) for shape in value["tensors"].values())
         and _are(value.get("common"), list, _is_str)
+        and _are(value.get("without_base"), list, lambda name: isinstance(name, str) and name in value["tensors"])
     )
 
 
@@ -226,6 +229,13 @@ def stage_map_of(dun: nn.Module, description: Mapping[str, Any], file: Path) -> 
                 f"expected {name[:200]!r} of shape {entry['tensors'].get(name)}, found {shapes.get(name)} in the "
                 f"stages of {network} for {file}: build the network that was converted"
             )
+        odd = [spec.name for spec in specs if spec.name in entry["without_base"] and not spec.adaptable]
+        if odd:
+            raise LoRunError(
+                f"expected a base for {odd[0][:200]!r}, which no low-rank term can stand for, found none in {file}: "
+                "save it anew or download it again"
+            )
+        specs = tuple(dataclasses.replace(spec, alone=spec.name in entry["without_base"]) for spec in specs)
         groups.append(Group(entry["name"], sites, specs))
     return StageMap(network, tuple(groups))
 

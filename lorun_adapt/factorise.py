@@ -34,21 +34,24 @@ class Factors:
         return self.a.shape[1]
 
 
-def factorise(stages: Tensor, rank: int) -> Factors:
-    """Factorise ``stages`` of shape (N, m, n); computed in float64 (complex128 for complex)."""
+def factorise(stages: Tensor, rank: int, alone: bool = False) -> Factors:
+    """Factorise ``stages`` of shape (N, m, n); computed in float64 (complex128 for complex).
+
+    ``alone``: with a base of zero, each stage by itself.
+    """
     work = stages.to(torch.complex128 if stages.is_complex() else torch.float64)
     if work.shape[1] > work.shape[2]:
-        turned = factorise(work.mT, rank)
+        turned = factorise(work.mT, rank, alone)
         return Factors(turned.base.mT, turned.b.mT, turned.a.mT, turned.error)
     rank = min(rank, work.shape[1])
-    base = work.mean(0)
+    base = torch.zeros_like(work[0]) if alone else work.mean(0)
     residual = work - base
     # The pair is kept as an orthonormal basis (N, m, r) of its columns and its coordinates there.
     basis = torch.linalg.eigh(residual @ residual.mH)[1][..., -rank:]
     coordinates = basis.mH @ residual
     error = _lost(residual, coordinates)
     enough = ENOUGH * error.sum()
-    for _ in range(TURNS):
+    for _ in range(0 if alone else TURNS):
         if error.sum() <= NOTHING * _energy(work).sum():
             break
         base = base + (residual - basis @ coordinates).mean(0)
@@ -64,7 +67,9 @@ def factorise(stages: Tensor, rank: int) -> Factors:
     return Factors(base, coordinates / scale[:, :, None], basis * scale[:, None, :], error)
 
 
-def factorise_weighted(stages: Tensor, rank: int, rows: Tensor, columns: Tensor, damping: float) -> Factors:
+def factorise_weighted(
+    stages: Tensor, rank: int, rows: Tensor, columns: Tensor, damping: float, alone: bool = False
+) -> Factors:
     """The same where some directions matter more: minimises sum_k tr(rows_k E_k columns_k E_k^T).
 
     E_k is what stage k loses. By turns: the pairs by a truncated SVD between the square roots of the
@@ -75,19 +80,21 @@ def factorise_weighted(stages: Tensor, rank: int, rows: Tensor, columns: Tensor,
         rows, columns: (N, m, m) and (N, n, n), or (N, 1, 1) for multiples of the identity.
         damping: this part of the mean weight is added to each direction, since the weights hold for
             small changes only.
+        alone: with a base of zero.
     """
     if stages.shape[1] > stages.shape[2]:
-        turned = factorise_weighted(stages.mT, rank, columns, rows, damping)
+        turned = factorise_weighted(stages.mT, rank, columns, rows, damping, alone)
         return Factors(turned.base.mT, turned.b.mT, turned.a.mT, turned.error)
     work = stages.double()
     left, right = _Weight(rows, work.shape[1], damping), _Weight(columns, work.shape[2], damping)
-    base = _nearest(left, right, work, work.mean(0))
-    for turn in range(WEIGHTED_TURNS):
+    base = torch.zeros_like(work[0]) if alone else _nearest(left, right, work, work.mean(0))
+    turns = 1 if alone else WEIGHTED_TURNS
+    for turn in range(turns):
         whitened = _whitened(left, right, work - base)
         u = torch.linalg.eigh(whitened @ whitened.mT)[1][..., -rank:]
         b = left.unroot(u)
         a = right.unroot((u.mT @ whitened).mT).mT
-        if turn < WEIGHTED_TURNS - 1:
+        if turn < turns - 1:
             base = _nearest(left, right, work - b @ a, base)
     # Even factors train best: the same product from its own SVD.
     q, r = torch.linalg.qr(b)
@@ -146,29 +153,35 @@ def _nearest(left: _Weight, right: _Weight, targets: Tensor, start: Tensor) -> T
     return found
 
 
-def energy_by_rank(stages: Tensor) -> Tensor:
-    """The energy of the residuals from the mean that rank 1, 2, … keeps, over all ``stages`` (N, m, n)."""
-    work = stages.to(torch.complex128 if stages.is_complex() else torch.float64)
-    return _cumulated(work - work.mean(0))
+def energies(stages: Tensor, alone: bool = False) -> tuple[float, Tensor]:
+    """Of all ``stages`` (N, m, n): the energy that their mean keeps, and what rank 1, 2, … adds to it.
+
+    ``alone``: with a base of zero, which keeps none.
+    """
+    work = stages.detach().to(torch.complex128 if stages.is_complex() else torch.float64)
+    return _energies(work, work if alone else work - work.mean(0))
 
 
-def weighted_energy_by_rank(stages: Tensor, rows: Tensor, columns: Tensor, damping: float) -> Tensor:
-    """The same in the weights of :func:`factorise_weighted`, from the matrix that is nearest to all in these."""
-    work = stages.double()
+def weighted_energies(
+    stages: Tensor, rows: Tensor, columns: Tensor, damping: float, alone: bool = False
+) -> tuple[float, Tensor]:
+    """The same in the weights of :func:`factorise_weighted`, with the matrix that is nearest to all in these."""
+    work = stages.detach().double()
     left, right = _Weight(rows, work.shape[1], damping), _Weight(columns, work.shape[2], damping)
-    return _cumulated(_whitened(left, right, work - _nearest(left, right, work, work.mean(0))))
+    residual = work if alone else work - _nearest(left, right, work, work.mean(0))
+    return _energies(_whitened(left, right, work), _whitened(left, right, residual))
+
+
+def _energies(whole: Tensor, residual: Tensor) -> tuple[float, Tensor]:
+    residual = residual.mT if residual.shape[1] > residual.shape[2] else residual
+    by_rank = torch.linalg.eigvalsh(residual @ residual.mH).clamp_min(0).flip(-1).sum(0)
+    return float((_energy(whole).sum() - by_rank.sum()).clamp_min(0)), by_rank
 
 
 def rank_for_energy(stages: Tensor, fraction: float) -> int:
     """The smallest rank that keeps ``fraction`` of the energy of the residuals from the mean."""
-    energy = energy_by_rank(stages)
+    energy = energies(stages)[1].cumsum(0)
     return int((energy < fraction * energy[-1]).sum()) + 1
-
-
-def _cumulated(matrices: Tensor) -> Tensor:
-    """The energy of the largest 1, 2, … singular values of each matrix, over all (N, m, n)."""
-    matrices = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
-    return torch.linalg.eigvalsh(matrices @ matrices.mH).clamp_min(0).flip(-1).sum(0).cumsum(0)
 
 
 def _energy(matrices: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from . import checkpoint
 from .adapter_sets import AdapterSets
-from .assemble import copy_network, merge
+from .assemble import copy_network, held_tensors, merge
 from .budget import Budget
 from .calibration import Batches
 from .errors import LoRunError
@@ -137,7 +137,9 @@ class LoRunModel(AdapterSets):
 
     def num_parameters(self) -> int:
         """Parameters of base and adapters, every distinct tensor once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        held = {id(tensor) for tensor in held_tensors(self.base, self.stage_map).values()}
+        held |= {id(parameter) for parameter in self.adapters.parameters()}
+        return sum(parameter.numel() for parameter in self.parameters() if id(parameter) in held)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, in PEFT's words."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .assemble import lowrank_terms
-from .conversion import convert
+from .conversion import collapse
 from .evaluate import check_size, psnr, ssim
 from .folder import write_file
 from .model import LoRunModel
@@ -75,7 +75,8 @@ def write_page(path: Path, task: Task, original: nn.Module, lorun: LoRunModel, f
         LoRunError: an image or a function of the task that fails, or a page that can't be written.
     """
     observer = Observer(original, lorun.stage_map, to_device(task.example_inputs(), device_of(original)))
-    unrecovered = convert(original, _same_ranks(lorun), **_named_stages(lorun))
+    without_base = {spec.name for group in lorun.stage_map.groups for spec in group.tensors if spec.alone}
+    unrecovered = collapse(original, _same_ranks(lorun), without_base=without_base, **_named_stages(lorun))
     networks = {
         "original": (original, sum(p.numel() for p in original.parameters())),
         "this conversion": (lorun, lorun.num_parameters()),
@@ -215,7 +216,11 @@ def _heat_map(lorun: LoRunModel) -> str:
         ranks = lorun.stage_map.adapted(group)
         errors = lorun.errors.get(group.name, {})
         names = [name for name in ranks if name in errors]
-        head = "".join(f"<th>{html.escape(name).replace('.', '.<wbr>')}</th>" for name in names)
+        alone = {spec.name for spec in group.tensors if spec.alone}
+        head = "".join(
+            f"<th>{html.escape(name).replace('.', '.<wbr>')}{'<br>no base' if name in alone else ''}</th>"
+            for name in names
+        )
         rows = []
         for place, site in enumerate(group.sites):
             cells = []

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .assemble import StageAdapter, distinct_tensors, lowrank_terms
+from .assemble import StageAdapter, distinct_tensors, held_tensors, lowrank_terms
 from .budget import Budget
 from .calibration import Batch, Batches, is_finite
 from .distill import Distillation, Loss
@@ -181,9 +181,10 @@ def trainable(lorun: LoRunModel) -> Iterator[list[Trained]]:
     for name, p in lorun.base.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), set()).add(name)
     base = []
+    held = {id(tensor) for tensor in held_tensors(lorun.base, lorun.stage_map).values()}
     for name, p in lorun.network.named_parameters():
         floats = p.is_floating_point() or p.is_complex()
-        if id(p) not in own and floats and (not lorun.trainable or lorun.trainable & names[id(p)]):
+        if id(p) in held - own and floats and (not lorun.trainable or lorun.trainable & names[id(p)]):
             base.append(p)
             trained.append(Trained(p, BASE if is_base(name) else OUTSIDE))
     if not trained:

@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from .assemble import StageAdapter, distinct_tensors, lowrank_terms, owner_of, private_tensors
+from .assemble import StageAdapter, held_tensors, lowrank_terms, owner_of, private_tensors
 from .tables import kilobytes, plain_text, table
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ def make_report(lorun: LoRunModel) -> Report:
     counted: set[tuple[int, str]] = set()  # what several stages hold, or call, stood once before
     lost = norm = 0.0
     for group in lorun.stage_map.groups:
-        base += _sum((spec.numel, spec.dtype, spec.buffer) for spec in group.tensors if not spec.common)
+        base += _sum(
+            (spec.numel, spec.dtype, spec.buffer) for spec in group.tensors if not spec.common and not spec.alone
+        )
         for position, site in enumerate(group.sites):
             dense = []
             for spec in group.tensors:
@@ -103,7 +105,7 @@ def make_report(lorun: LoRunModel) -> Report:
             )
     before = sum((item.before for item in stages.values()), Size())
     buffers = {id(buffer) for buffer in lorun.base.buffers()}
-    whole = _sum((t.numel(), t.dtype, id(t) in buffers) for t in distinct_tensors(lorun.base).values())
+    whole = _sum((t.numel(), t.dtype, id(t) in buffers) for t in held_tensors(lorun.base, lorun.stage_map).values())
     return Report(
         tuple(stages[key] for key in sorted(stages)),
         base,

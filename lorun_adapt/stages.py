@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from rich.table import Table
@@ -25,6 +25,7 @@ class TensorSpec:
     owner: type[nn.Module]  # class of the module that holds it
     frozen: bool = False  # the authors don't train it (in a network of which they train something)
     common: bool = False  # the authors tie it, or it is a constant: one for all stages, never adapted
+    alone: bool = False  # it has no base, which is zero then: each stage's low-rank term is the whole tensor
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -96,6 +97,14 @@ class StageMap:
     groups: tuple[Group, ...]
     not_taken: tuple[NotTaken, ...] = ()
     ranks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # group -> tensor -> rank, once planned
+
+    def without_base(self, names: Collection[str]) -> StageMap:
+        """The same, where tensors of these names have no base."""
+        groups = tuple(
+            replace(group, tensors=tuple(replace(spec, alone=spec.name in names) for spec in group.tensors))
+            for group in self.groups
+        )
+        return replace(self, groups=groups)
 
     def __len__(self) -> int:
         return 1 + max(site.stage for group in self.groups for site in group.sites)

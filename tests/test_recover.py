@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -492,13 +493,21 @@ def test_ground_truth_behind_the_arguments() -> None:
 # --- budget --------------------------------------------------------------------------------------
 
 
+def least_budget(net: nn.Module) -> int:
+    """What the error names, for a budget that is too small."""
+    with pytest.raises(LoRunError, match="at least [0-9,]+ parameters") as caught:
+        lorun_adapt.convert(net, budget=1)
+    return int(re.findall("at least ([0-9,]+) parameters", str(caught.value))[0].replace(",", ""))
+
+
 @pytest.mark.parametrize(
     "name", sorted(set(ZOO) - {"looped", "one_block_many_times", "ends_around_a_loop", "shared_body"})
 )
 def test_budget_is_kept(name) -> None:
     net = ZOO[name]().net
     before = sum(p.numel() for p in net.parameters())
-    least = lorun_adapt.convert(net, rank=1).num_parameters()
+    least = least_budget(net)
+    assert least <= lorun_adapt.convert(net, rank=1).num_parameters()
     for budget in (least, (least + before) // 2, 0.9):
         limit = budget if budget >= 1 else int(budget * before)
         if limit < least:
@@ -546,10 +555,40 @@ def test_budget_is_spent_on_what_the_output_is_sensitive_to() -> None:
     net = ListOfBlocks([Block(TwoWays()) for _ in range(3)]).eval()
     for p in net.parameters():
         p.data.mul_(1.5)
-    budget = lorun_adapt.convert(net, rank=1).num_parameters() + 800
+    budget = least_budget(net) + 800
     ranks = lorun_adapt.convert(net, budget=budget).stage_map.ranks["denoiser"]
     assert ranks["denoiser.hidden.weight"] > ranks["denoiser.shown.weight"] == 1
     lorun = lorun_adapt.convert(net, budget=budget, calibration=measurements(), steps=5)
     ranks = lorun.stage_map.ranks["denoiser"]
     assert ranks["denoiser.shown.weight"] > ranks["denoiser.hidden.weight"] == 1
     assert lorun.num_parameters() <= budget
+
+
+def test_a_budget_goes_to_a_base_only_where_stages_have_much_in_common(tmp_path) -> None:
+    net = teacher()
+    body = "denoiser.body.weight"
+    with torch.no_grad():
+        for block in net.blocks[1:]:
+            kernel = block.get_parameter(body)
+            kernel.copy_(net.blocks[0].get_parameter(body) + 0.05 * kernel)
+    lorun = lorun_adapt.convert(net, budget=0.6)
+    tensors = lorun.stage_map.groups[0].tensors
+    assert {spec.name: spec.alone for spec in tensors if spec.smaller(1)}[body] is False
+    without = [spec.name for spec in tensors if spec.alone]
+    assert without  # the other kernels are drawn anew for each stage
+    for name in without:
+        base = lorun.base.get_parameter(f"blocks.0.{name}")
+        assert not base.any() and not base.requires_grad
+
+    lorun.recover(net, measurements(), steps=3)
+    assert not any(lorun.base.get_parameter(f"blocks.0.{name}").any() for name in without)
+    lorun.save_pretrained(tmp_path / "saved")
+    held = load_file(tmp_path / "saved/base.safetensors")
+    assert f"blocks.0.{body}" in held and not any(f"blocks.0.{name}" in held for name in without)
+    loaded = lorun_adapt.from_pretrained(tmp_path / "saved", net)
+    batch = next(iter(measurements()))
+    assert torch.equal(loaded(*batch), lorun(*batch))
+    assert loaded.num_parameters() == lorun.num_parameters() <= 0.6 * sum(p.numel() for p in net.parameters())
+    assert loaded.report().network_after.parameters == loaded.num_parameters()
+    assert loaded.fingerprint == lorun.fingerprint
+    torch.testing.assert_close(loaded.merge_and_unload()(*batch), lorun(*batch))
