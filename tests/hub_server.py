@@ -8,7 +8,6 @@ with HubServer() as hub:
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import posixpath
@@ -16,100 +15,18 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from email.message import Message
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-DATE = "2024-05-01T00:00:00.000Z"
-PUBLIC = "https://huggingface.co"  # the Hub names itself so in its answers, also behind another endpoint
-LARGEST_REGULAR = 10 << 20
+from hub_repos import Commit, HubError, Reply, Repo, Stored, change, create_ref, entry, folders, history, info, large
+
 FAULTS = ("drop", "damage", "short", "error", "wrong-etag")
-
-
-class Stored(NamedTuple):
-    """A file of a commit."""
-
-    data: bytes
-    lfs: bool = False
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
-
-    @property
-    def pointer(self) -> bytes:
-        """What git itself holds in place of a large file."""
-        return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n".encode()
-
-    @property
-    def blob(self) -> str:
-        blob = self.pointer if self.lfs else self.data
-        return hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest()
-
-    @property
-    def etag(self) -> str:
-        return self.sha256 if self.lfs else self.blob
-
-
-class Commit(NamedTuple):
-    id: str
-    files: dict[str, Stored]
-    parent: Commit | None
-
-
-@dataclass
-class Repo:
-    id: str
-    private: bool
-    gated: bool
-    lfs: tuple[str, ...]
-    tags: tuple[str, ...]
-    members: set[str]  # who may read all of it, and write
-    commits: dict[str, Commit] = field(default_factory=dict)
-    branches: dict[str, Commit] = field(default_factory=dict)
-    versions: dict[str, Commit] = field(default_factory=dict)  # the git tags
-    objects: dict[str, bytes] = field(default_factory=dict)  # LFS contents by sha256
-
-    def find(self, revision: str) -> Commit:
-        short = revision.removeprefix("refs/heads/").removeprefix("refs/tags/")
-        for known in (self.branches, self.versions, self.commits):
-            if short in known:
-                return known[short]
-        for sha, commit in self.commits.items():
-            if len(short) >= 7 and sha.startswith(short):
-                return commit
-        raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-
-    def is_large(self, path: str, size: int) -> bool:
-        return size > LARGEST_REGULAR or any(fnmatchcase(path, pattern) for pattern in self.lfs)
-
-    def commit(self, branch: str, files: dict[str, Stored]) -> Commit:
-        blobs = sorted((path, stored.blob) for path, stored in files.items())
-        sha = hashlib.sha1(repr((self.id, len(self.commits), blobs)).encode()).hexdigest()
-        self.commits[sha] = self.branches[branch] = commit = Commit(sha, files, self.branches.get(branch))
-        self.objects.update((stored.sha256, stored.data) for stored in files.values() if stored.lfs)
-        return commit
-
-
-class Reply(NamedTuple):
-    status: int
-    body: Any = b""  # bytes, or what is sent as JSON
-    headers: Mapping[str, str] = {}
-    is_file: bool = False
-
-
-class HubError(Exception):
-    """An answer that the client turns into an exception."""
-
-    def __init__(self, status: int, code: str | None, message: str, **headers: str) -> None:
-        super().__init__(message)
-        named = {"X-Error-Code": code} if code else {}
-        self.reply = Reply(status, {"error": message}, {**named, "X-Error-Message": message, **headers})
 
 
 @dataclass
@@ -224,7 +141,7 @@ class HubServer:
 
     def commits(self, repo_id: str, revision: str = "main") -> list[str]:
         """Ids, the newest first."""
-        return [commit.id for commit in _history(self.repos[repo_id].find(revision))]
+        return [commit.id for commit in history(self.repos[repo_id].find(revision))]
 
     def fault(self, path: str, kind: str, *, times: int | None = None, method: str = "GET") -> None:
         """Spoil answers about a file (its path in the repository), or about a URL's path; patterns are allowed.
@@ -357,7 +274,7 @@ class HubServer:
     def _list_models(self, request: Request) -> Any:
         author, words = (request.query.get(key, [""])[0] for key in ("author", "search"))
         visible = [repo for repo in self.repos.values() if not repo.private or request.user in repo.members]
-        infos = [_info(repo, repo.find("main"), False) for repo in visible if words.lower() in repo.id.lower()]
+        infos = [info(repo, repo.find("main"), False) for repo in visible if words.lower() in repo.id.lower()]
         found = [info for info in infos if set(request.query.get("filter", [])) <= set(info["tags"])]
         found = [info for info in found if author in ("", info["author"])]
         return found[: int(request.query.get("limit", ["1000"])[0])]
@@ -366,24 +283,24 @@ class HubServer:
     @route("GET", "/api/models/{repo}/revision/{revision}")
     def _model(self, request: Request, repo: str, revision: str = "main") -> Any:
         found = self._repo(request, repo)
-        return _info(found, found.find(revision), request.flag("blobs"))
+        return info(found, found.find(revision), request.flag("blobs"))
 
     @route("GET", "/api/models/{repo}/tree/{revision}")
     @route("GET", "/api/models/{repo}/tree/{revision}/{folder}")
     def _tree(self, request: Request, repo: str, revision: str, folder: str = "") -> Any:
         commit = self._repo(request, repo).find(revision)
         start = folder.strip("/") + "/" if folder else ""
-        names = sorted(path for path in {*commit.files, *_folders(commit)} if path.startswith(start))
+        names = sorted(path for path in {*commit.files, *folders(commit)} if path.startswith(start))
         if folder and not names:
             raise HubError(404, "EntryNotFound", f"{folder} does not exist on {revision}")
         deep = request.flag("recursive")
-        return [_entry(commit, name) for name in names if deep or "/" not in name[len(start) :]]
+        return [entry(commit, name) for name in names if deep or "/" not in name[len(start) :]]
 
     @route("POST", "/api/models/{repo}/paths-info/{revision}")
     def _paths_info(self, request: Request, repo: str, revision: str) -> Any:
         commit = self._repo(request, repo).find(revision)
         asked = parse_qs(request.body.decode()).get("paths", [])
-        return [_entry(commit, path) for path in asked if path in {*commit.files, *_folders(commit)}]
+        return [entry(commit, path) for path in asked if path in {*commit.files, *folders(commit)}]
 
     @route("GET", "/api/models/{repo}/refs")
     def _refs(self, request: Request, repo: str) -> Any:
@@ -426,21 +343,21 @@ class HubServer:
         if request.user is None or repo_id.split("/")[0] != request.user or wanted.get("type", "model") != "model":
             raise HubError(403 if request.user else 401, None, f"You don't have the rights to create {repo_id}")
         if repo_id in self.repos:
-            return Reply(409, {"error": "You already created this model repo", "url": f"{PUBLIC}/{repo_id}"})
+            return Reply(409, {"error": "You already created this model repo", "url": f"{self.endpoint}/{repo_id}"})
         attributes = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
         private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
         self.add_repo(repo_id, {".gitattributes": attributes}, private=private)
-        return {"url": f"{PUBLIC}/{repo_id}", "name": repo_id}
+        return {"url": f"{self.endpoint}/{repo_id}", "name": repo_id}
 
     @route("POST", "/api/models/{repo}/branch/{name}")
     def _create_branch(self, request: Request, repo: str, name: str) -> Any:
         found = self._repo(request, repo, write=True)
-        return _create_ref(found.branches, name, found.find(request.json.get("startingPoint", "main")))
+        return create_ref(found.branches, name, found.find(request.json.get("startingPoint", "main")))
 
     @route("POST", "/api/models/{repo}/tag/{revision}")
     def _create_tag(self, request: Request, repo: str, revision: str) -> Any:
         found = self._repo(request, repo, write=True)
-        return _create_ref(found.versions, request.json["tag"], found.find(revision))
+        return create_ref(found.versions, request.json["tag"], found.find(revision))
 
     @route("POST", "/api/validate-yaml")
     def _validate_yaml(self, request: Request) -> Any:
@@ -480,7 +397,7 @@ class HubServer:
 
     @route("POST", "/{repo}.git/info/lfs/verify")
     def _lfs_verify(self, request: Request, repo: str) -> Any:
-        _large(self._repo(request, repo, write=True), request.json)
+        large(self._repo(request, repo, write=True), request.json)
         return {}
 
     @route("POST", "/api/models/{repo}/commit/{revision}")
@@ -497,93 +414,9 @@ class HubServer:
                 if not found.branches[revision].id.startswith(item["value"].get("parentCommit", "")):
                     raise HubError(412, None, "A commit has happened since. Please refresh and try again.")
             else:
-                _change(found, files, item["key"], item["value"])
+                change(found, files, item["key"], item["value"])
         commit = found.commit(revision, files)
-        return {"success": True, "commitOid": commit.id, "commitUrl": f"{PUBLIC}/{repo}/commit/{commit.id}"}
-
-
-def _history(commit: Commit | None) -> Iterator[Commit]:
-    while commit is not None:
-        yield commit
-        commit = commit.parent
-
-
-def _large(repo: Repo, value: dict[str, Any]) -> bytes:
-    """The uploaded content that a client names."""
-    content = repo.objects.get(value["oid"])
-    if content is None or len(content) != value.get("size", len(content)):
-        raise HubError(400, None, f"LFS object {value['oid']} does not exist")
-    return content
-
-
-def _change(repo: Repo, files: dict[str, Stored], key: str, value: dict[str, Any]) -> None:
-    """Apply one line of a commit."""
-    path = value["path"]
-    if {"..", "/"} & {*PurePosixPath(path).parts}:
-        raise HubError(400, None, f"Invalid path: {path}")
-    if key == "file":
-        files[path] = Stored(base64.b64decode(value["content"], validate=True))
-    elif key == "lfsFile":
-        files[path] = Stored(_large(repo, value), lfs=True)
-    else:
-        inside = path.rstrip("/") + "/"
-        gone = [x for x in files if x == path or (key == "deletedFolder" and x.startswith(inside))]
-        if not gone:
-            raise HubError(404, "EntryNotFound", f"A file with this name doesn't exist: {path} ({key})")
-        for name in gone:
-            del files[name]
-
-
-def _create_ref(refs: dict[str, Commit], name: str, commit: Commit) -> dict[str, bool]:
-    if name in refs:
-        raise HubError(409, None, f"Reference {name} already exists")
-    refs[name] = commit
-    return {"success": True}
-
-
-def _folders(commit: Commit) -> set[str]:
-    return {str(above) for path in commit.files for above in PurePosixPath(path).parents} - {".", "/"}
-
-
-def _entry(commit: Commit, path: str) -> dict[str, Any]:
-    """A file or a folder, as listings show it."""
-    stored = commit.files.get(path)
-    if stored is None:
-        return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
-    size = len(stored.data)
-    lfs = {"lfs": {"oid": stored.sha256, "size": size, "pointerSize": len(stored.pointer)}} if stored.lfs else {}
-    return {"type": "file", "path": path, "size": size, "oid": stored.blob, **lfs}
-
-
-def _info(repo: Repo, commit: Commit, blobs: bool) -> dict[str, Any]:
-    siblings: list[dict[str, Any]] = [{"rfilename": path} for path in commit.files]
-    for sibling in siblings if blobs else []:
-        entry = _entry(commit, sibling["rfilename"])
-        sibling |= {"size": entry["size"], "blobId": entry["oid"]}
-        if "lfs" in entry:
-            sibling["lfs"] = {**entry["lfs"], "sha256": entry["lfs"]["oid"]}
-    card = _card(commit.files["README.md"].data.decode()) if "README.md" in commit.files else {}
-    library, licences = card.get("library_name", [])[:1], [f"license:{name}" for name in card.get("license", [])]
-    return {
-        **{"id": repo.id, "modelId": repo.id, "author": repo.id.split("/")[0], "sha": commit.id},
-        **{"private": repo.private, "gated": "auto" if repo.gated else False, "disabled": False},
-        **{"tags": [*repo.tags, *card.get("tags", []), *library, *licences], "library_name": (library or [None])[0]},
-        **{"lastModified": DATE, "createdAt": DATE, "downloads": 0, "likes": 0, "siblings": siblings},
-    }
-
-
-def _card(readme: str) -> dict[str, list[str]]:
-    """The metadata of a model card, as far as a model's tags need it: words, and lists of words."""
-    found: dict[str, list[str]] = {}
-    key = ""
-    parts = readme.split("---\n")
-    for line in parts[1].splitlines() if len(parts) > 2 and not parts[0] else []:
-        if pair := re.fullmatch(r"(\w+):(.*)", line):
-            key = pair[1]
-            found[key] = [word for word in re.split(r"[\[\],\s'\"]+", pair[2]) if word]
-        elif item := re.fullmatch(r"\s*-\s+(\S+)\s*", line):
-            found.setdefault(key, []).append(item[1].strip("'\""))
-    return found
+        return {"success": True, "commitOid": commit.id, "commitUrl": f"{self.endpoint}/{repo}/commit/{commit.id}"}
 
 
 class _Listener(ThreadingHTTPServer):
