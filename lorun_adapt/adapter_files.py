@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,13 @@ from peft import LoraConfig
 from .assemble import StageAdapter
 from .description import CONFIG, groups_of, read_description, stage_map_of
 from .errors import LoRunError
-from .folder import undisturbed
+from .folder import as_path, undisturbed
 from .peft_reader import Reader
 from .reading import parse_tensors, read_file
 from .stages import Group, Site, StageMap, stage_key
 
 if TYPE_CHECKING:
-    from .model import LoRunModel
+    from .adapter_sets import AdapterSets
 
 AdapterSet = tuple[dict[tuple[str, Site], StageAdapter], LoraConfig]
 
@@ -36,26 +36,66 @@ TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BASE_KEY = "lorun_base"  # the fingerprint of the base, in the metadata of a safetensors file
 
 
-def load_set(lorun: LoRunModel, path: Path, name: str, stage: int | None) -> AdapterSet:
+def load_set(
+    lorun: AdapterSets, source: str | os.PathLike[str], name: str, stage: int | None, **hub: Any
+) -> AdapterSet:
     """What :meth:`LoRunModel.load_adapter` reads: the adapters by group and site, and a config."""
+    if stage is not None and (
+        not hasattr(stage, "__index__") or int(stage) not in range(len(lorun.stage_map)) or isinstance(stage, bool)
+    ):
+        raise LoRunError(
+            f"expected a stage in 0..{len(lorun.stage_map) - 1}, found {stage!r}: see print(lorun.stage_map)"
+        )
+    path = local(source, lambda description, key: _needed(lorun.stage_map, description, key, name, stage), **hub)
     return undisturbed(path, lambda: _load_set(lorun, path, name, stage))
 
 
-def _load_set(lorun: LoRunModel, path: Path, name: str, stage: int | None) -> AdapterSet:
+def local(
+    source: str | os.PathLike[str], needed: Callable[[Mapping[str, Any] | None, str], Iterable[str]], **hub: Any
+) -> Path:
+    """The folder, or file, that ``source`` is, or that of its repository in the Hub's cache, with the files needed."""
+    from .hub import Repository, is_repository
+
+    if is_repository(source):
+        return Repository(os.fspath(source), **hub).fetch(needed)
+    if given := [option for option, value in hub.items() if value]:
+        raise LoRunError(
+            f"expected a repository as 'user/name' with {' and '.join(given)}, found {os.fspath(source)!r}: leave them "
+            "out for a folder"
+        )
+    return as_path(source)
+
+
+def _needed(
+    stage_map: StageMap, description: Mapping[str, Any] | None, key: str, name: str, stage: int | None
+) -> list[str]:
+    """The files of a set, or of one of its stages, in a repository."""
+    parts = [stage_folder(stage_map, g, s) for g in stage_map.groups for s in g.sites if stage in (None, s.stage)]
+    if description is None:
+        single = stage is not None and len(parts) == 1
+        return [f"{part}/{file}".lstrip("/") for part in ([""] if single else parts) for file in (PEFT_CONFIG, TENSORS)]
+    key = key or f"{ADAPTERS}/{_chosen(description, name, 'the repository')}"
+    whole = [f"{key}/{part}" for part in parts]
+    return [file for file in description["files"] if os.path.dirname(file) in (*whole, key)]
+
+
+def _load_set(lorun: AdapterSets, path: Path, name: str, stage: int | None) -> AdapterSet:
     stage_map, fingerprint = lorun.stage_map, lorun.fingerprint
+    file = TENSORS
+    if path.suffix == ".safetensors" and os.path.isfile(path):
+        path, file = path.parent, path.name
+        named = re.fullmatch(r"stage_(\d+)", path.name)
+        stage = int(named[1]) if stage is None and named else stage
+        if stage not in range(len(stage_map)) or len(stage_map.groups) > 1:
+            raise LoRunError(
+                f"expected a stage's adapter, found {path / file}, which does not say whose it is: give stage= or, "
+                "where stages have several denoisers, the stage's folder"
+            )
     if not os.path.isdir(path):
         raise LoRunError(f"expected a folder with an adapter, found none at {path}: give a saved folder or a set's")
-    if stage is not None and (
-        not hasattr(stage, "__index__") or int(stage) not in range(len(stage_map)) or isinstance(stage, bool)
-    ):
-        raise LoRunError(f"expected a stage in 0..{len(stage_map) - 1}, found {stage!r}: see print(lorun.stage_map)")
     saved, key = _place_of(path, lorun, fingerprint)
     if saved.description is not None and key == "":
-        names = saved.description["adapters"]
-        chosen = name if name in names else names[0] if len(names) == 1 else None
-        if chosen is None:
-            raise LoRunError(f"expected one adapter set or {name!r} in {path}, found {names}: give the folder of a set")
-        key = f"{ADAPTERS}/{chosen}"
+        key = f"{ADAPTERS}/{_chosen(saved.description, name, path)}"
     if stage is None:
         return read_set(saved, key, lorun.readers, stage_map, fingerprint)
     if os.path.isdir(saved.folder / key / stage_key(stage)):
@@ -65,13 +105,19 @@ def _load_set(lorun: LoRunModel, path: Path, name: str, stage: int | None) -> Ad
         for site in group.sites:
             if site.stage == stage:
                 part = f"{key}/{group.name}".lstrip("/") if len(stage_map.groups) > 1 else key
-                found[group.name, site] = _read_adapter(
-                    saved, part, lorun.readers[group.name, site.module], site, fingerprint
-                )
+                reader = lorun.readers[group.name, site.module]
+                found[group.name, site] = _read_adapter(saved, part, reader, site, fingerprint, file)
     return _together(found)
 
 
-def _place_of(path: Path, lorun: LoRunModel, fingerprint: str) -> tuple[Saved, str]:
+def _chosen(description: Mapping[str, Any], name: str, where: object) -> str:
+    names = description["adapters"]
+    if name in names or len(names) == 1:
+        return name if name in names else names[0]
+    raise LoRunError(f"expected one adapter set or {name!r} in {where}, found {names}: give the folder of a set")
+
+
+def _place_of(path: Path, lorun: AdapterSets, fingerprint: str) -> tuple[Saved, str]:
     """The saved folder that ``path`` is or lies in, if it knows of it, and the place within."""
     try:
         path = Path(os.path.abspath(path))
@@ -165,11 +211,11 @@ def _together(found: Mapping[tuple[str, Site], tuple[StageAdapter, LoraConfig]])
 
 
 def _read_adapter(
-    saved: Saved, key: str, reader: Reader, site: Site, fingerprint: str
+    saved: Saved, key: str, reader: Reader, site: Site, fingerprint: str, file: str = TENSORS
 ) -> tuple[StageAdapter, LoraConfig]:
-    names = [f"{key}/{name}".lstrip("/") for name in (PEFT_CONFIG, TENSORS)]
+    names = [f"{key}/{name}".lstrip("/") for name in (PEFT_CONFIG, file)]
     where = [str(saved.folder / name) for name in names]
-    pickle = where[1].removesuffix(TENSORS) + "adapter_model.bin"
+    pickle = where[1].removesuffix(file) + "adapter_model.bin"
     if os.path.exists(pickle) and not os.path.exists(where[1]):
         raise LoRunError(
             f"expected {TENSORS}, found a pickle at {pickle}: pickles can run code and are never read; save the "

@@ -22,7 +22,6 @@ from .calls import count_while_compiling, counting
 from .description import is_adapter_name
 from .errors import LoRunError
 from .fingerprint import fingerprint_of
-from .folder import as_path
 from .peft_reader import Reader, readers_of
 from .ranks import config_of_ranks
 from .sharing import register_hooks, share_again, shared_places
@@ -167,21 +166,45 @@ class AdapterSets(nn.Module):
             if before is not self.base:  # else within another `with`
                 self.network = self._ready_for(self._active)
 
-    def load_adapter(self, path: str | os.PathLike[str], adapter_name: str, stage: int | None = None) -> None:
+    def load_adapter(
+        self,
+        source: str | os.PathLike[str],
+        adapter_name: str,
+        stage: int | None = None,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> None:
         """Load a set, or one stage's adapter, under a name; it runs once :meth:`set_adapter` says so.
 
         Args:
-            path: a saved folder (its set of that name, or its only one), the folder of a set, or,
-                with ``stage``, the folder of a single stage.
+            source: a saved folder (its set of that name, or its only one), the folder of a set, or, with ``stage``,
+                the folder of a single stage or its safetensors file beside its ``adapter_config.json``; or a
+                repository of the Hub, as ``user/name``, of which only the files needed are downloaded.
             adapter_name: letters, digits, ``_`` and ``-``. A loaded set of that name is replaced;
                 with ``stage`` only that stage is.
             stage: load this stage's adapter alone.
+            revision, subfolder, token, cache_dir, local_files_only: of the repository, as
+                ``huggingface_hub.hf_hub_download`` takes them.
 
         Raises:
             LoRunError: files that are missing, damaged or not for this base; nothing changes then.
         """
         check_adapter_name(adapter_name)
-        adapters, config = load_set(self, as_path(path), adapter_name, stage)
+        adapters, config = load_set(
+            self,
+            source,
+            adapter_name,
+            stage,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
         with self._swapping:
             kept = self._choice_of(adapter_name) if stage is not None and adapter_name in self.adapters else {}
             self._put_set(adapter_name, {**kept, **adapters}, config)

@@ -17,19 +17,19 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from . import peft_format
-from .adapter_files import ADAPTERS, BASE_KEY, TENSORS, Saved, read_set, stage_folder
+from .adapter_files import ADAPTERS, BASE_KEY, TENSORS, Saved, local, read_set, stage_folder
 from .assemble import StageAdapter, copy_network, held_tensors, lowrank_terms, share, stage_values
 from .card import model_card
-from .description import CONFIG, as_text, describe, read_description, stage_map_of
+from .description import BASE, CONFIG, as_text, describe, read_description, stage_map_of
 from .errors import LoRunError
-from .folder import as_path, put_back, replace_folder, sha256, undisturbed
+from .folder import put_back, replace_folder, sha256, undisturbed
 from .peft_reader import readers_of
 from .plain import check_dense
 from .reading import DTYPES, Slot, file_limit, parse_tensors
@@ -38,17 +38,18 @@ from .stages import Group, Site, StageMap, is_sound, stage_key, tensors_of
 if TYPE_CHECKING:
     from .model import LoRunModel
 
-BASE, CARD = "base.safetensors", "README.md"
+CARD = "README.md"
 
 
-def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None) -> None:
+def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None, adapters_only: bool = False) -> None:
     """What :meth:`LoRunModel.save_pretrained` does."""
     if dtype is not None and (dtype not in DTYPES.values() or not dtype.is_floating_point):
         raise LoRunError(f"expected a floating-point dtype to save as, found {dtype}: use torch.float16, for example")
     about = {BASE_KEY: lorun.fingerprint}  # one entry: of several, safetensors leaves the order open
 
     def fill(folder: Path) -> None:
-        _write_tensors(folder / BASE, held_tensors(lorun.base, lorun.stage_map), dtype, about, _buffers(lorun.base))
+        if not adapters_only:
+            _write_tensors(folder / BASE, held_tensors(lorun.base, lorun.stage_map), dtype, about, _buffers(lorun.base))
         problems: dict[str, str] = {}
         for name in lorun.adapter_names:
             for (group, site), adapter in _adapters(lorun, name):
@@ -81,7 +82,16 @@ def _foreign(folder: Path) -> list[str]:
     return found
 
 
-def from_pretrained(path: str | os.PathLike[str], dun: nn.Module) -> LoRunModel:
+def from_pretrained(
+    source: str | os.PathLike[str],
+    dun: nn.Module,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> LoRunModel:
     """Load a saved conversion.
 
     Nothing in the folder is trusted: every file is within the bounds of what ``dun`` can have and
@@ -89,14 +99,24 @@ def from_pretrained(path: str | os.PathLike[str], dun: nn.Module) -> LoRunModel:
     is executed. A load that a save of the same folder overtakes begins again.
 
     Args:
-        path: a folder that ``save_pretrained`` wrote.
+        source: a folder that ``save_pretrained`` wrote, or a repository of the Hub, as ``user/name``.
         dun: a network of the same class, with any weights. It gives the code, the device and the
             dtype, and is left untouched.
+        revision, subfolder, token, cache_dir, local_files_only: of the repository, as
+            ``huggingface_hub.hf_hub_download`` takes them.
 
     Raises:
         LoRunError: files that are missing, damaged, or for another network.
     """
-    folder = as_path(path)
+    folder = local(
+        source,
+        _all_files,
+        revision=revision,
+        subfolder=subfolder,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
     if not isinstance(dun, nn.Module):
         raise LoRunError(f"expected a network, found {type(dun).__name__}: build one of the class that was converted")
     with contextlib.suppress(OSError):  # what can't be put back is reported as missing
@@ -104,10 +124,30 @@ def from_pretrained(path: str | os.PathLike[str], dun: nn.Module) -> LoRunModel:
     return undisturbed(folder, lambda: _load(folder, dun))
 
 
+def _all_files(description: Mapping[str, Any] | None, key: str) -> list[str]:
+    """What of a repository is needed to load all of it."""
+    if description is None or key:
+        raise LoRunError(
+            f"expected a conversion, found {'one of its adapters' if key else f'no {CONFIG}'} in the repository: load "
+            "its base first, and this with load_adapter"
+        )
+    _check_base(description, "the repository")
+    return [name for name in description["files"] if name != CARD]
+
+
+def _check_base(description: Mapping[str, Any], where: object) -> None:
+    if BASE not in description["files"]:
+        raise LoRunError(
+            f"expected a conversion with its base, found adapters alone in {where}: load the base "
+            f"{str(description.get('fingerprint'))[:12]} that they name, and these with load_adapter"
+        )
+
+
 def _load(folder: Path, dun: nn.Module) -> LoRunModel:
     from .model import LoRunModel
 
     description = read_description(folder, dun)
+    _check_base(description, folder)
     stage_map = stage_map_of(dun, description, folder / CONFIG)
     check_dense(dun)
     saved = Saved(folder, description)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .model import LoRunModel
 
 FORMAT = 1
-CONFIG = "lorun_config.json"
+CONFIG, BASE = "lorun_config.json", "base.safetensors"
 MOST_SETS, MOST_STAGES = 100, 1000
 
 

@@ -121,17 +121,53 @@ class LoRunModel(AdapterSets):
 
     # --- files -----------------------------------------------------------------------------------
 
-    def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(
+        self, path: str | os.PathLike[str], dtype: torch.dtype | None = None, *, adapters_only: bool = False
+    ) -> None:
         """Write base and adapters as safetensors and JSON; the folder appears whole or not at all.
 
         Args:
             path: a new or empty folder, or one saved before, which is replaced.
             dtype: store floating-point tensors as this, for smaller files (``torch.float16``).
+            adapters_only: leave out the base, which the adapters then name; :meth:`load_adapter` reads them.
 
         Raises:
             LoRunError: ``path`` holds something else.
         """
-        checkpoint.save(self, as_path(path), dtype)
+        checkpoint.save(self, as_path(path), dtype, adapters_only)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        adapters_only: bool = False,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> str:
+        """Save to a repository of the Hub, which is made where there is none.
+
+        Args:
+            repo_id: as ``user/name``.
+            adapters_only: without the base, which is then to be had elsewhere.
+            private: of a new repository: for oneself alone; by default as the account has it.
+            revision: a branch, which is made where there is none.
+            token: by default the one that ``hf auth login`` has stored, or of ``HF_TOKEN``.
+            dtype: store floating-point tensors as this.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            LoRunError: no access, no answer, or a repository that holds a base, which ``adapters_only`` would leave
+                with adapters of another.
+        """
+        from .hub import push
+
+        return push(
+            self, repo_id, adapters_only=adapters_only, private=private, revision=revision, token=token, dtype=dtype
+        )
 
     # --- figures ---------------------------------------------------------------------------------
 

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from dun_zoo import ZOO, Case
+from hub_server import HubServer
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -19,6 +22,15 @@ FULL = 10_000  # above any rank: clamped to the tensor's limit
 def _same_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(speed, "_multiplies_in_bfloat16", lambda: False)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub on loopback, for this process, with the accounts alice and bob."""
+    with HubServer() as server:
+        server.tokens.update({"alice-token": "alice", "bob-token": "bob"})
+        server.redirect_client(monkeypatch, tmp_path / "home")
+        yield server
 
 
 @pytest.fixture(params=ZOO)

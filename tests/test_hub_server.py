@@ -8,7 +8,6 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,6 @@ from huggingface_hub.utils import (
 
 LARGE = bytes(range(256)) * 300
 CARD = b"---\ntags:\n- unfolding\n- lorun\nlibrary_name: lorun\nlicense: mit\n---\n# A net\n"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer() as server:
-        server.tokens.update({"alice-token": "alice", "bob-token": "bob"})
-        server.redirect_client(monkeypatch, tmp_path / "home")
-        yield server
 
 
 @pytest.fixture

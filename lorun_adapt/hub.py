@@ -1,0 +1,231 @@
+"""Conversions and adapters on the Hugging Face Hub, through ``huggingface_hub``'s own calls, cache and settings.
+
+Nothing is taken on trust: only files that the repository's ``lorun_config.json`` names are fetched, under names that
+a saved conversion has, and each is what its hash says, or is fetched anew.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.utils import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .adapter_files import ADAPTERS, PEFT_CONFIG, TENSORS
+from .description import BASE, CONFIG
+from .errors import LoRunError
+from .folder import sha256
+from .reading import parse_json, read_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from .model import LoRunModel
+
+# What a saved conversion can hold beside its description.
+NAMES = re.compile(rf"base\.safetensors|{ADAPTERS}/[\w-]+/stage_\d+(/[\w-]+)?/({PEFT_CONFIG}|{TENSORS})", re.ASCII)
+LARGEST = 64 << 20  # of a description
+# With some versions, what is raised for a broken connection is no OSError but what the library for HTTP raises.
+BROKEN = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
+
+
+Needed = Callable[["Mapping[str, Any] | None", str], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository of the Hub and how to reach it; the fields are ``huggingface_hub``'s arguments.
+
+    Attributes:
+        subfolder: where in it the conversion, or one of its sets or stages, is.
+    """
+
+    repo_id: str
+    revision: str | None = None
+    subfolder: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+
+    def fetch(self, needed: Needed) -> Path:
+        """The folder in the cache that the repository's files are in, with those that are needed.
+
+        Args:
+            needed: from the description (None where there is none, as in a repository of PEFT's) and the place in
+                the conversion that ``subfolder`` is, the names of files.
+
+        Raises:
+            LoRunError: what can't be reached, is not there or not for us, or is damaged.
+        """
+        parts = (self.subfolder or "").strip("/").split("/") if self.subfolder else []
+        if ".." in parts:
+            raise LoRunError(
+                f"expected a folder within {self.repo_id}, found {self.subfolder!r}: name one without '..'"
+            )
+        with self.errors():
+            for end in range(len(parts), max(-1, len(parts) - 4), -1):
+                root, key = "/".join(parts[:end]), "/".join(parts[end:])
+                if f"{key}/".startswith(("/", f"{ADAPTERS}/")):
+                    try:
+                        found = self._download(f"{root}/{CONFIG}".lstrip("/"), self.revision)
+                    except EntryNotFoundError:
+                        continue
+                    return self._fetch_described(found, root, key, needed)
+            return self._fetch_others("/".join(parts), needed)
+
+    def _fetch_described(self, found: Path, root: str, key: str, needed: Needed) -> Path:
+        """Files that a description names, all of the commit that it is from."""
+        description = _description(found)
+        commit = found.parts[len(found.parts) - found.parts[::-1].index("snapshots")]
+        for name in needed(description, key):
+            if not NAMES.fullmatch(name) or name not in description["files"]:
+                raise LoRunError(
+                    f"expected files of a conversion in {self.repo_id}, found {name[:100]!r}: do not trust it"
+                )
+            self._whole(f"{root}/{name}".lstrip("/"), commit, description["files"][name])
+        return found.parent / key
+
+    def _fetch_others(self, place: str, needed: Needed) -> Path:
+        """Files of which no description tells, as PEFT writes them."""
+        commit, files = self.revision, [f"{place}/{name}".lstrip("/") for name in needed(None, "")]
+        for name in files:
+            path = self._whole(name, commit, None)
+            parts = path.parts
+            commit = parts[len(parts) - parts[::-1].index("snapshots")]
+        return Path(*parts[: len(parts) - len(PurePosixPath(files[-1]).parts)], place)
+
+    def _download(self, name: str, revision: str | None, again: bool = False) -> Path:
+        return Path(
+            hf_hub_download(
+                self.repo_id,
+                name,
+                revision=revision,
+                token=self.token,
+                cache_dir=self.cache_dir,
+                local_files_only=self.local_files_only,
+                force_download=again,
+                library_name="lorun-adapt",
+            )
+        )
+
+    def _whole(self, name: str, revision: str | None, digest: str | None) -> Path:
+        """A file of that hash; one that the cache holds damaged is fetched anew."""
+        for again in (False, True) if not self.local_files_only else (False,):
+            path = self._download(name, revision, again)
+            blob = path.resolve().name  # of large files, their hash
+            known = digest or (blob if re.fullmatch("[0-9a-f]{64}", blob) else None)
+            if known is None or sha256(path) == known:
+                return path
+        raise LoRunError(
+            f"expected {name} of {self.repo_id} as it was saved, found another hash: it was changed or damaged on the "
+            "way; try again, or ask its author"
+        )
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """One sentence for whatever the Hub or the way there has to say."""
+        name = f"{self.repo_id} at {self.revision}" if self.revision else self.repo_id
+        try:
+            yield
+        except LoRunError:
+            raise
+        except GatedRepoError as error:
+            raise LoRunError(
+                f"expected access to {name}, found that its authors grant it on request: ask for it on the "
+                "repository's page, and log in"
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise LoRunError(
+                f"expected a repository {name}, found none, or a private one: check the name, and log in or pass token="
+            ) from error
+        except RevisionNotFoundError as error:
+            raise LoRunError(
+                f"expected a revision {self.revision!r} of {self.repo_id}, found none: name another"
+            ) from error
+        except LocalEntryNotFoundError as error:
+            raise LoRunError(
+                f"expected to reach the Hub, or {name} in the cache, found neither: connect once to download it"
+            ) from error
+        except EntryNotFoundError as error:
+            raise LoRunError(
+                f"expected the files of an adapter in {name}, found one missing ({_first_line(error)})"
+            ) from error
+        except HFValidationError as error:
+            raise LoRunError(
+                f"expected a repository as 'user/name', found {self.repo_id!r}: {_first_line(error)}"
+            ) from error
+        except BROKEN as error:
+            raise LoRunError(f"expected an answer about {name}, found {_first_line(error)}: try again") from error
+
+
+def is_repository(source: object) -> bool:
+    """Whether a source names a repository of the Hub, as ``user/name``, and no folder that is there."""
+    return (
+        isinstance(source, str)
+        and re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", source, re.ASCII) is not None
+        and not os.path.exists(source)
+    )
+
+
+def _description(path: Path) -> dict[str, Any]:
+    content = parse_json(read_file(path.parent, path.name, LARGEST), str(path))
+    files = content.get("files") if isinstance(content, dict) else None
+    names = content.get("adapters") if isinstance(content, dict) else None
+    right = isinstance(files, dict) and all(isinstance(value, str) for value in files.values())
+    if not right or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise LoRunError(f"expected the description of a conversion, found something else in {path}: save it anew")
+    return content
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def push(
+    lorun: LoRunModel,
+    repo_id: str,
+    *,
+    adapters_only: bool,
+    private: bool | None,
+    revision: str | None,
+    token: str | bool | None,
+    dtype: torch.dtype | None,
+) -> str:
+    """What :meth:`LoRunModel.push_to_hub` does."""
+    repository = Repository(repo_id, revision, token=token)
+    api = HfApi(token=token, library_name="lorun-adapt")
+    with tempfile.TemporaryDirectory() as scratch:
+        lorun.save_pretrained(Path(scratch, "saved"), dtype, adapters_only=adapters_only)
+        with repository.errors():
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            if adapters_only and api.file_exists(repo_id, BASE, revision=revision):
+                raise LoRunError(
+                    f"expected a repository for adapters alone, found {BASE} in {repo_id}, which would be lost: push "
+                    "with the base, or to another repository"
+                )
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=str(Path(scratch, "saved")),
+                revision=revision,
+                commit_message=f"Upload {', '.join(lorun.adapter_names)} with lorun-adapt",
+                delete_patterns=[f"{ADAPTERS}/*"],  # sets that are no more
+            )
+    return str(commit)

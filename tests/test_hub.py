@@ -1,0 +1,322 @@
+"""Conversions and adapters on the Hub, with the real client."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import hub_server
+import pytest
+import torch
+from conftest import train_a_bit
+from dun_zoo import ZOO, Case
+from hub_server import ROUTES, HubServer
+from huggingface_hub import constants, utils
+from test_swap import SET
+
+import lorun_adapt
+from lorun_adapt import LoRunError, LoRunModel
+from lorun_adapt.description import as_text
+
+STAGE_2 = {f"{SET}/stage_02/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")}
+
+
+@pytest.fixture
+def blocks() -> Case:
+    return ZOO["list_of_blocks"]()
+
+
+@pytest.fixture
+def lorun(blocks: Case) -> LoRunModel:
+    lorun = lorun_adapt.convert(blocks.net, rank=2)
+    train_a_bit(lorun, blocks.inputs)
+    return lorun
+
+
+@pytest.fixture
+def pushed(hub: HubServer, lorun: LoRunModel) -> HubServer:
+    lorun.push_to_hub("alice/net", token="alice-token")
+    hub.forget()
+    return hub
+
+
+def fetched(hub: HubServer) -> set[str]:
+    return set(hub.downloads)
+
+
+# --- there and back ------------------------------------------------------------------------------
+
+
+def test_what_is_pushed_comes_back(hub: HubServer, lorun: LoRunModel, blocks: Case, tmp_path: Path) -> None:
+    address = lorun.push_to_hub("alice/net", token="alice-token")
+    assert address.startswith(hub.endpoint)
+    lorun.save_pretrained(tmp_path / "saved")
+    files = {p.relative_to(tmp_path / "saved").as_posix(): p.read_bytes() for p in (tmp_path / "saved").rglob("*.*")}
+    assert {name: data for name, data in hub.files("alice/net").items() if name != ".gitattributes"} == files
+    loaded = lorun_adapt.from_pretrained("alice/net", blocks.net)
+    assert torch.equal(loaded(*blocks.inputs), lorun(*blocks.inputs))
+    wanted = {name: data for name, data in files.items() if name != "README.md"}
+    assert fetched(hub) <= set(wanted)  # of equal files the client takes one
+    assert {wanted[name] for name in fetched(hub)} == set(wanted.values())
+
+
+def test_a_push_replaces_what_was_there(pushed: HubServer, lorun: LoRunModel, blocks: Case, tmp_path: Path) -> None:
+    pushed.add_commit("alice/net", {"notes.txt": b"mine"})
+    lorun.save_pretrained(tmp_path / "saved")
+    lorun.load_adapter(tmp_path / "saved", "second")
+    lorun.set_adapter("second")
+    train_a_bit(lorun, blocks.inputs)
+    lorun.delete_adapter("default")
+    lorun.push_to_hub("alice/net", token="alice-token", dtype=torch.float16)
+    files = pushed.files("alice/net")
+    assert files["notes.txt"] == b"mine"
+    assert {name.split("/")[1] for name in files if name.startswith("adapters/")} == {"second"}
+    loaded = lorun_adapt.from_pretrained("alice/net", blocks.net)
+    torch.testing.assert_close(loaded(*blocks.inputs), lorun(*blocks.inputs), atol=1e-3, rtol=1e-2)
+
+
+def test_revisions(pushed: HubServer, lorun: LoRunModel, blocks: Case) -> None:
+    before = lorun(*blocks.inputs).detach()
+    pushed.add_tag("alice/net", "v1")
+    train_a_bit(lorun, blocks.inputs)
+    lorun.push_to_hub("alice/net", revision="next", token="alice-token")
+    for revision, expected in ((None, before), ("v1", before), ("next", lorun(*blocks.inputs))):
+        loaded = lorun_adapt.from_pretrained("alice/net", blocks.net, revision=revision)
+        assert torch.equal(loaded(*blocks.inputs), expected)
+    with pytest.raises(LoRunError, match="a revision 'v9' of alice/net, found none"):
+        lorun_adapt.from_pretrained("alice/net", blocks.net, revision="v9")
+
+
+def test_all_files_are_of_one_commit(pushed: HubServer, lorun: LoRunModel, blocks: Case, monkeypatch) -> None:
+    """A push between two downloads does not mix two versions."""
+    before = lorun(*blocks.inputs).detach()
+    train_a_bit(lorun, blocks.inputs)
+    lorun.push_to_hub("alice/other", token="alice-token")
+    newer = pushed.repos["alice/other"].find("main").files
+    answer, pushes = HubServer._resolve, []
+
+    def resolve(self, request, repo, revision, file):
+        reply = answer(self, request, repo, revision, file)
+        if request.method == "GET" and file == "lorun_config.json" and not pushes:
+            pushes.append(file)
+            self.repos["alice/net"].commit("main", dict(newer))
+        return reply
+
+    routes = [(method, pattern, resolve if function is answer else function) for method, pattern, function in ROUTES]
+    monkeypatch.setattr(hub_server, "ROUTES", routes)
+    loaded = lorun_adapt.from_pretrained("alice/net", blocks.net)
+    assert pushes and torch.equal(loaded(*blocks.inputs), before)
+
+
+# --- only what is needed -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("subfolder", [None, SET, f"{SET}/stage_02"])
+def test_one_stage_does_not_pull_the_rest(pushed: HubServer, lorun: LoRunModel, blocks: Case, subfolder) -> None:
+    expected = lorun(*blocks.inputs)
+    lorun.load_adapter("alice/net", "theirs", stage=2, subfolder=subfolder)
+    assert fetched(pushed) == {"lorun_config.json", *STAGE_2}
+    lorun.set_adapter({2: "theirs"})
+    assert torch.equal(lorun(*blocks.inputs), expected)
+
+
+@pytest.mark.parametrize("subfolder", [None, SET])
+def test_a_set_does_not_pull_the_base(pushed: HubServer, lorun: LoRunModel, blocks: Case, subfolder) -> None:
+    expected = lorun(*blocks.inputs)
+    train_a_bit(lorun, blocks.inputs)
+    lorun.load_adapter("alice/net", "theirs", subfolder=subfolder)
+    assert all(name == "lorun_config.json" or name.startswith(f"{SET}/stage_") for name in fetched(pushed))
+    lorun.set_adapter("theirs")
+    assert torch.equal(lorun(*blocks.inputs), expected)
+
+
+def test_a_conversion_in_a_subfolder(hub: HubServer, lorun: LoRunModel, blocks: Case, tmp_path: Path) -> None:
+    lorun.save_pretrained(tmp_path / "saved")
+    files = {f"nets/a/{p.relative_to(tmp_path / 'saved').as_posix()}": p for p in (tmp_path / "saved").rglob("*.*")}
+    hub.add_repo("alice/many", {name: path.read_bytes() for name, path in files.items()})
+    loaded = lorun_adapt.from_pretrained("alice/many", blocks.net, subfolder="nets/a")
+    assert torch.equal(loaded(*blocks.inputs), lorun(*blocks.inputs))
+    loaded.load_adapter("alice/many", "one", stage=1, subfolder=f"nets/a/{SET}/stage_01")
+    assert loaded.adapter_names == ["default", "one"]
+    with pytest.raises(LoRunError, match="without '..'"):
+        loaded.load_adapter("alice/many", "two", subfolder="nets/../nets/a")
+
+
+def test_an_adapter_of_peft_s(hub: HubServer, lorun: LoRunModel, blocks: Case, tmp_path: Path) -> None:
+    expected = lorun(*blocks.inputs)
+    lorun.save_pretrained(tmp_path / "saved")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "saved" / SET / "stage_02").iterdir()}
+    hub.add_repo("bob/stage", files)
+    hub.add_repo("bob/stages", {f"here/{name}": data for name, data in files.items()})
+    lorun.load_adapter("bob/stage", "bob", stage=2)
+    lorun.load_adapter("bob/stages", "bob_too", stage=2, subfolder="here")
+    for name in ("bob", "bob_too"):
+        lorun.set_adapter({2: name})
+        assert torch.equal(lorun(*blocks.inputs), expected)
+
+
+# --- adapters alone ------------------------------------------------------------------------------
+
+
+def test_adapters_without_their_base(hub: HubServer, lorun: LoRunModel, blocks: Case, tmp_path: Path) -> None:
+    lorun.push_to_hub("alice/adapters", adapters_only=True, token="alice-token")
+    assert "base.safetensors" not in hub.files("alice/adapters")
+    with pytest.raises(LoRunError, match="with its base, found adapters alone in the repository"):
+        lorun_adapt.from_pretrained("alice/adapters", blocks.net)
+    expected = lorun(*blocks.inputs)
+    train_a_bit(lorun, blocks.inputs)
+    lorun.load_adapter("alice/adapters", "theirs")
+    lorun.set_adapter("theirs")
+    assert torch.equal(lorun(*blocks.inputs), expected)
+    other = lorun_adapt.convert(ZOO["list_of_blocks"]().net, rank=1)
+    with pytest.raises(LoRunError, match="for the base"):
+        other.load_adapter("alice/adapters", "theirs")
+    lorun.save_pretrained(tmp_path / "alone", adapters_only=True)
+    with pytest.raises(LoRunError, match="found adapters alone"):
+        lorun_adapt.from_pretrained(tmp_path / "alone", blocks.net)
+
+
+def test_a_base_is_not_lost(pushed: HubServer, lorun: LoRunModel) -> None:
+    before = pushed.files("alice/net")
+    with pytest.raises(LoRunError, match="for adapters alone, found base.safetensors"):
+        lorun.push_to_hub("alice/net", adapters_only=True, token="alice-token")
+    assert pushed.files("alice/net") == before
+
+
+# --- what goes wrong -----------------------------------------------------------------------------
+
+
+def unchanged(lorun: LoRunModel, blocks: Case, message: str, source: str = "alice/net", **options: object) -> None:
+    """Loading fails with a message, and what ran runs on."""
+    before, names = lorun(*blocks.inputs), lorun.adapter_names
+    with pytest.raises(LoRunError, match=message):
+        lorun.load_adapter(source, "default", **options)
+    assert torch.equal(lorun(*blocks.inputs), before) and lorun.adapter_names == names
+
+
+def test_who_may(pushed: HubServer, lorun: LoRunModel, blocks: Case) -> None:
+    pushed.repos["alice/net"].private = True
+    unchanged(lorun, blocks, "a repository alice/net, found none, or a private one")
+    unchanged(lorun, blocks, "a repository alice/net, found none, or a private one", token="bob-token")
+    unchanged(lorun, blocks, "expected", token="no-such-token")
+    lorun.load_adapter("alice/net", "mine", token="alice-token")
+    pushed.repos["alice/net"].private = False
+    pushed.repos["alice/net"].gated = True
+    unchanged(lorun, blocks, "grant it on request", token="bob-token", cache_dir="elsewhere")
+    unchanged(lorun, blocks, "a repository nobody/net, found none", source="nobody/net")
+    with pytest.raises(LoRunError, match="expected"):
+        lorun.push_to_hub("alice/net", token="bob-token")
+
+
+def test_files_that_are_missing(pushed: HubServer, lorun: LoRunModel, blocks: Case) -> None:
+    pushed.add_commit("alice/net", {}, delete=[f"{SET}/stage_02/adapter_model.safetensors"])
+    unchanged(lorun, blocks, "one missing")
+    lorun.load_adapter("alice/net", "one", stage=1)
+    pushed.add_repo("alice/empty", {"README.md": b"# nothing"})
+    unchanged(lorun, blocks, "one missing", source="alice/empty")
+    with pytest.raises(LoRunError, match="a conversion, found no lorun_config.json"):
+        lorun_adapt.from_pretrained("alice/empty", blocks.net)
+
+
+@pytest.mark.parametrize("kind", ["drop", "short", "damage", "error"])
+def test_a_connection_that_fails(pushed: HubServer, lorun: LoRunModel, blocks: Case, kind: str, monkeypatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits longer each time
+    path = f"{SET}/stage_02/adapter_model.safetensors"
+    pushed.fault(path, kind)
+    unchanged(lorun, blocks, "another hash" if kind == "damage" else "expected", stage=2)
+    pushed.forget()
+    lorun.load_adapter("alice/net", "theirs", stage=2)  # what the cache holds damaged is fetched anew
+    assert path in fetched(pushed)
+
+
+def test_damage_in_the_cache_is_mended(pushed: HubServer, lorun: LoRunModel, blocks: Case, tmp_path: Path) -> None:
+    lorun.load_adapter("alice/net", "theirs", stage=2, cache_dir=tmp_path / "cache")
+    (held,) = (tmp_path / "cache").rglob("adapter_model.safetensors")
+    blob = held.resolve()
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 0xFF
+    blob.write_bytes(data)
+    unchanged(lorun, blocks, "another hash", stage=2, cache_dir=tmp_path / "cache", local_files_only=True)
+    lorun.load_adapter("alice/net", "again", stage=2, cache_dir=tmp_path / "cache")
+
+
+def test_without_a_connection(pushed: HubServer, lorun: LoRunModel, blocks: Case, monkeypatch) -> None:
+    unchanged(lorun, blocks, "to reach the Hub, or alice/net in the cache, found neither", local_files_only=True)
+    lorun.load_adapter("alice/net", "theirs")
+    pushed.forget()
+    lorun.load_adapter("alice/net", "again", local_files_only=True)
+    assert not pushed.requests
+    forget_sessions = getattr(utils, "reset_sessions", lambda: None)  # before version 1 they remember what was set
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forget_sessions()
+    try:
+        lorun.load_adapter("alice/net", "offline")
+        with pytest.raises(LoRunError, match="expected"):
+            lorun_adapt.from_pretrained("alice/net", blocks.net)  # of which the base was never needed
+    finally:
+        monkeypatch.undo()
+        forget_sessions()
+    assert not pushed.requests
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "adapters/default/stage_02/evil.py", "adapters/../evil"])
+def test_names_stay_inside(pushed: HubServer, lorun: LoRunModel, blocks: Case, name: str, tmp_path: Path) -> None:
+    described = json.loads(pushed.files("alice/net")["lorun_config.json"])
+    described.pop("sha256")
+    described["files"][name] = "0" * 64
+    pushed.add_repo("bob/evil", {**pushed.files("alice/net"), name: b"evil"})
+    pushed.add_commit("bob/evil", {"lorun_config.json": as_text(described).encode()})
+    with pytest.raises(LoRunError, match="do not trust it"):
+        lorun_adapt.from_pretrained("bob/evil", blocks.net)
+    assert not list(tmp_path.rglob("evil*"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b'{"files": []}', b'{"files": {"a": 1}, "adapters": []}', b"\x80\x04."]
+)
+def test_a_description_that_is_none(hub: HubServer, lorun: LoRunModel, blocks: Case, content: bytes) -> None:
+    hub.add_repo("alice/net", {"lorun_config.json": content})
+    unchanged(lorun, blocks, "expected")
+
+
+def test_options_of_the_hub_are_not_for_folders(lorun: LoRunModel, blocks: Case, tmp_path: Path) -> None:
+    lorun.save_pretrained(tmp_path / "saved")
+    with pytest.raises(LoRunError, match="with revision and local_files_only, found"):
+        lorun.load_adapter(tmp_path / "saved", "x", revision="main", local_files_only=True)
+    with pytest.raises(LoRunError, match="a repository as 'user/name' with subfolder"):
+        lorun_adapt.from_pretrained(str(tmp_path / "saved"), blocks.net, subfolder="adapters")
+
+
+def test_a_folder_goes_before_a_repository(
+    pushed: HubServer, lorun: LoRunModel, blocks: Case, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lorun.save_pretrained("alice/net")
+    lorun_adapt.from_pretrained("alice/net", blocks.net)
+    assert not pushed.requests
+    shutil.rmtree("alice")
+    lorun_adapt.from_pretrained("alice/net", blocks.net)
+    assert pushed.requests
+
+
+# --- a file by itself ----------------------------------------------------------------------------
+
+
+def test_a_safetensors_file(lorun: LoRunModel, blocks: Case, tmp_path: Path) -> None:
+    expected = lorun(*blocks.inputs)
+    lorun.save_pretrained(tmp_path / "saved")
+    stage = tmp_path / "saved" / SET / "stage_02"
+    lorun.load_adapter(stage / "adapter_model.safetensors", "named")  # its folder says whose it is
+    (tmp_path / "mine").mkdir()
+    shutil.copy(stage / "adapter_config.json", tmp_path / "mine")
+    shutil.copy(stage / "adapter_model.safetensors", tmp_path / "mine" / "best.safetensors")
+    lorun.load_adapter(tmp_path / "mine" / "best.safetensors", "mine", stage=2)
+    for name in ("named", "mine"):
+        lorun.set_adapter({2: name})
+        assert torch.equal(lorun(*blocks.inputs), expected)
+    with pytest.raises(LoRunError, match="does not say whose it is"):
+        lorun.load_adapter(tmp_path / "mine" / "best.safetensors", "whose")
+    (tmp_path / "mine" / "adapter_config.json").unlink()
+    with pytest.raises(LoRunError, match="adapter_config.json"):
+        lorun.load_adapter(tmp_path / "mine" / "best.safetensors", "mine", stage=2)
