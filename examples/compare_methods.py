@@ -260,7 +260,7 @@ class Comparison:
         spent = (time.monotonic() - started) / 60
         if not lorun.recover(self.net, self.crops, minutes=max(self.minutes - spent, 0.01)):
             raise KeyboardInterrupt
-        return "one base and adapters, ranks by sensitivity, recovered", lorun, saved_bytes(lorun)
+        return "ranks, and bases where they pay, by sensitivity, recovered", lorun, saved_bytes(lorun)
 
     def pruned(self, limit: int) -> Made:
         student = Pruned(copy_network(self.net), self.stage_map, limit, 60 * self.minutes)
