@@ -14,6 +14,7 @@ import click
 
 from ._version import __version__
 from .errors import LoRunError
+from .hub_commands import list_, pull, push
 from .options import (
     BUDGET,
     CONVERTED,
@@ -28,12 +29,12 @@ from .options import (
     TASK,
     WEIGHTS,
     Command,
+    show,
     training_options,
 )
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
     from torch import nn
 
     from .calibration import Crops
@@ -72,7 +73,7 @@ def inspect(task: str, weights: Path | None, stages: tuple[str, ...], device: to
         spec.load_weights(net, weights)
     with _working("looking for stages"):
         found = find_stages(net.to(device), stages=stages or None, example_inputs=_example(spec, device))
-    _show(found.tables())
+    show(found.tables())
 
 
 @cli.command("convert", cls=Command)
@@ -206,7 +207,7 @@ def eval_(
     if as_json:
         click.echo(json.dumps(result.as_dict(), indent=2))
     else:
-        _show(result.tables())
+        show(result.tables())
 
 
 @cli.command()
@@ -242,7 +243,7 @@ def demo(out: Path, device: torch.device, seed: int) -> None:
     _seed(seed)
     with _working("converting the reference network and restoring a photograph"):
         lorun, tables, path = run_demo(out, device)
-    _show([*lorun.stage_map.tables(), *lorun.report().tables(), *tables])
+    show([*lorun.stage_map.tables(), *lorun.report().tables(), *tables])
     click.echo(f"picture: {path}")
 
 
@@ -291,7 +292,7 @@ def _save(lorun: LoRunModel, out: Path, dtype: str | None, finished: bool) -> No
 
     if _is_main_process():
         lorun.save_pretrained(out, dtype=getattr(torch, dtype) if dtype else None)
-        _show(lorun.report().tables())
+        show(lorun.report().tables())
         click.echo(f"saved to {out}: {tensor_bytes(out):,} bytes of safetensors")
     if not finished:
         sys.exit(130)
@@ -309,14 +310,6 @@ def _example(task: Task, device: torch.device) -> tuple[Any, ...]:
     return to_device(task.example_inputs(), device)
 
 
-def _show(tables: list[Table]) -> None:
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    for item in tables:
-        console.print(item)
-
-
 @contextlib.contextmanager
 def _working(what: str) -> Iterator[None]:
     """A spinner on a terminal, one line elsewhere; on standard error."""
@@ -329,6 +322,10 @@ def _working(what: str) -> Iterator[None]:
     else:
         click.echo(f"{what} …", err=True)
         yield
+
+
+for command in (push, pull, list_):
+    cli.add_command(command)
 
 
 def main() -> None:

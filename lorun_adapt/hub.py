@@ -6,14 +6,15 @@ a saved conversion has, and each is what its hash says, or is fetched anew.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
-import tempfile
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.utils import (
@@ -29,16 +30,14 @@ from huggingface_hub.utils import (
 from .adapter_files import ADAPTERS, PEFT_CONFIG, TENSORS
 from .description import BASE, CONFIG
 from .errors import LoRunError
-from .folder import sha256
+from .folder import as_path, replace_folder, sha256
 from .reading import parse_json, read_file
 
-if TYPE_CHECKING:
-    import torch
-
-    from .model import LoRunModel
-
+CARD = "README.md"
 # What a saved conversion can hold beside its description.
-NAMES = re.compile(rf"base\.safetensors|{ADAPTERS}/[\w-]+/stage_\d+(/[\w-]+)?/({PEFT_CONFIG}|{TENSORS})", re.ASCII)
+NAMES = re.compile(
+    rf"{re.escape(BASE)}|{CARD}|{ADAPTERS}/[\w-]+/stage_\d+(/[\w-]+)?/({PEFT_CONFIG}|{TENSORS})", re.ASCII
+)
 LARGEST = 64 << 20  # of a description
 # With some versions, what is raised for a broken connection is no OSError but what the library for HTTP raises.
 BROKEN = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
@@ -198,34 +197,84 @@ def _first_line(error: BaseException) -> str:
 
 
 def push(
-    lorun: LoRunModel,
+    folder: Path,
     repo_id: str,
     *,
-    adapters_only: bool,
-    private: bool | None,
-    revision: str | None,
-    token: str | bool | None,
-    dtype: torch.dtype | None,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> str:
-    """What :meth:`LoRunModel.push_to_hub` does."""
-    repository = Repository(repo_id, revision, token=token)
-    api = HfApi(token=token, library_name="lorun-adapt")
-    with tempfile.TemporaryDirectory() as scratch:
-        lorun.save_pretrained(Path(scratch, "saved"), dtype, adapters_only=adapters_only)
-        with repository.errors():
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            if adapters_only and api.file_exists(repo_id, BASE, revision=revision):
-                raise LoRunError(
-                    f"expected a repository for adapters alone, found {BASE} in {repo_id}, which would be lost: push "
-                    "with the base, or to another repository"
-                )
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=str(Path(scratch, "saved")),
-                revision=revision,
-                commit_message=f"Upload {', '.join(lorun.adapter_names)} with lorun-adapt",
-                delete_patterns=[f"{ADAPTERS}/*"],  # sets that are no more
+    """Upload a saved conversion, or adapters saved alone; see :meth:`LoRunModel.push_to_hub`."""
+    description = _description(folder / CONFIG)
+    for name, digest in description["files"].items():
+        if not NAMES.fullmatch(name) or not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise LoRunError(
+                f"expected {name[:100]!r} in {folder} as it was saved, found it missing or changed: save it anew"
             )
+    api = HfApi(token=token, library_name="lorun-adapt")
+    with Repository(repo_id, revision).errors():
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if BASE not in description["files"] and api.file_exists(repo_id, BASE, revision=revision):
+            raise LoRunError(
+                f"expected a repository for adapters alone, found {BASE} in {repo_id}, which they need not fit: push "
+                "with the base, or to another repository"
+            )
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=str(folder),
+            revision=revision,
+            commit_message=f"Upload {', '.join(description['adapters'])} with lorun-adapt",
+            allow_patterns=[CONFIG, *(glob.escape(name) for name in description["files"])],
+            delete_patterns=[f"{ADAPTERS}/*"],  # sets that are no more
+        )
     return str(commit)
+
+
+def pull(repository: Repository, out: Path) -> None:
+    """Download all of a conversion, or of adapters saved alone, to a folder, which appears whole or not at all.
+
+    Raises:
+        LoRunError: as :meth:`Repository.fetch`, or a folder that holds something else.
+    """
+
+    def everything(description: Mapping[str, Any] | None, key: str) -> list[str]:
+        if description is None or key:
+            raise LoRunError(f"expected a conversion in {repository.repo_id}, found no {CONFIG}: name its subfolder")
+        return list(description["files"])
+
+    source = repository.fetch(everything)
+    names = [CONFIG, *_description(source / CONFIG)["files"]]
+
+    def fill(folder: Path) -> None:
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+
+    replace_folder(out, lambda folder: (), CONFIG, fill)
+
+
+def listed(source: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The description of a folder or a repository, and of each set the config of its first stage."""
+    firsts: dict[str, str] = {}
+
+    def configs(description: Mapping[str, Any] | None, key: str) -> Iterable[str]:
+        if description is None or key:
+            raise LoRunError(f"expected a conversion in {source}, found no {CONFIG}: name another")
+        for name in sorted(description["files"]):
+            if name.startswith(f"{ADAPTERS}/") and name.endswith(PEFT_CONFIG):
+                firsts.setdefault(name.split("/")[1], name)
+        return firsts.values()
+
+    if is_repository(source):
+        folder = Repository(source, revision).fetch(configs)
+        description = _description(folder / CONFIG)
+    else:
+        folder = as_path(source)
+        if revision is not None or not (folder / CONFIG).is_file():
+            raise LoRunError(f"expected a saved conversion or user/name of the Hub, found {source!r}: name another")
+        description = _description(folder / CONFIG)
+        configs(description, "")
+    found = {name: parse_json(read_file(folder, file, LARGEST), file) for name, file in firsts.items()}
+    return description, {name: config if isinstance(config, dict) else {} for name, config in found.items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,9 +167,10 @@ class LoRunModel(AdapterSets):
         """
         from .hub import push
 
-        return push(
-            self, repo_id, adapters_only=adapters_only, private=private, revision=revision, token=token, dtype=dtype
-        )
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch, "saved")
+            self.save_pretrained(folder, dtype, adapters_only=adapters_only)
+            return push(folder, repo_id, private=private, revision=revision, token=token)
 
     # --- figures ---------------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
-"""The options that commands share."""
+"""What commands share: their options, and how they show tables."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +12,7 @@ import click
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -116,3 +118,12 @@ DEVICE = click.option(
     help="Where to run: cpu, cuda, …  [default: cpu, or what `accelerate launch` gives the process]",
 )
 SEED = click.option("--seed", default=0, show_default=True, help="Seed of the random numbers.")
+
+
+def show(tables: list[Table]) -> None:
+    """Print tables, as wide as the terminal."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    for item in tables:
+        console.print(item)

@@ -1,0 +1,59 @@
+"""The commands that send conversions to the Hub and bring them from there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import FILE, show
+
+REVISION = click.option("--revision", help="Branch, tag or commit of the repository.  [default: main]")
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=FILE)
+@click.argument("repo", metavar="USER/NAME")
+@click.option("--private", is_flag=True, help="Make a new repository for yourself alone.")
+@REVISION
+def push(folder: Path, repo: str, private: bool, revision: str | None) -> None:
+    """Upload the conversion in DIR to a repository of the Hub, which is made where there is none.
+
+    Log in first with `hf auth login`, or set HF_TOKEN.
+    """
+    from . import hub
+
+    click.echo(f"uploaded: {hub.push(folder, repo, private=private or None, revision=revision)}")
+
+
+@click.command()
+@click.argument("repo", metavar="USER/NAME")
+@click.option("--out", type=FILE, required=True, help="Folder to save to.")
+@REVISION
+@click.option("--subfolder", help="Where in the repository the conversion is.")
+def pull(repo: str, out: Path, revision: str | None, subfolder: str | None) -> None:
+    """Download the conversion, or the adapters, in a repository of the Hub."""
+    from . import hub
+
+    hub.pull(hub.Repository(repo, revision, subfolder), out)
+    click.echo(f"saved to {out}")
+
+
+@click.command("list")
+@click.argument("source", metavar="DIR|USER/NAME")
+@REVISION
+def list_(source: str, revision: str | None) -> None:
+    """Show the adapter sets of a conversion, here or on the Hub."""
+    from . import hub
+    from .tables import table
+
+    description, configs = hub.listed(source, revision)
+    files = description["files"]
+    rows = []
+    for name, config in configs.items():
+        stages = {file.split("/")[2] for file in files if file.startswith(f"adapters/{name}/")}
+        pattern = config.get("rank_pattern")
+        ranks = {config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())} - {0}
+        rows.append((name, len(stages), ", ".join(map(str, sorted(r for r in ranks if isinstance(r, int))))))
+    base = "with its base" if hub.BASE in files else f"for the base {str(description.get('fingerprint'))[:12]}"
+    show([table(f"{description.get('network')}, {base}", ("adapter set", "stages>", "ranks of the first"), rows)])
