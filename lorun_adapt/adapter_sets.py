@@ -232,6 +232,22 @@ class AdapterSets(nn.Module):
                     ranks[name] = max(term.rank, ranks.get(name, 1))
             self._put_set(adapter_name, found, config_of_ranks(ranks))
 
+    def copy_adapter(self, source: str, adapter_name: str) -> None:
+        """Make a set that begins as another and is apart from it.
+
+        Raises:
+            LoRunError: an unknown set, or a name that is taken; nothing changes then.
+        """
+        check_adapter_name(adapter_name)
+        with self._swapping:
+            if source not in self.adapters or adapter_name in self.adapters:
+                raise LoRunError(
+                    f"expected a set among {self.adapter_names} to copy, and a new name, found {source!r} and "
+                    f"{adapter_name!r}: choose others"
+                )
+            copied = {place: copy.deepcopy(adapter) for place, adapter in self._choice_of(source).items()}
+            self._put_set(adapter_name, copied, copy.deepcopy(self.peft_config[source]))
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget a set that no stage runs with.
 

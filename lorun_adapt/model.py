@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +120,73 @@ class LoRunModel(AdapterSets):
         with seeded(seed):
             batches = Batches(calibration)
         return recover(self, teacher, batches, budget, loss=loss, checkpoint=path, seed=seed)
+
+    def finetune(
+        self,
+        batches: Iterable[Any],
+        adapter_name: str,
+        start_from: str | Sequence[str] = DEFAULT_SET,
+        *,
+        minutes: float | None = None,
+        steps: int | None = None,
+        loss: Loss | None = None,
+        teacher: nn.Module | None = None,
+        held_out: Iterable[Any] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+    ) -> bool:
+        """Train a new set, for measurements with other noise, until ``minutes`` or ``steps`` are used up.
+
+        Base, other sets and what is outside the stages stay as they are, to the bit. The new set runs
+        meanwhile and afterwards. What does best on batches that are held out is kept, and where nothing has
+        got better for long it ends, so that from few images it does not end worse than it began. Progress,
+        Ctrl-C, NaN and ``accelerate launch`` are as in :meth:`recover`.
+
+        Args:
+            batches: argument tuples of the forward (or tensors, where it takes one), over and over if they end.
+                What they hold beyond the arguments that the forward takes by position is for ``loss``.
+            adapter_name: a new name.
+            start_from: the set that it begins as, or several whose mean it begins as.
+            loss: a callable on output and batch, to minimise.
+            teacher: a network of the original class to distil instead, or besides.
+            held_out: batches to judge by, of images that ``batches`` has not. By default the first two of
+                ``batches``, which are not trained on where these are a list.
+            checkpoint, seed: as for :meth:`recover`.
+
+        Returns:
+            Whether it ran to its end, and was not stopped by Ctrl-C.
+
+        Raises:
+            LoRunError: neither loss nor teacher; a name that is taken, an unknown set to start from; batches as
+                for :meth:`recover`. There is no new set then, and the sets that ran run on.
+        """
+        from .finetune import finetune
+
+        budget = Budget(minutes, steps)
+        path = None if checkpoint is None else as_path(checkpoint)
+        before = self.active_adapters
+        names = [start_from] if isinstance(start_from, str) else list(start_from)
+        if len(names) == 1 or adapter_name in self.adapter_names:
+            self.copy_adapter(names[0], adapter_name)
+        else:
+            self.add_weighted_adapter(names, [1 / max(len(names), 1)] * len(names), adapter_name)
+        try:
+            self.set_adapter(adapter_name)
+            return finetune(
+                self,
+                batches,
+                adapter_name,
+                budget,
+                loss=loss,
+                teacher=teacher,
+                held_out=held_out,
+                checkpoint=path,
+                seed=seed,
+            )
+        except BaseException:
+            self.set_adapter(before)
+            self.delete_adapter(adapter_name)
+            raise
 
     # --- files -----------------------------------------------------------------------------------
 

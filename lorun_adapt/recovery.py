@@ -62,9 +62,9 @@ def recover(
             "all, so recover first and load the others afterwards"
         )
     started = time.monotonic()
-    _check_teacher(teacher, lorun)
+    check_teacher(teacher, lorun)
     try:
-        with _evaluating(teacher), _evaluating(lorun), trainable(lorun) as trained:
+        with evaluating(teacher), evaluating(lorun), trainable(lorun) as trained:
             observer = Observer(teacher, lorun.stage_map, calibration.first)
             distillation = Distillation(lorun, teacher, observer, loss)
             with interruptible() as stop, channels_last(distillation, calibration.first, seed), seeded(seed):
@@ -124,7 +124,7 @@ def weigh(
     teacher: nn.Module, stage_map: StageMap, calibration: Batches, seed: int
 ) -> dict[tuple[str, str], Sensitivity]:
     """What the output of ``teacher`` is sensitive to, on the next batches of ``calibration``."""
-    with _evaluating(teacher), seeded(seed):
+    with evaluating(teacher), seeded(seed):
         return _weighed(teacher, stage_map, Observer(teacher, stage_map, calibration.first), _probes(calibration), seed)
 
 
@@ -139,7 +139,7 @@ def _probes(calibration: Batches) -> list[Batch]:
     return [batch for batch in itertools.islice(calibration, PROBES) if is_finite(batch)]
 
 
-def _check_teacher(teacher: nn.Module, lorun: LoRunModel) -> None:
+def check_teacher(teacher: nn.Module, lorun: LoRunModel) -> None:
     if not isinstance(teacher, nn.Module):
         raise LoRunError(
             f"expected the original network as teacher, found {type(teacher).__name__}: pass the nn.Module"
@@ -154,7 +154,7 @@ def _check_teacher(teacher: nn.Module, lorun: LoRunModel) -> None:
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
     """``eval()`` within the block, and each module's own mode afterwards."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()

@@ -16,12 +16,13 @@ import torch
 from .calibration import Batch
 from .distill import Distillation, psnr_to
 from .processes import launched
+from .supervised import Supervised
 
 MARGIN = 5.0  # dB: how far the student's PSNR to the teacher must be below what rounding leaves of the teacher
 
 
 @contextmanager
-def channels_last(distillation: Distillation, batch: Batch, seed: int) -> Iterator[None]:
+def channels_last(distillation: Distillation | Supervised, batch: Batch, seed: int) -> Iterator[None]:
     """Within the block, hold the convolutions' weights channels last if both networks run so on ``batch``.
 
     Afterwards the parameters have the storage that they had, with the values that they have.
@@ -56,7 +57,7 @@ def bfloat16(enabled: bool) -> AbstractContextManager[None]:
     return torch.autocast("cpu", dtype=torch.bfloat16) if enabled else nullcontext()
 
 
-def runs_in_bfloat16(distillation: Distillation, batch: Batch, seed: int) -> bool:
+def runs_in_bfloat16(distillation: Distillation | Supervised, batch: Batch, seed: int) -> bool:
     """Whether this CPU multiplies faster in bfloat16, and the networks run in it.
 
     Not where ``accelerate launch`` has said what is wanted.
@@ -71,7 +72,7 @@ def runs_in_bfloat16(distillation: Distillation, batch: Batch, seed: int) -> boo
         return _runs(distillation, batch, seed)
 
 
-def rounding_psnr(distillation: Distillation, batch: Batch, seed: int) -> float:
+def rounding_psnr(distillation: Distillation | Supervised, batch: Batch, seed: int) -> float:
     """The PSNR in dB of the teacher's output in bfloat16 to what it is in its own precision."""
     observer, teacher = distillation.observer, distillation.teacher
     with torch.no_grad():
@@ -81,7 +82,7 @@ def rounding_psnr(distillation: Distillation, batch: Batch, seed: int) -> float:
     return float(psnr_to(rounded, target))
 
 
-def _runs(distillation: Distillation, batch: Batch, seed: int) -> bool:
+def _runs(distillation: Distillation | Supervised, batch: Batch, seed: int) -> bool:
     """Whether a forward and a backward go through as things are."""
     try:
         distillation(lambda: batch, seed)[0].backward()

@@ -28,6 +28,7 @@ from .nested import to_device
 from .processes import agreed, make_accelerator
 from .resume import read_state, write_state
 from .speed import MARGIN, bfloat16, rounding_psnr, runs_in_bfloat16
+from .supervised import Supervised
 
 CHECKS = 25  # in a run: how often it is looked whether the network got better
 HELD_OUT = 2  # batches that are looked at for that
@@ -54,6 +55,7 @@ class Run:
     rollbacks: int = 0
     skipped: int = 0
     best: float = math.inf
+    worse: int = 0  # checks since then
     bfloat16: bool = False
 
 
@@ -71,11 +73,15 @@ class Trainer:
             goes on from it, and draws again, without computing, the batches that were used up.
         kind: names the run, so that it does not resume from another one.
         spent: seconds of the budget that preparations took.
+        held_out: finite batches by which it is judged whether the tensors got better; by default the first ones of
+            ``calibration``.
+        doing: what the progress bar says.
+        patience: checks without a better one after which it ends, as further steps would only fit what it trains on.
     """
 
     def __init__(
         self,
-        distillation: Distillation,
+        distillation: Distillation | Supervised,
         trained: Sequence[Trained],
         calibration: Batches,
         budget: Budget,
@@ -84,7 +90,11 @@ class Trainer:
         checkpoint: Path | None,
         kind: str,
         spent: float = 0.0,
+        held_out: Sequence[Batch] = (),
+        patience: int | None = None,
+        doing: str = "recovering",
     ) -> None:
+        self.held_out, self.patience, self.doing = list(held_out), patience, doing
         self.distillation, self.trained, self.calibration = distillation, trained, calibration
         self.budget, self.seed, self.checkpoint = budget, seed, checkpoint
         self.accelerator = make_accelerator()
@@ -135,7 +145,7 @@ class Trainer:
         if self.checkpoint is not None and self.checkpoint.exists():
             self._resume(self.checkpoint)
         run, processes = self.run, self.accelerator.num_processes
-        held_out = list(
+        held_out = self.held_out or list(
             itertools.islice(filter(is_finite, itertools.islice(self.calibration, HELD_OUT + IN_A_ROW)), HELD_OUT)
         )
         if not held_out:
@@ -154,7 +164,7 @@ class Trainer:
                         "expected finite outputs before training, found NaN or Inf: run both networks on the first "
                         "batches of calibration"
                     )
-            while (done := self.budget.done(run.seconds, run.step)) < 1:
+            while (done := self.budget.done(run.seconds, run.step)) < 1 and not self._in_vain():
                 batch = self._drawn(own, stop)
                 if self._stopped(stop) or batch is None:
                     self._save()
@@ -235,10 +245,17 @@ class Trainer:
                 self._roll_back(f"the loss on held-out batches is {value} at step {self.run.step}")
             return
         self.run.rollbacks = 0
-        self.run.bfloat16 = self.run.bfloat16 and psnr < self._rounding - MARGIN
-        self._show(bar, psnr=f"{psnr:.2f}")
+        if math.isnan(psnr):  # to the truth: no rounding shows
+            self._show(bar, held_out=f"{value:.3g}")
+        else:
+            self.run.bfloat16 = self.run.bfloat16 and psnr < self._rounding - MARGIN
+            self._show(bar, psnr=f"{psnr:.2f}")
+        self.run.worse += 1
         if value <= self.run.best:
-            self.run.best, self.best = value, self._values()
+            self.run.best, self.run.worse, self.best = value, 0, self._values()
+
+    def _in_vain(self) -> bool:
+        return self.patience is not None and self.run.worse >= self.patience
 
     def _clear_gradients(self) -> None:
         for item in self.trained:
@@ -323,7 +340,7 @@ class Trainer:
 
     def _bar(self) -> tqdm:
         return tqdm(
-            desc="recovering",
+            desc=self.doing,
             total=_whole(self.budget, None),
             initial=_whole(self.budget, self.run),
             unit="step" if self.budget.steps else "s",

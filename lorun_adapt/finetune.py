@@ -1,0 +1,108 @@
+"""Train a new adapter set on a frozen base, for measurements with other noise."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .assemble import distinct_tensors, lowrank_terms
+from .budget import Budget
+from .calibration import Batches, is_finite
+from .distill import Distillation, Loss
+from .errors import LoRunError
+from .fingerprint import fingerprint_of
+from .observe import Observer
+from .recovery import PRIVATE, check_teacher, evaluating
+from .seeds import seeded
+from .speed import channels_last
+from .supervised import Supervised
+from .training import Trained, Trainer, interruptible
+
+if TYPE_CHECKING:
+    from .model import LoRunModel
+
+FACTORS = 0.02  # learning rate relative to the size of a tensor's values: it starts from where others are good
+HELD_OUT = 2  # batches that are never trained on, where there are more than three
+PATIENCE = 10  # checks of the held-out batches, of 25, without a better one, after which it ends
+
+
+def finetune(
+    lorun: LoRunModel,
+    batches: Iterable[Any],
+    adapter_name: str,
+    budget: Budget,
+    *,
+    loss: Loss | None,
+    teacher: nn.Module | None,
+    held_out: Iterable[Any] | None,
+    checkpoint: Path | None,
+    seed: int,
+) -> bool:
+    """Train the set ``adapter_name``, which runs, and nothing else; see :meth:`LoRunModel.finetune`."""
+    started = time.monotonic()
+    if loss is None and teacher is None:
+        raise LoRunError("expected a loss with the truth, or a teacher, found neither: give loss= or teacher=")
+    with seeded(seed):
+        kept, stream = _split(batches) if held_out is None else (held_out, batches)
+        training, judged = Batches(stream), Batches(kept)
+        judged = [batch for batch in itertools.islice(judged, HELD_OUT) if is_finite(batch)]
+    if not judged:
+        raise LoRunError("expected finite batches to hold out, found NaN or Inf in all of them: mend them")
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(lorun))
+        if teacher is None:
+            observer = Observer(lorun.base, lorun.stage_map, training.first)
+            distillation: Distillation | Supervised = Supervised(lorun, observer, loss)
+        else:
+            check_teacher(teacher, lorun)
+            stack.enter_context(evaluating(teacher))
+            distillation = Distillation(lorun, teacher, Observer(teacher, lorun.stage_map, training.first), loss)
+        stop = stack.enter_context(interruptible())
+        stack.enter_context(channels_last(distillation, training.first, seed))
+        stack.enter_context(seeded(seed))
+        trainer = Trainer(
+            distillation,
+            list(_trained(lorun)),
+            training,
+            budget,
+            seed=seed,
+            checkpoint=checkpoint,
+            kind=f"{adapter_name} on {fingerprint_of(distinct_tensors(lorun.base))}",
+            spent=time.monotonic() - started,
+            held_out=judged,
+            patience=PATIENCE,
+            doing=f"fine-tuning {adapter_name}",
+        )
+        finished = trainer.train(stop)
+    if not finished:
+        warnings.warn("fine-tuning was stopped: the set has the best weights so far", stacklevel=3)
+    return finished
+
+
+def _trained(lorun: LoRunModel) -> Iterator[Trained]:
+    found = False
+    for group in lorun.stage_map.groups:
+        for site in group.sites:
+            adapter = lorun.adapter_of(group, site)
+            factors = {id(p) for term in lowrank_terms(adapter).values() for p in term.parameters()}
+            for parameter in adapter.parameters():
+                if parameter.requires_grad:
+                    found = True
+                    yield Trained(parameter, FACTORS if id(parameter) in factors else PRIVATE)
+    if not found:
+        raise LoRunError("expected tensors to train, found none: the network's stages hold none of their own")
+
+
+def _split(batches: Iterable[Any]) -> tuple[Iterable[Any], Iterable[Any]]:
+    """What to judge by, and what to train on: apart where it is known what is there."""
+    if isinstance(batches, Sequence) and not isinstance(batches, str) and len(batches) > HELD_OUT + 1:
+        return batches[:HELD_OUT], batches[HELD_OUT:]
+    stream = Batches(batches)
+    return list(itertools.islice(stream, HELD_OUT)), stream

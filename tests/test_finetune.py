@@ -1,0 +1,207 @@
+"""A new adapter set on a frozen base."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+from dun_zoo import ZOO, Block, Case, Denoiser, ListOfBlocks
+from torch import Tensor, nn
+
+import lorun_adapt
+from lorun_adapt import LoRunError, LoRunModel
+
+
+def converted() -> tuple[LoRunModel, nn.Module]:
+    torch.manual_seed(0)
+    net = ListOfBlocks([Block(Denoiser()) for _ in range(3)]).eval()
+    return lorun_adapt.convert(net, rank=2), net
+
+
+def noisy(count: int = 8, seed: int = 2) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Measurements with noise, masks, and the truth."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = (torch.rand(1, 1, 8, 8, generator=generator) > 0.3).float()
+    found = []
+    for _ in range(count):
+        truth = torch.rand(4, 1, 1, 1, generator=generator).expand(4, 1, 8, 8)
+        found.append((mask * (truth + 0.3 * torch.randn(truth.shape, generator=generator)), mask, truth))
+    return found
+
+
+def to_truth(output: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+    return (output - batch[2]).square().mean()
+
+
+def error(lorun: nn.Module, batches: list[tuple[Tensor, Tensor, Tensor]]) -> float:
+    with torch.no_grad():
+        return sum(float(to_truth(lorun(y, mask), (y, mask, truth))) for y, mask, truth in batches) / len(batches)
+
+
+def frozen(lorun: LoRunModel) -> dict[str, Tensor]:
+    """All but the new set."""
+    return {name: tensor.clone() for name, tensor in lorun.state_dict().items() if ".new." not in f".{name}."}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_only_the_new_set_trains() -> None:
+    lorun, _ = converted()
+    before, fingerprint, others = frozen(lorun), lorun.fingerprint, error(lorun, noisy(4, seed=9))
+    assert lorun.finetune(noisy(), "new", steps=200, loss=to_truth)
+    assert same(frozen(lorun), before) and lorun.fingerprint == fingerprint
+    assert set(lorun.active_adapters.values()) == {"new"}
+    assert error(lorun, noisy(4, seed=9)) < 0.8 * others
+    lorun.set_adapter("default")
+    assert error(lorun, noisy(4, seed=9)) == others
+
+
+def test_every_shape_of_network(case: Case) -> None:
+    lorun = lorun_adapt.convert(case.net, rank=1, **case.find())
+    before, start = frozen(lorun), lorun(*case.inputs).detach()
+    assert lorun.finetune([case.inputs], "new", steps=5, loss=lambda output, batch: (output - 0.5).square().mean())
+    assert same(frozen(lorun), before)
+    assert (lorun(*case.inputs) - 0.5).square().mean() <= (start - 0.5).square().mean()
+
+
+def test_a_teacher_instead_of_the_truth() -> None:
+    lorun, net = converted()
+    other = ListOfBlocks([Block(Denoiser()) for _ in range(3)]).eval()
+    other.load_state_dict({name: 1.1 * tensor for name, tensor in net.state_dict().items()})
+    batch = noisy(1)[0][:2]
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float((lorun(*batch) - other(*batch)).square().mean())
+
+    before = distance()
+    assert lorun.finetune([b[:2] for b in noisy()], "new", steps=30, teacher=other)
+    assert distance() < 0.7 * before
+
+
+def test_it_starts_from_the_mean_of_several(monkeypatch) -> None:
+    lorun, _ = converted()
+    for seed, name in ((3, "a"), (4, "b")):
+        lorun.finetune(noisy(seed=seed), name, steps=5, loss=to_truth)
+    lorun.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")
+    lorun.set_adapter("mean")
+    expected = error(lorun, noisy(2))
+    lorun.finetune(noisy(), "new", ["a", "b"], steps=1, loss=lambda output, batch: 0 * output.sum())
+    assert error(lorun, noisy(2)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_few_images_do_not_make_it_worse() -> None:
+    """What is trained on has nothing to do with what is held out."""
+    lorun, _ = converted()
+    judged = noisy(2, seed=5)
+    before = error(lorun, judged)
+    wrong = [(y, mask, torch.zeros_like(truth)) for y, mask, truth in noisy(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lorun.finetune(wrong, "new", steps=500, loss=to_truth, held_out=judged)
+    assert error(lorun, judged) <= before + 1e-7
+
+
+def test_it_ends_where_nothing_gets_better() -> None:
+    lorun, _ = converted()
+    seen: list[int] = []
+
+    def loss(output: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+        if torch.is_grad_enabled():
+            seen.append(1)
+            return output.square().mean()
+        return (output - 1).square().mean()
+
+    lorun.finetune(noisy(), "new", steps=500, loss=loss)
+    assert 100 < len(seen) < 400
+
+
+def test_runs_repeat_and_resume(tmp_path) -> None:
+    def run(**options) -> dict[str, Tensor]:
+        lorun, _ = converted()
+        lorun.finetune(noisy(), "new", steps=30, loss=options.pop("loss", to_truth), **options)
+        return lorun.state_dict()
+
+    whole = run()
+    assert same(run(), whole)
+    state = tmp_path / "state.safetensors"
+    steps = 0
+
+    def interrupted(output: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+        nonlocal steps
+        steps += torch.is_grad_enabled()
+        if steps == 14:
+            steps += 1
+            os.kill(os.getpid(), signal.SIGINT)
+        return to_truth(output, batch)
+
+    with pytest.warns(UserWarning, match="fine-tuning was stopped"):
+        run(loss=interrupted, checkpoint=state)
+    assert state.exists()
+    assert same(run(checkpoint=state), whole) and not state.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((noisy(), "new"), {"steps": 3}, "a loss with the truth, or a teacher, found neither"),
+        ((noisy(), "default"), {"steps": 3, "loss": to_truth}, "a new name"),
+        ((noisy(), "new", "nothing"), {"steps": 3, "loss": to_truth}, "found 'nothing'"),
+        ((noisy(), "new", ["default", "nothing"]), {"steps": 3, "loss": to_truth}, "found 'nothing'"),
+        ((noisy(), "new", []), {"steps": 3, "loss": to_truth}, "as many weights as adapters"),
+        ((noisy(), "a/b"), {"steps": 3, "loss": to_truth}, "an adapter name"),
+        ((noisy(), "new"), {"loss": to_truth}, "minutes or steps"),
+        (([], "new"), {"steps": 3, "loss": to_truth}, "to hold batches, found none"),
+        (([(torch.rand(2, 3),)], "new"), {"steps": 3, "loss": to_truth}, "to run on the first batch"),
+        ((noisy(), "new"), {"steps": 3, "teacher": nn.Linear(2, 2)}, "that was converted as teacher"),
+        ((noisy(), "new"), {"steps": 3, "loss": lambda *_: torch.tensor(float("nan"))}, "finite"),
+    ],
+)
+def test_what_cannot_be_trained_leaves_nothing(arguments, options, message: str) -> None:
+    lorun, _ = converted()
+    before = {name: tensor.clone() for name, tensor in lorun.state_dict().items()}
+    with pytest.raises(LoRunError, match=message):
+        lorun.finetune(*arguments, **options)
+    assert same(lorun.state_dict(), before)
+    assert lorun.adapter_names == ["default"] and set(lorun.active_adapters.values()) == {"default"}
+
+
+def test_ctrl_c_keeps_the_best_so_far() -> None:
+    lorun, _ = converted()
+    before = error(lorun, noisy(2))
+
+    def stop() -> None:
+        time.sleep(5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop).start()
+    with pytest.warns(UserWarning, match="fine-tuning was stopped"):
+        assert not lorun.finetune(noisy(), "new", minutes=0.5, loss=to_truth)
+    assert error(lorun, noisy(2)) < before
+
+
+def test_it_is_saved_beside_the_others(tmp_path) -> None:
+    lorun, net = converted()
+    lorun.finetune(noisy(), "sigma25", steps=5, loss=to_truth)
+    batch = noisy(1)[0][:2]
+    expected = lorun(*batch)
+    lorun.save_pretrained(tmp_path / "saved")
+    loaded = lorun_adapt.from_pretrained(tmp_path / "saved", net)
+    assert loaded.adapter_names == ["default", "sigma25"]
+    assert torch.equal(loaded(*batch), expected)
+
+
+def test_a_loop_trains_its_calls_apart() -> None:
+    case = ZOO["looped"]()
+    lorun = lorun_adapt.convert(case.net, rank=2, calls={"p": 4})
+    lorun.finetune([case.inputs], "new", steps=5, loss=lambda output, batch: (output - 0.5).square().mean())
+    group = lorun.stage_map.groups[0]
+    first, last = (lorun.adapter_of(group, site) for site in (group.sites[0], group.sites[-1]))
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), last.parameters()))
