@@ -8,6 +8,7 @@ A stage of several denoisers has a subfolder for each.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
@@ -226,7 +227,7 @@ def _read_adapter(
     tensors, about = parse_tensors(content, reader.slots, where[1], reader.highest)
     if about.get(BASE_KEY, fingerprint) != fingerprint:
         raise other_base(fingerprint, about[BASE_KEY], where[1])
-    return reader.read(tensors, wanted, site, where[1]), wanted.told
+    return reader.read(tensors, wanted, site, where[1]), copy.deepcopy(wanted.told)
 
 
 def other_base(held: str, found: str, where: str) -> LoRunError:

@@ -158,13 +158,14 @@ class AdapterSets(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Run the bare base in every stage within the ``with`` block."""
-        before, self.network = self.network, self.base
+        with self._swapping:
+            before, self.network = self.network, self.base
         try:
             yield
         finally:
-            self.network = before
             if before is not self.base:  # else within another `with`
-                self.network = self._ready_for(self._active)
+                with self._swapping:
+                    self.network = self._ready_for(self._active)
 
     def load_adapter(
         self,
@@ -254,11 +255,11 @@ class AdapterSets(nn.Module):
         Raises:
             LoRunError: an unknown set, or one in use.
         """
-        if adapter_name not in self.adapters:
-            raise LoRunError(
-                f"expected an adapter among {self.adapter_names}, found {adapter_name!r}: nothing to delete"
-            )
         with self._swapping:
+            if adapter_name not in self.adapters:
+                raise LoRunError(
+                    f"expected an adapter among {self.adapter_names}, found {adapter_name!r}: nothing to delete"
+                )
             if adapter_name in self._active.values():
                 raise LoRunError(
                     f"expected an adapter that is not in use, found {adapter_name!r}: set another one first"

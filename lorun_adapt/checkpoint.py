@@ -45,6 +45,10 @@ def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None, adapters_only
     """What :meth:`LoRunModel.save_pretrained` does."""
     if dtype is not None and (dtype not in DTYPES.values() or not dtype.is_floating_point):
         raise LoRunError(f"expected a floating-point dtype to save as, found {dtype}: use torch.float16, for example")
+    if adapters_only and (path / BASE).is_file():
+        raise LoRunError(
+            f"expected a folder for adapters alone, found {BASE} in {path}, which would be lost: choose another folder"
+        )
     about = {BASE_KEY: lorun.fingerprint}  # one entry: of several, safetensors leaves the order open
 
     def fill(folder: Path) -> None:
@@ -67,10 +71,10 @@ def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None, adapters_only
         files = {str(p.relative_to(folder).as_posix()): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
         (folder / CONFIG).write_text(as_text(describe(lorun, files)), encoding="utf-8")
 
-    replace_folder(path, _foreign, CONFIG, fill)
+    replace_folder(path, foreign, CONFIG, fill)
 
 
-def _foreign(folder: Path) -> list[str]:
+def foreign(folder: Path) -> list[str]:
     """What someone has put into a saved folder: files beside ours, and sets that it knows nothing of."""
     found = [entry.name for entry in folder.iterdir() if entry.name not in (CONFIG, BASE, ADAPTERS, CARD)]
     if (folder / ADAPTERS).is_dir():

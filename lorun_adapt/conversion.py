@@ -118,7 +118,7 @@ def collapse(
     given = [name for name, value in (("config", config), ("rank", rank), ("budget", budget)) if value is not None]
     if len(given) > 1:
         raise LoRunError(f"expected one of config, rank and budget, found {' and '.join(given)}: give one")
-    stage_map = find_stages(dun, stages=stages, example_inputs=example_inputs, calls=calls).without_base(without_base)
+    stage_map = find_stages(dun, stages=stages, example_inputs=example_inputs, calls=calls)
     modules = [site.module for group in stage_map.groups for site in group.sites]
     check_plain(dun, modules)
     check_reachable(dun, modules)
@@ -135,10 +135,12 @@ def collapse(
             from .processes import agreed
 
             spent = agreed(spent)
-        config, stage_map = config_of_ranks(spent.ranks), stage_map.without_base(spent.without_base)
+        config, without_base = config_of_ranks(spent.ranks), spent.without_base
     elif config is None:
         config = config_for_rank(dun, stage_map, DEFAULT_RANK if rank is None else rank)
     plans = plan(dun, stage_map, config)
+    # Of a tensor without a low-rank term, which stays each stage's own, nothing else would be left.
+    stage_map = stage_map.without_base({name: set(without_base) & p.terms.keys() for name, p in plans.items()})
 
     base = copy_network(dun)
     factored = {group.name: _Factored(dun, group, plans[group.name]) for group in stage_map.groups}

@@ -85,14 +85,18 @@ def read_description(folder: Path, dun: nn.Module) -> dict[str, Any]:
         )
     wrong = None if type(version) is int and version == FORMAT else "format"
     if wrong is None:
-        rest = {key: value for key, value in description.items() if key != "sha256"}
-        wrong = "sha256" if description.get("sha256") != _digest(rest) else _wrong_part(description)
+        wrong = _wrong_part(description) if is_unchanged(description) else "sha256"
     if wrong is not None:
         raise LoRunError(
             f"expected the description of a conversion, found a wrong {wrong!r} in {file}: save it anew or download it "
             "again"
         )
     return description
+
+
+def is_unchanged(description: Mapping[str, Any]) -> bool:
+    """Whether it has the hash that it says."""
+    return description.get("sha256") == _digest({key: value for key, value in description.items() if key != "sha256"})
 
 
 def _digest(description: Mapping[str, Any]) -> str:

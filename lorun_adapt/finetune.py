@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,14 +51,15 @@ def finetune(
         raise LoRunError("expected a loss with the truth, or a teacher, found neither: give loss= or teacher=")
     with seeded(seed):
         kept, stream = _split(batches) if held_out is None else (held_out, batches)
-        training, judged = Batches(stream), Batches(kept)
-        judged = [batch for batch in itertools.islice(judged, HELD_OUT) if is_finite(batch)]
+        training = Batches(stream)
+        count = len(kept) if isinstance(kept, Sized) else HELD_OUT
+        judged = [batch for batch in itertools.islice(Batches(kept), count) if is_finite(batch)]
     if not judged:
         raise LoRunError("expected finite batches to hold out, found NaN or Inf in all of them: mend them")
     with ExitStack() as stack:
         stack.enter_context(evaluating(lorun))
         if teacher is None:
-            observer = Observer(lorun.base, lorun.stage_map, training.first)
+            observer = Observer(lorun, lorun.stage_map, training.first)
             distillation: Distillation | Supervised = Supervised(lorun, observer, loss)
         else:
             check_teacher(teacher, lorun)
@@ -79,6 +80,7 @@ def finetune(
             held_out=judged,
             patience=PATIENCE,
             doing=f"fine-tuning {adapter_name}",
+            others=list(lorun.adapters[adapter_name].state_dict().values()),
         )
         finished = trainer.train(stop)
     if not finished:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.utils import (
     EntryNotFoundError,
     GatedRepoError,
@@ -28,7 +28,8 @@ from huggingface_hub.utils import (
 )
 
 from .adapter_files import ADAPTERS, PEFT_CONFIG, TENSORS
-from .description import BASE, CONFIG
+from .checkpoint import foreign
+from .description import BASE, CONFIG, is_unchanged
 from .errors import LoRunError
 from .folder import as_path, replace_folder, sha256
 from .reading import parse_json, read_file
@@ -82,6 +83,10 @@ class Repository:
                 if f"{key}/".startswith(("/", f"{ADAPTERS}/")):
                     try:
                         found = self._download(f"{root}/{CONFIG}".lstrip("/"), self.revision)
+                    except LocalEntryNotFoundError:
+                        if not (self.local_files_only or constants.HF_HUB_OFFLINE):
+                            raise  # it may be there: without it nothing could be told from damage
+                        continue
                     except EntryNotFoundError:
                         continue
                     return self._fetch_described(found, root, key, needed)
@@ -89,24 +94,25 @@ class Repository:
 
     def _fetch_described(self, found: Path, root: str, key: str, needed: Needed) -> Path:
         """Files that a description names, all of the commit that it is from."""
-        description = _description(found)
-        commit = found.parts[len(found.parts) - found.parts[::-1].index("snapshots")]
+        own = f"{root}/{CONFIG}".lstrip("/")
+        commit = _commit(found, own)
+        description = _description(self._whole(own, commit, _is_whole_description))
         for name in needed(description, key):
             if not NAMES.fullmatch(name) or name not in description["files"]:
                 raise LoRunError(
                     f"expected files of a conversion in {self.repo_id}, found {name[:100]!r}: do not trust it"
                 )
-            self._whole(f"{root}/{name}".lstrip("/"), commit, description["files"][name])
+            digest = description["files"][name]
+            self._whole(f"{root}/{name}".lstrip("/"), commit, lambda path, digest=digest: sha256(path) == digest)
         return found.parent / key
 
     def _fetch_others(self, place: str, needed: Needed) -> Path:
         """Files of which no description tells, as PEFT writes them."""
         commit, files = self.revision, [f"{place}/{name}".lstrip("/") for name in needed(None, "")]
         for name in files:
-            path = self._whole(name, commit, None)
-            parts = path.parts
-            commit = parts[len(parts) - parts[::-1].index("snapshots")]
-        return Path(*parts[: len(parts) - len(PurePosixPath(files[-1]).parts)], place)
+            path = self._whole(name, commit, _has_its_name)
+            commit = _commit(path, name)
+        return path.parents[len(PurePosixPath(files[-1]).parts) - 1] / place
 
     def _download(self, name: str, revision: str | None, again: bool = False) -> Path:
         return Path(
@@ -122,14 +128,19 @@ class Repository:
             )
         )
 
-    def _whole(self, name: str, revision: str | None, digest: str | None) -> Path:
-        """A file of that hash; one that the cache holds damaged is fetched anew."""
-        for again in (False, True) if not self.local_files_only else (False,):
-            path = self._download(name, revision, again)
-            blob = path.resolve().name  # of large files, their hash
-            known = digest or (blob if re.fullmatch("[0-9a-f]{64}", blob) else None)
-            if known is None or sha256(path) == known:
-                return path
+    def _whole(self, name: str, revision: str | None, is_whole: Callable[[Path], bool]) -> Path:
+        """A file that is as it was saved; one that the cache holds damaged is fetched anew."""
+        path = self._download(name, revision)
+        if is_whole(path):
+            return path
+        if not self.local_files_only:
+            try:
+                path = self._download(name, revision, again=True)
+            except (ValueError, *BROKEN):  # there is no connection now
+                pass
+            else:
+                if is_whole(path):
+                    return path
         raise LoRunError(
             f"expected {name} of {self.repo_id} as it was saved, found another hash: it was changed or damaged on the "
             "way; try again, or ask its author"
@@ -170,6 +181,24 @@ class Repository:
             ) from error
         except BROKEN as error:
             raise LoRunError(f"expected an answer about {name}, found {_first_line(error)}: try again") from error
+
+
+def _commit(path: Path, name: str) -> str:
+    """The commit that a file of the cache is of."""
+    return path.parents[len(PurePosixPath(name).parts) - 1].name
+
+
+def _has_its_name(path: Path) -> bool:
+    """Whether a large file is what the cache names it after, its hash; of small ones that is not known."""
+    blob = path.resolve().name
+    return re.fullmatch("[0-9a-f]{64}", blob) is None or sha256(path) == blob
+
+
+def _is_whole_description(path: Path) -> bool:
+    try:
+        return is_unchanged(_description(path))
+    except LoRunError:
+        return False
 
 
 def is_repository(source: object) -> bool:
@@ -252,7 +281,7 @@ def pull(repository: Repository, out: Path) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)
 
-    replace_folder(out, lambda folder: (), CONFIG, fill)
+    replace_folder(out, foreign, CONFIG, fill)
 
 
 def listed(source: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

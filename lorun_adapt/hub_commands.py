@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from rich.markup import escape
 
 from .options import FILE, show
 
@@ -53,7 +54,16 @@ def list_(source: str, revision: str | None) -> None:
     for name, config in configs.items():
         stages = {file.split("/")[2] for file in files if file.startswith(f"adapters/{name}/")}
         pattern = config.get("rank_pattern")
-        ranks = {config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())} - {0}
-        rows.append((name, len(stages), ", ".join(map(str, sorted(r for r in ranks if isinstance(r, int))))))
+        found = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+        ranks = sorted({rank for rank in found if isinstance(rank, int) and rank > 0})
+        rows.append((escape(name), len(stages), ", ".join(map(str, ranks))))
     base = "with its base" if hub.BASE in files else f"for the base {str(description.get('fingerprint'))[:12]}"
-    show([table(f"{description.get('network')}, {base}", ("adapter set", "stages>", "ranks of the first"), rows)])
+    show(
+        [
+            table(
+                f"{escape(str(description.get('network')))}, {escape(base)}",
+                ("adapter set", "stages>", "ranks of the first"),
+                rows,
+            )
+        ]
+    )

@@ -150,8 +150,8 @@ class LoRunModel(AdapterSets):
             loss: a callable on output and batch, to minimise.
             teacher: a network of the original class to distil instead, or besides.
             held_out: batches to judge by, of images that ``batches`` has not. By default the first two of
-                ``batches``, which are not trained on where these are a list.
-            checkpoint, seed: as for :meth:`recover`.
+                ``batches``, which are not trained on where these are a list of more than three.
+            checkpoint, seed: as for :meth:`recover`. To go on after Ctrl-C, delete the set that was stopped.
 
         Returns:
             Whether it ran to its end, and was not stopped by Ctrl-C.
@@ -164,9 +164,11 @@ class LoRunModel(AdapterSets):
 
         budget = Budget(minutes, steps)
         path = None if checkpoint is None else as_path(checkpoint)
-        before = self.active_adapters
+        before = self.active_adapters, self._inference_mode
         names = [start_from] if isinstance(start_from, str) else list(start_from)
-        if len(names) == 1 or adapter_name in self.adapter_names:
+        if adapter_name in self.adapter_names:
+            raise LoRunError(f"expected a new name for the set, found {adapter_name!r}: choose another, or delete it")
+        if len(names) == 1:
             self.copy_adapter(names[0], adapter_name)
         else:
             self.add_weighted_adapter(names, [1 / max(len(names), 1)] * len(names), adapter_name)
@@ -184,7 +186,7 @@ class LoRunModel(AdapterSets):
                 seed=seed,
             )
         except BaseException:
-            self.set_adapter(before)
+            self.set_adapter(*before)
             self.delete_adapter(adapter_name)
             raise
 

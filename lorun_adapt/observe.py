@@ -134,6 +134,7 @@ def positional_arguments(network: nn.Module) -> int | None:
 
     What a batch holds beyond them, such as the ground truth, is for the loss alone.
     """
+    network = getattr(network, "base", network) if hasattr(network, "stage_map") else network  # of a LoRunModel
     kinds = [parameter.kind for parameter in inspect.signature(network.forward).parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds:
         return None

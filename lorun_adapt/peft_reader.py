@@ -74,8 +74,8 @@ class Reader:
         Raises:
             LoRunError: as :func:`config_from_json`.
         """
-        if content in self._configs:
-            return self._configs[content]
+        if (known := self._configs.get(content)) is not None:  # other threads may load too
+            return known
         options = parse_json(content, where)
         found = Wanted(config_from_json(options, where, len(self.group.tensors)))
         if not options.get("lora_dropout"):  # which is warned of each time

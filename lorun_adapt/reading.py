@@ -87,11 +87,9 @@ def _within(path: Path, folder: Path) -> bool:
         return True  # opening it says what is wrong
     if real.startswith(home.rstrip(os.sep) + os.sep):
         return True
-    parts = Path(home).parts
-    if "snapshots" in parts:  # of huggingface_hub's cache, where files are links to ../../blobs
-        cache = Path(*parts[: len(parts) - 1 - parts[::-1].index("snapshots")])
-        return Path(real).parent == cache / "blobs"
-    return False
+    parts = Path(home).parts  # in huggingface_hub's cache, files in snapshots/ are links to blobs/ beside it
+    caches = [Path(*parts[:place]) for place, part in enumerate(parts) if part == "snapshots"]
+    return any(Path(real).parent == cache / "blobs" for cache in caches)
 
 
 def parse_json(content: bytes, where: str) -> Any:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .errors import LoRunError
+
 if TYPE_CHECKING:
     from .model import LoRunModel
 
@@ -43,7 +45,14 @@ def _leave_network_out(module: nn.Module, state_dict: dict[str, Any], prefix: st
         del state_dict[name]
 
 
-def _before_load(lorun: LoRunModel, *_: Any) -> None:
+def _before_load(lorun: LoRunModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for group in lorun.stage_map.groups:
+        for name in [f"{group.sites[0].module}.{spec.name}" for spec in group.tensors if spec.alone]:
+            if (held := state_dict.get(f"{prefix}base.{name}")) is not None and bool(held.any()):
+                raise LoRunError(
+                    f"expected zeros for {name!r}, which has no base here, found others in the state_dict: load it "
+                    "into the conversion that it is of"
+                )
     lorun._loading = [shared_places(lorun.base, lorun.adapters), lorun.network]
     lorun.network = nn.Module()  # else it would be asked for, and given, tensors of its own
 

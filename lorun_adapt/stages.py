@@ -98,13 +98,13 @@ class StageMap:
     not_taken: tuple[NotTaken, ...] = ()
     ranks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # group -> tensor -> rank, once planned
 
-    def without_base(self, names: Collection[str]) -> StageMap:
-        """The same, where tensors of these names have no base."""
-        groups = tuple(
-            replace(group, tensors=tuple(replace(spec, alone=spec.name in names) for spec in group.tensors))
+    def without_base(self, names: Mapping[str, Collection[str]]) -> StageMap:
+        """The same, where tensors of these names, by group, have no base."""
+        groups = [
+            replace(group, tensors=tuple(replace(spec, alone=spec.name in names[group.name]) for spec in group.tensors))
             for group in self.groups
-        )
-        return replace(self, groups=groups)
+        ]
+        return replace(self, groups=tuple(groups))
 
     def __len__(self) -> int:
         return 1 + max(site.stage for group in self.groups for site in group.sites)

@@ -76,6 +76,7 @@ class Trainer:
         held_out: finite batches by which it is judged whether the tensors got better; by default the first ones of
             ``calibration``.
         doing: what the progress bar says.
+        others: what, beside the trained tensors, resuming is to bring back; by default all that the student holds.
         patience: checks without a better one after which it ends, as further steps would only fit what it trains on.
     """
 
@@ -93,7 +94,9 @@ class Trainer:
         held_out: Sequence[Batch] = (),
         patience: int | None = None,
         doing: str = "recovering",
+        others: Sequence[Tensor] | None = None,
     ) -> None:
+        self.others = others
         self.held_out, self.patience, self.doing = list(held_out), patience, doing
         self.distillation, self.trained, self.calibration = distillation, trained, calibration
         self.budget, self.seed, self.checkpoint = budget, seed, checkpoint
@@ -320,7 +323,7 @@ class Trainer:
     def _others(self) -> list[Tensor]:
         """What the start of a run has set but no step changes: buffers, and what the authors don't train."""
         trained = {item.parameter.data_ptr() for item in self.trained}
-        held = self.distillation.student.state_dict().values()
+        held = self.distillation.student.state_dict().values() if self.others is None else self.others
         return [tensor for tensor in held if tensor.data_ptr() not in trained]
 
     def _resume(self, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -18,6 +19,7 @@ from test_swap import SET
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel, cli
+from lorun_adapt import hub as lorun_hub
 from lorun_adapt.description import as_text
 
 STAGE_2 = {f"{SET}/stage_02/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")}
@@ -240,6 +242,50 @@ def test_damage_in_the_cache_is_mended(pushed: HubServer, lorun: LoRunModel, blo
     blob.write_bytes(data)
     unchanged(lorun, blocks, "another hash", stage=2, cache_dir=tmp_path / "cache", local_files_only=True)
     lorun.load_adapter("alice/net", "again", stage=2, cache_dir=tmp_path / "cache")
+
+
+def test_a_damaged_description_is_mended(pushed: HubServer, lorun: LoRunModel, blocks: Case, tmp_path: Path) -> None:
+    lorun.load_adapter("alice/net", "theirs", cache_dir=tmp_path / "cache")
+    (held,) = (tmp_path / "cache").rglob("lorun_config.json")
+    held.resolve().write_bytes(held.read_bytes().replace(b"fingerprint", b"fingerprinT"))
+    unchanged(lorun, blocks, "another hash", cache_dir=tmp_path / "cache", local_files_only=True)
+    lorun.load_adapter("alice/net", "again", cache_dir=tmp_path / "cache")
+
+
+def test_nothing_is_taken_without_its_description(
+    pushed: HubServer, lorun: LoRunModel, blocks: Case, monkeypatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    pushed.fault("lorun_config.json", "error", method="*")
+    unchanged(lorun, blocks, "to reach the Hub", stage=2, subfolder=f"{SET}/stage_02")
+    assert not pushed.downloads
+
+
+def test_what_is_pulled_replaces_what_was_pulled(pushed: HubServer, lorun: LoRunModel, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    lorun_hub.pull(lorun_hub.Repository("alice/net"), out)
+    (out / "notes.txt").write_text("mine")
+    shutil.copytree(out / SET, out / "adapters/mine")
+    lorun_hub.pull(lorun_hub.Repository("alice/net"), out)
+    assert (out / "notes.txt").read_text() == "mine" and (out / "adapters/mine/stage_02").is_dir()
+    with pytest.raises(LoRunError, match="found base.safetensors in .* which would be lost"):
+        lorun.save_pretrained(out, adapters_only=True)
+    assert (out / "base.safetensors").exists()
+
+
+def test_a_hostile_list(pushed: HubServer, capsys, monkeypatch) -> None:
+    described = json.loads(pushed.files("alice/net")["lorun_config.json"])
+    described.pop("sha256")
+    described["network"] = "[/red]"
+    config = json.loads(pushed.files("alice/net")[f"{SET}/stage_00/adapter_config.json"]) | {
+        "r": [],
+        "rank_pattern": {"a": {}},
+    }
+    name, content = f"{SET}/stage_00/adapter_config.json", json.dumps(config).encode()
+    described["files"][name] = hashlib.sha256(content).hexdigest()
+    pushed.add_commit("alice/net", {name: content, "lorun_config.json": as_text(described).encode()})
+    code, text = command(capsys, monkeypatch, "list", "alice/net")
+    assert code == 0 and "[/red], with its base" in text
 
 
 def test_without_a_connection(pushed: HubServer, lorun: LoRunModel, blocks: Case, monkeypatch) -> None:
