@@ -338,10 +338,10 @@ class AdapterSets(nn.Module):
     def _freeze_what_rests(self, names: Iterable[str]) -> None:
         """Let of these sets the adapters train that run, or none of them, and no others."""
         for name in set(names):
-            stages = self.adapters[name]
-            for stage, active in self._active.items():
-                for adapter in stages[stage_key(stage)].values() if stage_key(stage) in stages else ():
-                    adapter.train_only_if(active == name and not self._inference_mode)
+            running = {stage_key(stage) for stage, active in self._active.items() if active == name}
+            for key, groups in self.adapters[name].items():
+                for adapter in groups.values():
+                    adapter.train_only_if(key in running and not self._inference_mode)
 
     def _choice_of(self, name: str) -> dict[tuple[str, Site], StageAdapter]:
         return {

@@ -43,9 +43,11 @@ class StageAdapter(nn.Module):
     def train_only_if(self, trains: bool) -> None:
         """Let its tensors train, as far as the network's authors train them, or none of them."""
         # Past nn.Module.named_parameters: this runs for every stage of every set at each swap.
-        own = [parameter for name, parameter in self._parameters.items() if name not in self.lorun_frozen]
-        for parameter in (*own, *(p for term in self._modules.values() for p in term._parameters.values())):
-            wanted = trains and (parameter.is_floating_point() or parameter.is_complex())
+        held = [*self._parameters.items()]
+        held += [(name, p) for name, term in self._modules.items() for p in term._parameters.values()]
+        for name, parameter in held:
+            wanted = trains and name not in self.lorun_frozen
+            wanted = wanted and (parameter.is_floating_point() or parameter.is_complex())
             if parameter.requires_grad is not wanted:
                 parameter.requires_grad_(wanted)
 

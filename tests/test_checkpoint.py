@@ -281,6 +281,7 @@ def test_sets_are_saved_and_loaded_together(two, blocks: Case, tmp_path: Path) -
     loaded = lorun_adapt.from_pretrained(tmp_path / "both", blocks.net)
     assert loaded.adapter_names == ["default", "first"]
     assert torch.equal(loaded(*blocks.inputs), trained)
+    assert all(name.startswith("adapters.default.") for name, p in loaded.named_parameters() if p.requires_grad)
     loaded.set_adapter("first")
     assert torch.equal(loaded(*blocks.inputs), untrained)
     loaded.set_adapter({2: "default"})
