@@ -87,7 +87,7 @@ def share(network: nn.Module, group: Group, values: Mapping[str, Tensor]) -> Non
     for spec in group.tensors:
         if spec.common:
             continue
-        first = _get(modules[0], spec.name)
+        first = tensor_of(modules[0], spec.name)
         value = values[spec.name].to(first).contiguous()  # means of transposed views are not
         base = value if spec.buffer else nn.Parameter(value, requires_grad=False)
         for module in modules:
@@ -198,7 +198,7 @@ def dense_tensors(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> d
         return {
             spec.name: private[spec.name].detach()
             if spec.name in private
-            else terms[spec.name](_get(denoiser, spec.name)).detach()
+            else terms[spec.name](tensor_of(denoiser, spec.name)).detach()
             for spec in group.tensors
             if not spec.common
         }
@@ -231,7 +231,7 @@ def stage_values(dun: nn.Module, group: Group, spec: TensorSpec) -> list[Tensor]
 
 def stage_parameters(network: nn.Module, group: Group, spec: TensorSpec) -> list[nn.Parameter]:
     """The parameter itself at each site, in the order of the stages."""
-    return [_get(network.get_submodule(site.module), spec.name) for site in group.sites]
+    return [tensor_of(network.get_submodule(site.module), spec.name) for site in group.sites]
 
 
 def owner_of(denoiser: nn.Module, name: str) -> tuple[int, str]:
@@ -240,7 +240,8 @@ def owner_of(denoiser: nn.Module, name: str) -> tuple[int, str]:
     return id(denoiser.get_submodule(path)), attribute
 
 
-def _get(module: nn.Module, name: str) -> Tensor:
+def tensor_of(module: nn.Module, name: str) -> Tensor:
+    """The tensor of that name, relative to ``module``."""
     path, _, attribute = name.rpartition(".")
     return getattr(module.get_submodule(path), attribute)
 

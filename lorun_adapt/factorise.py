@@ -9,6 +9,7 @@ iteration from where they were. Neither can raise the error.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,34 +154,42 @@ def _nearest(left: _Weight, right: _Weight, targets: Tensor, start: Tensor) -> T
     return found
 
 
-def energies(stages: Tensor, alone: bool = False) -> tuple[float, Tensor]:
-    """Of all ``stages`` (N, m, n): the energy that their mean keeps, and what rank 1, 2, … adds to it.
+class Energies(NamedTuple):
+    """Of all stages: what their base keeps, what rank 1, 2, … adds to it, and what these keep without a base."""
 
-    ``alone``: with a base of zero, which keeps none.
-    """
+    base: float
+    ranks: Tensor
+    alone: Tensor
+
+
+def energies(stages: Tensor) -> Energies:
+    """The energy of ``stages`` (N, m, n), with their mean as the base."""
     work = stages.detach().to(torch.complex128 if stages.is_complex() else torch.float64)
-    return _energies(work, work if alone else work - work.mean(0))
+    return _energies(work, work - work.mean(0))
 
 
-def weighted_energies(
-    stages: Tensor, rows: Tensor, columns: Tensor, damping: float, alone: bool = False
-) -> tuple[float, Tensor]:
+def weighted_energies(stages: Tensor, rows: Tensor, columns: Tensor, damping: float) -> Energies:
     """The same in the weights of :func:`factorise_weighted`, with the matrix that is nearest to all in these."""
     work = stages.detach().double()
     left, right = _Weight(rows, work.shape[1], damping), _Weight(columns, work.shape[2], damping)
-    residual = work if alone else work - _nearest(left, right, work, work.mean(0))
+    residual = work - _nearest(left, right, work, work.mean(0))
     return _energies(_whitened(left, right, work), _whitened(left, right, residual))
 
 
-def _energies(whole: Tensor, residual: Tensor) -> tuple[float, Tensor]:
-    residual = residual.mT if residual.shape[1] > residual.shape[2] else residual
-    by_rank = torch.linalg.eigvalsh(residual @ residual.mH).clamp_min(0).flip(-1).sum(0)
-    return float((_energy(whole).sum() - by_rank.sum()).clamp_min(0)), by_rank
+def _energies(whole: Tensor, residual: Tensor) -> Energies:
+    ranks = _by_rank(residual)
+    return Energies(float((_energy(whole).sum() - ranks.sum()).clamp_min(0)), ranks, _by_rank(whole))
+
+
+def _by_rank(matrices: Tensor) -> Tensor:
+    """The energy of the first, second, … singular value of each matrix, over all (N, m, n)."""
+    matrices = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    return torch.linalg.eigvalsh(matrices @ matrices.mH).clamp_min(0).flip(-1).sum(0)
 
 
 def rank_for_energy(stages: Tensor, fraction: float) -> int:
     """The smallest rank that keeps ``fraction`` of the energy of the residuals from the mean."""
-    energy = energies(stages)[1].cumsum(0)
+    energy = energies(stages).ranks.cumsum(0)
     return int((energy < fraction * energy[-1]).sum()) + 1
 
 

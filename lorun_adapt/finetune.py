@@ -5,31 +5,30 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .assemble import distinct_tensors, lowrank_terms
+from .assemble import distinct_tensors
 from .budget import Budget
 from .calibration import Batches, is_finite
 from .distill import Distillation, Loss
 from .errors import LoRunError
 from .fingerprint import fingerprint_of
 from .observe import Observer
-from .recovery import PRIVATE, check_teacher, evaluating
+from .recovery import check_any, check_teacher, evaluating, trained_of
 from .seeds import seeded
 from .speed import channels_last
 from .supervised import Supervised
-from .training import Trained, Trainer, interruptible
+from .training import HELD_OUT, Trainer, interruptible
 
 if TYPE_CHECKING:
     from .model import LoRunModel
 
 FACTORS = 0.02  # learning rate relative to the size of a tensor's values: it starts from where others are good
-HELD_OUT = 2  # batches that are never trained on, where there are more than three
 PATIENCE = 10  # checks of the held-out batches, of 25, without a better one, after which it ends
 
 
@@ -56,6 +55,8 @@ def finetune(
         judged = [batch for batch in itertools.islice(Batches(kept), count) if is_finite(batch)]
     if not judged:
         raise LoRunError("expected finite batches to hold out, found NaN or Inf in all of them: mend them")
+    trained = trained_of(lorun.adapters[adapter_name], FACTORS)
+    check_any(trained)
     with ExitStack() as stack:
         stack.enter_context(evaluating(lorun))
         if teacher is None:
@@ -70,7 +71,7 @@ def finetune(
         stack.enter_context(seeded(seed))
         trainer = Trainer(
             distillation,
-            list(_trained(lorun)),
+            trained,
             training,
             budget,
             seed=seed,
@@ -86,20 +87,6 @@ def finetune(
     if not finished:
         warnings.warn("fine-tuning was stopped: the set has the best weights so far", stacklevel=3)
     return finished
-
-
-def _trained(lorun: LoRunModel) -> Iterator[Trained]:
-    found = False
-    for group in lorun.stage_map.groups:
-        for site in group.sites:
-            adapter = lorun.adapter_of(group, site)
-            factors = {id(p) for term in lowrank_terms(adapter).values() for p in term.parameters()}
-            for parameter in adapter.parameters():
-                if parameter.requires_grad:
-                    found = True
-                    yield Trained(parameter, FACTORS if id(parameter) in factors else PRIVATE)
-    if not found:
-        raise LoRunError("expected tensors to train, found none: the network's stages hold none of their own")
 
 
 def _split(batches: Iterable[Any]) -> tuple[Iterable[Any], Iterable[Any]]:

@@ -28,17 +28,15 @@ from huggingface_hub.utils import (
 )
 
 from .adapter_files import ADAPTERS, PEFT_CONFIG, TENSORS
-from .checkpoint import foreign
+from .checkpoint import CARD, foreign
 from .description import BASE, CONFIG, is_unchanged
 from .errors import LoRunError
 from .folder import as_path, replace_folder, sha256
 from .reading import parse_json, read_file
 
-CARD = "README.md"
 # What a saved conversion can hold beside its description.
-NAMES = re.compile(
-    rf"{re.escape(BASE)}|{CARD}|{ADAPTERS}/[\w-]+/stage_\d+(/[\w-]+)?/({PEFT_CONFIG}|{TENSORS})", re.ASCII
-)
+_BASE, _CARD, _CONFIG, _TENSORS = map(re.escape, (BASE, CARD, PEFT_CONFIG, TENSORS))
+NAMES = re.compile(rf"{_BASE}|{_CARD}|{ADAPTERS}/[\w-]+/stage_\d+(/[\w-]+)?/({_CONFIG}|{_TENSORS})", re.ASCII)
 LARGEST = 64 << 20  # of a description
 # With some versions, what is raised for a broken connection is no OSError but what the library for HTTP raises.
 BROKEN = (OSError, RuntimeError, *HfHubHTTPError.__bases__)

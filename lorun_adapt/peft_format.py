@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from .assemble import StageAdapter, lowrank_terms, private_tensors
+from .assemble import StageAdapter, lowrank_terms, private_tensors, tensor_of
 from .lowrank import LowRank
 from .peft_config import REFUSED
 from .peft_limits import CONVOLUTIONS, PREFIX, PeftView, peft_layer, peft_view
@@ -61,7 +61,7 @@ def write(
     rest, exact = dict(private), set()
     for layer in view.full:
         spec = next(spec for spec in group.tensors if spec.name == f"{layer}.weight")
-        base = rounded(_parameter(denoiser, spec.name))
+        base = rounded(tensor_of(denoiser, spec.name))
         specs[spec.name], keys[layer] = Names(denoiser, spec), _whole(spec, rounded(private[spec.name] - base))
         if dtype is not None:
             rest[spec.name] = keys[layer](base)
@@ -82,7 +82,7 @@ def write(
         if dtype is not None or torch.equal(bias_of(base, difference, term.scaling), value):
             del rest[f"{key}.bias"]  # else kept as well, to the bit: PEFT passes over it
     for name in terms.keys() & {f"{key}.weight" for key in view.whole}:
-        rest[name] = terms[name](rounded(_parameter(denoiser, name)))
+        rest[name] = terms[name](rounded(tensor_of(denoiser, name)))
         exact.add(PREFIX + name)
     tensors.update({PREFIX + name: value for name, value in rest.items()})
     detached = {name: tensor.detach() for name, tensor in tensors.items()}
@@ -95,11 +95,6 @@ def _whole(spec: TensorSpec, difference: Tensor) -> LowRank:
     if rows <= columns:
         return LowRank(matrix, torch.eye(rows).to(matrix))
     return LowRank(torch.eye(columns).to(matrix), matrix)
-
-
-def _parameter(denoiser: nn.Module, name: str) -> Tensor:
-    path, _, attribute = name.rpartition(".")
-    return getattr(denoiser.get_submodule(path), attribute)
 
 
 class Names:

@@ -165,18 +165,26 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def trained_of(adapters: nn.Module, factors: float) -> list[Trained]:
+    """What trains of the adapters in a set, or in all sets; ``factors``: the learning rate of low-rank factors."""
+    found = []
+    for adapter in adapters.modules():
+        if isinstance(adapter, StageAdapter):
+            own = {id(p) for term in lowrank_terms(adapter).values() for p in term.parameters()}
+            found += [Trained(p, factors if id(p) in own else PRIVATE) for p in adapter.parameters() if p.requires_grad]
+    return found
+
+
+def check_any(trained: list[Trained]) -> None:
+    if not trained:
+        raise LoRunError("expected tensors to train, found none: the network's stages hold none of their own")
+
+
 @contextmanager
 def trainable(lorun: LoRunModel) -> Iterator[list[Trained]]:
     """What recovery trains: the adapters, and of the base what runs. The base is frozen again afterwards."""
-    trained = []
-    own: set[int] = set()
-    for adapter in lorun.adapters.modules():
-        if isinstance(adapter, StageAdapter):
-            factors = {id(p) for term in lowrank_terms(adapter).values() for p in term.parameters()}
-            own |= {id(p) for p in adapter.parameters()}
-            trained += [
-                Trained(p, FACTORS if id(p) in factors else PRIVATE) for p in adapter.parameters() if p.requires_grad
-            ]
+    trained = trained_of(lorun.adapters, FACTORS)
+    own = {id(p) for p in lorun.adapters.parameters()}
     names: dict[int, set[str]] = {}
     for name, p in lorun.base.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), set()).add(name)
@@ -187,8 +195,7 @@ def trainable(lorun: LoRunModel) -> Iterator[list[Trained]]:
         if id(p) in held - own and floats and (not lorun.trainable or lorun.trainable & names[id(p)]):
             base.append(p)
             trained.append(Trained(p, BASE if is_base(name) else OUTSIDE))
-    if not trained:
-        raise LoRunError("expected tensors to train, found none: the network's stages hold none of their own")
+    check_any(trained)
     for parameter in base:
         parameter.requires_grad_(True)
     try:

@@ -15,7 +15,7 @@ from torch import nn
 
 from .assemble import stage_parameters
 from .errors import LoRunError
-from .factorise import energies, weighted_energies
+from .factorise import Energies, energies, weighted_energies
 from .ranks import adaptable, is_number, matrices_of
 from .sensitivity import Sensitivity
 from .stages import Group, StageMap, TensorSpec
@@ -130,29 +130,29 @@ def _ways(
     ways: dict[str, list[_Way]] = {}
     for name, found in places.items():
         highest = min(sum(spec.smaller(rank) for rank in range(1, min(spec.matrix) + 1)) for _, spec in found)
+        kept = [_kept(dun, g, s, (sensitivity or {}).get((g.name, s.name))) for g, s in found]
         for alone in (False, True):
-            kept = [_kept(dun, g, s, (sensitivity or {}).get((g.name, s.name)), alone) for g, s in found]
             way = _Way(
                 alone,
                 base_cost=0 if alone else sum(spec.numel for _, spec in found),
                 rank_cost=sum(len(group.sites) * sum(spec.matrix) for group, spec in found),
-                base_gain=sum(base for base, _ in kept),
-                gains=[sum(gains[rank] for _, gains in kept) for rank in range(highest)],
+                base_gain=0.0 if alone else sum(item.base for item in kept),
+                gains=[sum(float((k.alone if alone else k.ranks)[rank]) for k in kept) for rank in range(highest)],
             )
             ways.setdefault(name, []).append(way)
     return ways
 
 
-def _kept(
-    dun: nn.Module, group: Group, spec: TensorSpec, known: Sensitivity | None, alone: bool
-) -> tuple[float, list[float]]:
-    """What the base of a tensor keeps, and what rank 1, 2, … adds to it."""
+def _kept(dun: nn.Module, group: Group, spec: TensorSpec, known: Sensitivity | None) -> Energies:
+    """What the base of a tensor keeps, and its ranks."""
     matrices = matrices_of(dun, group, spec).cpu()
-    base, ranks = energies(matrices, alone)
-    if known is not None:
-        weighted_base, weighted = weighted_energies(matrices, known.rows, known.columns, DAMPING, alone)
-        base, ranks = (base * weighted_base) ** 0.5, (ranks * weighted).sqrt()
-    return base, ranks.tolist()
+    plain = energies(matrices)
+    if known is None:
+        return plain
+    seen = weighted_energies(matrices, known.rows, known.columns, DAMPING)
+    return Energies(
+        (plain.base * seen.base) ** 0.5, (plain.ranks * seen.ranks).sqrt(), (plain.alone * seen.alone).sqrt()
+    )
 
 
 def _alike(dun: nn.Module, group: Group, spec: TensorSpec) -> bool:

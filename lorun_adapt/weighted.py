@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .assemble import StageAdapter, dense_tensors, lowrank_terms
+from .assemble import StageAdapter, dense_tensors, lowrank_terms, tensor_of
 from .errors import LoRunError
 from .lowrank import LowRank
 from .stages import Group, is_sound, stage_key
@@ -59,8 +59,8 @@ def _weighted(
             lowrank[spec.name] = _sum_of_terms([own[spec.name] for own in terms], weights)
             sound = all(is_sound(p, False) for p in lowrank[spec.name].parameters())
         else:
-            base = dict(denoiser.named_parameters()) | dict(denoiser.named_buffers())
-            value = _sum_of_tensors(base[spec.name], [own[spec.name] for own in dense], weights, spec.name)
+            base = tensor_of(denoiser, spec.name)
+            value = _sum_of_tensors(base, [own[spec.name] for own in dense], weights, spec.name)
             trains = not spec.buffer and (value.is_floating_point() or value.is_complex())
             private[spec.name] = value if spec.buffer else nn.Parameter(value, requires_grad=trains)
             sound = is_sound(value, spec.buffer)

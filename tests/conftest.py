@@ -38,6 +38,19 @@ def case(request: pytest.FixtureRequest) -> Case:
     return ZOO[request.param]()
 
 
+@pytest.fixture
+def blocks() -> Case:
+    return ZOO["list_of_blocks"]()
+
+
+@pytest.fixture
+def lorun(blocks: Case) -> lorun_adapt.LoRunModel:
+    """``blocks``, converted and trained away from where it started."""
+    lorun = lorun_adapt.convert(blocks.net, rank=2)
+    train_a_bit(lorun, blocks.inputs)
+    return lorun
+
+
 def all_tensors(net: nn.Module, **find: Any) -> list[str]:
     """Every tensor that can have a low-rank term, by name relative to the denoiser."""
     groups = lorun_adapt.find_stages(net, **find).groups

@@ -26,18 +26,6 @@ STAGE_2 = {f"{SET}/stage_02/{name}" for name in ("adapter_config.json", "adapter
 
 
 @pytest.fixture
-def blocks() -> Case:
-    return ZOO["list_of_blocks"]()
-
-
-@pytest.fixture
-def lorun(blocks: Case) -> LoRunModel:
-    lorun = lorun_adapt.convert(blocks.net, rank=2)
-    train_a_bit(lorun, blocks.inputs)
-    return lorun
-
-
-@pytest.fixture
 def pushed(hub: HubServer, lorun: LoRunModel) -> HubServer:
     lorun.push_to_hub("alice/net", token="alice-token")
     hub.forget()

@@ -24,18 +24,6 @@ def base_pointers(lorun: LoRunModel, name: str = "denoiser.body.weight") -> set[
     return {block.get_submodule(path).get_parameter(f"lorun_base_{attribute}").data_ptr() for block in blocks}
 
 
-@pytest.fixture
-def blocks() -> Case:
-    return ZOO["list_of_blocks"]()
-
-
-@pytest.fixture
-def lorun(blocks: Case) -> LoRunModel:
-    lorun = lorun_adapt.convert(blocks.net, rank=2)
-    train_a_bit(lorun, blocks.inputs)
-    return lorun
-
-
 def test_state_dict_round_trip(blocks: Case, lorun: LoRunModel) -> None:
     buffer = io.BytesIO()
     torch.save(lorun.state_dict(), buffer)
