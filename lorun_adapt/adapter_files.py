@@ -2,6 +2,8 @@
 
     adapters/<set>/stage_00/adapter_config.json      a PEFT LoraConfig
     adapters/<set>/stage_00/adapter_model.safetensors
+    adapters/<set>/outside.safetensors               parameters outside the stages, where a set has some
+    adapters/<set>/set_config.json                   its noise and its quality, where these are known
 
 A stage of several denoisers has a subfolder for each.
 """
@@ -13,34 +15,54 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
+from torch import Tensor
 
-from .assemble import StageAdapter
+from .assemble import StageAdapter, outside_parameters
 from .description import CONFIG, groups_of, read_description, stage_map_of
 from .errors import LoRunError
 from .folder import as_path, undisturbed
 from .peft_reader import Reader
-from .reading import parse_tensors, read_file
-from .stages import Group, Site, StageMap, stage_key
+from .reading import Slot, file_limit, parse_tensors, read_file
+from .set_config import LONGEST, SetConfig, read_set_config
+from .stages import Group, Site, StageMap, is_sound, stage_key
 
 if TYPE_CHECKING:
-    from .adapter_sets import AdapterSets
+    from torch import nn
 
-AdapterSet = tuple[dict[tuple[str, Site], StageAdapter], LoraConfig]
+    from .adapter_sets import AdapterSets
 
 ADAPTERS = "adapters"
 TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+OUTSIDE, SET_CONFIG = "outside.safetensors", "set_config.json"
 BASE_KEY = "lorun_base"  # the fingerprint of the base, in the metadata of a safetensors file
+
+
+@dataclass(frozen=True)
+class AdapterSet:
+    """A set of adapters.
+
+    Attributes:
+        adapters: by the name of a group and the site.
+        config: PEFT's.
+        outside: the set's own parameters outside the stages, by name.
+        about: what else is known of it.
+    """
+
+    adapters: Mapping[tuple[str, Site], StageAdapter]
+    config: LoraConfig
+    outside: Mapping[str, Tensor] = field(default_factory=dict)
+    about: SetConfig = SetConfig()
 
 
 def load_set(
     lorun: AdapterSets, source: str | os.PathLike[str], name: str, stage: int | None, **hub: Any
 ) -> AdapterSet:
-    """What :meth:`LoRunModel.load_adapter` reads: the adapters by group and site, and a config."""
+    """What :meth:`LoRunModel.load_adapter` reads."""
     if stage is not None and (
         not hasattr(stage, "__index__") or int(stage) not in range(len(lorun.stage_map)) or isinstance(stage, bool)
     ):
@@ -76,8 +98,13 @@ def _needed(
         single = stage is not None and len(parts) == 1
         return [f"{part}/{file}".lstrip("/") for part in ([""] if single else parts) for file in (PEFT_CONFIG, TENSORS)]
     key = key or f"{ADAPTERS}/{_chosen(description, name, 'the repository')}"
-    whole = [f"{key}/{part}" for part in parts]
-    return [file for file in description["files"] if os.path.dirname(file) in (*whole, key)]
+    whole = {f"{key}/{part}" for part in parts}
+    beside = (OUTSIDE, SET_CONFIG) if stage is None else (PEFT_CONFIG, TENSORS)  # where key is a stage's own folder
+    return [
+        file
+        for file in description["files"]
+        if os.path.dirname(file) in whole or file in {f"{key}/{name}" for name in beside}
+    ]
 
 
 def _load_set(lorun: AdapterSets, path: Path, name: str, stage: int | None) -> AdapterSet:
@@ -98,7 +125,7 @@ def _load_set(lorun: AdapterSets, path: Path, name: str, stage: int | None) -> A
     if saved.description is not None and key == "":
         key = f"{ADAPTERS}/{_chosen(saved.description, name, path)}"
     if stage is None:
-        return read_set(saved, key, lorun.readers, stage_map, fingerprint)
+        return read_set(saved, key, lorun.readers, lorun.base, stage_map, fingerprint)
     if os.path.isdir(saved.folder / key / stage_key(stage)):
         key = f"{key}/{stage_key(stage)}".lstrip("/")
     found = {}
@@ -108,7 +135,7 @@ def _load_set(lorun: AdapterSets, path: Path, name: str, stage: int | None) -> A
                 part = f"{key}/{group.name}".lstrip("/") if len(stage_map.groups) > 1 else key
                 reader = lorun.readers[group.name, site.module]
                 found[group.name, site] = _read_adapter(saved, part, reader, site, fingerprint, file)
-    return _together(found)
+    return AdapterSet(*_together(found))
 
 
 def _chosen(description: Mapping[str, Any], name: str, where: object) -> str:
@@ -170,6 +197,12 @@ class Saved:
             raise LoRunError(f"expected {self.folder / name} as it was saved, found another hash: download it again")
         return content
 
+    def holds(self, name: str) -> bool:
+        """Whether there is such a file, as far as the description knows."""
+        if self.description is None:
+            return os.path.lexists(self.folder / name)
+        return name in self.description["files"]
+
     def folders(self, key: str) -> list[str]:
         """The names of the folders in ``key``."""
         try:
@@ -179,7 +212,12 @@ class Saved:
 
 
 def read_set(
-    saved: Saved, key: str, readers: Mapping[tuple[str, str], Reader], stage_map: StageMap, fingerprint: str
+    saved: Saved,
+    key: str,
+    readers: Mapping[tuple[str, str], Reader],
+    base: nn.Module,
+    stage_map: StageMap,
+    fingerprint: str,
 ) -> AdapterSet:
     """The set in the folder ``key``, which may hold some stages only, but those whole."""
     parts = {stage_folder(stage_map, g, s): (g, s) for g in stage_map.groups for s in g.sites}
@@ -204,11 +242,36 @@ def read_set(
         if part.partition("/")[0] in held:
             place = f"{key}/{part}".lstrip("/")
             found[group.name, site] = _read_adapter(saved, place, readers[group.name, site.module], site, fingerprint)
-    return _together(found)
+    outside, about = (f"{key}/{name}".lstrip("/") for name in (OUTSIDE, SET_CONFIG))
+    return AdapterSet(
+        *_together(found),
+        _read_outside(saved, outside, base, stage_map, fingerprint) if saved.holds(outside) else {},
+        read_set_config(saved.content(about, LONGEST), len(stage_map), str(saved.folder / about))
+        if saved.holds(about)
+        else SetConfig(),
+    )
 
 
-def _together(found: Mapping[tuple[str, Site], tuple[StageAdapter, LoraConfig]]) -> AdapterSet:
+def _together(
+    found: Mapping[tuple[str, Site], tuple[StageAdapter, LoraConfig]],
+) -> tuple[dict[tuple[str, Site], StageAdapter], LoraConfig]:
     return {place: adapter for place, (adapter, _) in found.items()}, next(config for _, config in found.values())
+
+
+def _read_outside(saved: Saved, name: str, base: nn.Module, stage_map: StageMap, fingerprint: str) -> dict[str, Tensor]:
+    """The parameters outside the stages that a file holds: some of the base's, in their shapes."""
+    places, where = outside_parameters(base, stage_map), str(saved.folder / name)
+    slots = {name: Slot(tuple(tensor.shape), tensor.dtype) for name, tensor in places.items()}
+    tensors, about = parse_tensors(saved.content(name, file_limit(slots)), slots, where)
+    if about.get(BASE_KEY, fingerprint) != fingerprint:
+        raise other_base(fingerprint, about[BASE_KEY], where)
+    found = {name: tensor.to(places[name]) for name, tensor in tensors.items()}
+    if unsound := [name for name, tensor in found.items() if not is_sound(tensor, False)]:
+        raise LoRunError(
+            f"expected finite numbers in {unsound[0]!r}, found NaN or Inf in {where}: download it again, or save one "
+            "from before training diverged"
+        )
+    return found
 
 
 def _read_adapter(

@@ -7,6 +7,7 @@ ends on the network that it began with.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,14 +17,16 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from .adapter_files import load_set
-from .assemble import Choice, StageAdapter, assemble, distinct_tensors, lowrank_terms
+from .adapter_files import AdapterSet, load_set
+from .assemble import StageAdapter, assemble, distinct_tensors, private_tensors
 from .calls import count_while_compiling, counting
+from .card import Card
 from .description import is_adapter_name
 from .errors import LoRunError
 from .fingerprint import fingerprint_of
 from .peft_reader import Reader, readers_of
-from .ranks import config_of_ranks
+from .ready import ReadyNetworks
+from .set_config import SetConfig
 from .sharing import register_hooks, share_again, shared_places
 from .stages import Group, Site, StageMap, stage_key
 from .weighted import weighted_set
@@ -33,23 +36,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-MOST_READY = 32  # networks kept for choices of sets; each has modules of its own, but no tensors
-
-
-class _Ready:
-    """A network that is put together, and its modules by name, which take long to list."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self.modules = dict(network.named_modules())
-
-    def take_modes(self, other: _Ready, default: bool) -> None:
-        """Be in training where ``other`` is."""
-        for name, module in self.modules.items():
-            mode = other.modules[name].training if name in other.modules else default
-            if module.training is not mode:
-                module.training = mode
-
 
 class AdapterSets(nn.Module):
     """What of :class:`LoRunModel` runs: base, sets of adapters, and the network that they make."""
@@ -58,31 +44,35 @@ class AdapterSets(nn.Module):
         self,
         base: nn.Module,
         stage_map: StageMap,
-        sets: Mapping[str, tuple[Choice, LoraConfig]],
+        sets: Mapping[str, AdapterSet],
         errors: Mapping[str, Mapping[str, list[tuple[float, float]]]],
         *,
         trainable: set[str],
         active: Mapping[int, str] | None = None,
         fingerprint: str | None = None,
+        card: Card | None = None,
     ) -> None:
         super().__init__()
         base.requires_grad_(False)
         self.base = base
         self.adapters = nn.ModuleDict()
+        self.outside = nn.ModuleDict()
         self.stage_map = stage_map
         self.peft_config: dict[str, LoraConfig] = {}
+        self.set_config: dict[str, SetConfig] = {}
         self.errors = {group: dict(tensors) for group, tensors in errors.items()}
         self.trainable = set(trainable)
+        self.card = card or Card()
         self._looped = any(site.call is not None for group in stage_map.groups for site in group.sites)
         self._active: dict[int, str] = {}
         self._inference_mode = False
-        self._ready: dict[tuple[str, ...], _Ready] = {}  # a set for each stage -> the network of these
+        self._ready = ReadyNetworks()
         self._swapping = threading.RLock()
         self._readers: dict[tuple[str, str], Reader] = {}
         self._fingerprint = fingerprint
         self.network = base
-        for name, (adapters, config) in sets.items():
-            self._put_set(name, adapters, config)
+        for name, found in sets.items():
+            self._put_set(name, found)
         self.training = base.training
         register_hooks(self)
         self.set_adapter(next(iter(sets)) if active is None else active)
@@ -195,7 +185,7 @@ class AdapterSets(nn.Module):
             LoRunError: files that are missing, damaged or not for this base; nothing changes then.
         """
         check_adapter_name(adapter_name)
-        adapters, config = load_set(
+        found = load_set(
             self,
             source,
             adapter_name,
@@ -207,8 +197,10 @@ class AdapterSets(nn.Module):
             local_files_only=local_files_only,
         )
         with self._swapping:
-            kept = self._choice_of(adapter_name) if stage is not None and adapter_name in self.adapters else {}
-            self._put_set(adapter_name, {**kept, **adapters}, config)
+            if stage is not None and adapter_name in self.adapters:
+                before = self._set(adapter_name)
+                found = dataclasses.replace(before, adapters={**before.adapters, **found.adapters}, config=found.config)
+            self._put_set(adapter_name, found)
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Make a set of the weighted sum of what others add to the base, as PEFT does with ``combination_type="svd"``.
@@ -226,12 +218,7 @@ class AdapterSets(nn.Module):
         """
         check_adapter_name(adapter_name)
         with self._swapping:
-            found = weighted_set(self, adapters, weights)
-            ranks: dict[str, int] = {}
-            for adapter in found.values():
-                for name, term in lowrank_terms(adapter).items():
-                    ranks[name] = max(term.rank, ranks.get(name, 1))
-            self._put_set(adapter_name, found, config_of_ranks(ranks))
+            self._put_set(adapter_name, weighted_set(self, adapters, weights))
 
     def copy_adapter(self, source: str, adapter_name: str) -> None:
         """Make a set that begins as another and is apart from it.
@@ -246,8 +233,7 @@ class AdapterSets(nn.Module):
                     f"expected a set among {self.adapter_names} to copy, and a new name, found {source!r} and "
                     f"{adapter_name!r}: choose others"
                 )
-            copied = {place: copy.deepcopy(adapter) for place, adapter in self._choice_of(source).items()}
-            self._put_set(adapter_name, copied, copy.deepcopy(self.peft_config[source]))
+            self._put_set(adapter_name, copy.deepcopy(self._set(source)))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget a set that no stage runs with.
@@ -264,8 +250,10 @@ class AdapterSets(nn.Module):
                 raise LoRunError(
                     f"expected an adapter that is not in use, found {adapter_name!r}: set another one first"
                 )
-            self._forget(adapter_name)
-            del self.adapters[adapter_name], self.peft_config[adapter_name]
+            self._ready.forget(adapter_name)
+            del self.adapters[adapter_name], self.peft_config[adapter_name], self.set_config[adapter_name]
+            if adapter_name in self.outside:
+                del self.outside[adapter_name]
 
     # --- torch -----------------------------------------------------------------------------------
 
@@ -283,7 +271,7 @@ class AdapterSets(nn.Module):
         twin = self.__new__(type(self))
         memo[id(self)] = twin
         memo[id(self._swapping)] = threading.RLock()  # a lock can't be copied
-        twin.__dict__ = copy.deepcopy({**self.__dict__, "_ready": {}, "_readers": {}}, memo)
+        twin.__dict__ = copy.deepcopy({**self.__dict__, "_ready": ReadyNetworks(), "_readers": {}}, memo)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -301,39 +289,52 @@ class AdapterSets(nn.Module):
             self.network = self._ready_for(self._active)
 
     def _ready_for(self, active: Mapping[int, str]) -> nn.Module:
-        """The network of a choice of sets, its modules in the modes of those that run now.
-
-        Those of the last choices are kept, so that a swap between them is one assignment.
-        """
+        """The network of a choice of sets, its modules in the modes of those that run now."""
         key = tuple(active[stage] for stage in range(len(self.stage_map)))
-        ready = self._ready.pop(key, None) or _Ready(assemble(self.base, self.stage_map, self._choice(active)))
-        now = next((other for other in self._ready.values() if other.network is self.network), None)
-        if ready.network is not self.network:
-            ready.take_modes(now or _Ready(self.network), self.training)
-        self._ready[key] = ready
-        if len(self._ready) > MOST_READY:
-            del self._ready[next(iter(self._ready))]
-        return ready.network
+        return self._ready.network(key, lambda: self._assembled(active), self.network, self.training)
 
-    def _put_set(self, name: str, adapters: Choice, config: LoraConfig) -> None:
+    def _assembled(self, active: Mapping[int, str]) -> nn.Module:
+        return assemble(self.base, self.stage_map, self._choice(active), self._outside_for(active))
+
+    def _outside_for(self, active: Mapping[int, str]) -> dict[str, Tensor]:
+        """The parameters outside the stages, other than the base's: of the set that all stages run with."""
+        names = set(active.values())
+        return self.outside_of(names.pop()) if len(names) == 1 else {}
+
+    def _put_set(self, name: str, found: AdapterSet) -> None:
         """Hold a set under a name, in the place of one that has it and, where that runs, run it."""
         held: dict[int, dict[str, StageAdapter]] = {}
-        for (group, site), adapter in adapters.items():
+        for (group, site), adapter in found.adapters.items():
             held.setdefault(site.stage, {})[group] = adapter
         new = nn.ModuleDict({stage_key(s): nn.ModuleDict(held[s]) for s in sorted(held)})
         for stage, active in self._active.items():
             if active == name:
                 _check_held(name, stage, new)
-        self.adapters[name], self.peft_config[name] = new, config
-        self._forget(name)
+        before = self._set(name) if name in self.adapters else None
+        try:
+            self._hold(name, new, found)
+            self._run_anew(name)
+        except BaseException:
+            if before is not None:
+                self._put_set(name, before)
+            raise
+
+    def _hold(self, name: str, adapters: nn.ModuleDict, found: AdapterSet) -> None:
+        self.adapters[name], self.peft_config[name], self.set_config[name] = adapters, found.config, found.about
+        if name in self.outside:
+            del self.outside[name]
+        if found.outside:
+            frozen = [key for key in found.outside if self.trainable and key not in self.trainable]
+            values = {key: nn.Parameter(value.detach(), False) for key, value in found.outside.items()}
+            self.outside[name] = StageAdapter({}, values, frozen)
+        self._run_anew(name)
+
+    def _run_anew(self, name: str) -> None:
+        """Put the networks together again that run with a set which is not what it was."""
+        self._ready.forget(name)
         if name in self._active.values() and self.network is not self.base:
             self.network = self._ready_for(self._active)
         self._freeze_what_rests([name])
-
-    def _forget(self, name: str) -> None:
-        """Let go of the networks that are ready with a set."""
-        for key in [key for key in self._ready if name in key]:
-            del self._ready[key]
 
     def _freeze_what_rests(self, names: Iterable[str]) -> None:
         """Let of these sets the adapters train that run, or none of them, and no others."""
@@ -342,14 +343,18 @@ class AdapterSets(nn.Module):
             for key, groups in self.adapters[name].items():
                 for adapter in groups.values():
                     adapter.train_only_if(key in running and not self._inference_mode)
+            if name in self.outside:
+                alone = set(self._active.values()) == {name}
+                self.outside[name].train_only_if(alone and not self._inference_mode)
 
-    def _choice_of(self, name: str) -> dict[tuple[str, Site], StageAdapter]:
-        return {
+    def _set(self, name: str) -> AdapterSet:
+        adapters = {
             (group.name, site): self.adapter_of(group, site, name)
             for group in self.stage_map.groups
             for site in group.sites
             if stage_key(site.stage) in self.adapters[name]
         }
+        return AdapterSet(adapters, self.peft_config[name], self.outside_of(name), self.set_config[name])
 
     def _choice(self, active: Mapping[int, str]) -> dict[tuple[str, Site], StageAdapter]:
         return {
@@ -357,6 +362,14 @@ class AdapterSets(nn.Module):
             for group in self.stage_map.groups
             for site in group.sites
         }
+
+    def outside_of(self, name: str) -> dict[str, Tensor]:
+        """The parameters outside the stages that a set brings with it, by name."""
+        return private_tensors(self.outside[name]) if name in self.outside else {}
+
+    def outside_that_runs(self) -> dict[str, Tensor]:
+        """Those that take the place of the base's: of the set that all stages run with, by name."""
+        return self._outside_for(self._active)
 
     def adapter_of(self, group: Group, site: Site, name: str | None = None) -> StageAdapter:
         """The adapter of one denoiser: of the set ``name``, or of the one its stage runs with."""

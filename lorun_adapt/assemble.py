@@ -94,9 +94,15 @@ def share(network: nn.Module, group: Group, values: Mapping[str, Tensor]) -> Non
             _put(module, spec, base)
 
 
-def assemble(base: nn.Module, stage_map: StageMap, choice: Choice) -> nn.Module:
-    """A network that shares the tensors of ``base``, with the adapter of each site in place."""
+def assemble(
+    base: nn.Module, stage_map: StageMap, choice: Choice, outside: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A network that shares the tensors of ``base``, with the adapter of each site in place.
+
+    ``outside``: parameters to take the place of the base's, by name.
+    """
     network = copy_network(base, share_tensors=True)
+    replace_parameters(network, outside or {})
     for group in stage_map.groups:
         _separate(network, group)
         looped: dict[str, list[nn.Module]] = {}
@@ -109,6 +115,15 @@ def assemble(base: nn.Module, stage_map: StageMap, choice: Choice) -> nn.Module:
         for name, copies in looped.items():
             tell_calls_apart(network.get_submodule(name), name, copies)
     return network
+
+
+def replace_parameters(network: nn.Module, others: Mapping[str, Tensor]) -> None:
+    """Put others in the place of parameters, wherever the network holds these."""
+    old = {id(network.get_parameter(name)): value for name, value in others.items()}
+    for module in network.modules() if old else ():
+        for name, tensor in list(module._parameters.items()):
+            if id(tensor) in old:
+                setattr(module, name, old[id(tensor)])
 
 
 def _install(module: nn.Module, group: Group, adapter: StageAdapter) -> None:
@@ -163,13 +178,17 @@ def _shared_with_the_outside(network: nn.Module, group: Group) -> dict[int, None
     return {module: None for module in outside if holders.get(module, 0) > 1}
 
 
-def merge(base: nn.Module, stage_map: StageMap, choice: Choice) -> nn.Module:
-    """A network of the original class with dense tensors of its own.
+def merge(
+    base: nn.Module, stage_map: StageMap, choice: Choice, outside: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A network of the original class with dense tensors of its own; ``outside`` as in :func:`assemble`.
 
     Raises:
         LoRunError: a module that stands for several stages has been trained apart.
     """
     network = copy_network(base)
+    own = {name: nn.Parameter(value.detach().clone(), False) for name, value in (outside or {}).items()}
+    replace_parameters(network, own)
     written: dict[tuple[int, str], Tensor] = {}
     for group in stage_map.groups:
         for site in group.sites:
@@ -222,6 +241,22 @@ def held_tensors(base: nn.Module, stage_map: StageMap) -> dict[str, Tensor]:
         for tensor in stage_parameters(base, group, spec)
     }
     return {name: tensor for name, tensor in distinct_tensors(base).items() if id(tensor) not in zeros}
+
+
+def outside_parameters(base: nn.Module, stage_map: StageMap) -> dict[str, nn.Parameter]:
+    """Those that are no stage's own: step sizes kept beside the stages, condition networks, heads and tails."""
+    inside = {
+        id(tensor)
+        for group in stage_map.groups
+        for spec in group.tensors
+        if not spec.common
+        for tensor in stage_parameters(base, group, spec)
+    }
+    return {
+        name: tensor
+        for name, tensor in distinct_tensors(base).items()
+        if isinstance(tensor, nn.Parameter) and id(tensor) not in inside
+    }
 
 
 def stage_values(dun: nn.Module, group: Group, spec: TensorSpec) -> list[Tensor]:

@@ -14,10 +14,13 @@ from torch import Tensor
 from .distill import relative_error
 from .errors import LoRunError
 from .nested import tensors_in, to_device
+from .seeds import seeded
 from .task import Task
 
 Batch = tuple[Any, ...]  # the arguments of a network's forward
 KEPT_BYTES = 1 << 30  # of an iterator that can't be started anew, to go on with when it ends
+MOST_HELD_OUT = 20  # images
+JUDGED = 4  # batches of crops of these
 PIXELS = 16 * 33 * 33  # in a batch of crops: enough to steady a step, few enough to take many
 
 
@@ -77,6 +80,21 @@ def _as_batch(item: Any, index: int) -> Batch:
     )
 
 
+def held_out_of(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """A fifth of the images, but no more than 20, to judge by, and the others to train on.
+
+    Raises:
+        LoRunError: fewer than two images.
+    """
+    if len(files) < 2:
+        raise LoRunError(
+            f"expected 2 images or more, of which one is held out, found only {files[0]}: give others, or cut it up"
+        )
+    count = min(MOST_HELD_OUT, max(1, len(files) // 5))
+    kept = {len(files) * i // count for i in range(count)}
+    return [file for i, file in enumerate(files) if i in kept], [file for i, file in enumerate(files) if i not in kept]
+
+
 def is_finite(batch: Batch) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors_in(batch))
 
@@ -132,6 +150,11 @@ class Crops:
             batch = Measured(self.task.measure(crops, self.sigma))
             batch.truth = crops
             yield batch
+
+    def some(self) -> list[Measured]:
+        """A few batches, to judge by."""
+        with seeded(self.seed):  # of the noise
+            return list(itertools.islice(self, JUDGED))
 
     def loss(self, output: Any, batch: Measured) -> Tensor:
         """The relative squared error of the restored images to the truth."""

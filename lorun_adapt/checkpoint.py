@@ -1,9 +1,10 @@
 """A converted network as a folder of safetensors and JSON.
 
-    lorun_config.json                                stages, fingerprint of the base, hash of each file
+    lorun_config.json                                stages, fingerprint of the base, hashes of files, the card's words
     base.safetensors                                 the whole network, each shared tensor once
     adapters/<set>/stage_00/adapter_config.json      a PEFT LoraConfig
     adapters/<set>/stage_00/adapter_model.safetensors
+    adapters/<set>/README.md                         and, where a set has such, its noise and what is outside the stages
     README.md
 
 A stage of several denoisers has a subfolder for each.
@@ -15,7 +16,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +25,28 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from . import peft_format
-from .adapter_files import ADAPTERS, BASE_KEY, TENSORS, Saved, local, read_set, stage_folder
+from .adapter_files import (
+    ADAPTERS,
+    BASE_KEY,
+    OUTSIDE,
+    SET_CONFIG,
+    TENSORS,
+    Saved,
+    local,
+    read_set,
+    stage_folder,
+)
 from .assemble import StageAdapter, copy_network, held_tensors, lowrank_terms, share, stage_values
-from .card import model_card
+from .card import Card, model_card, set_card
 from .description import BASE, CONFIG, as_text, describe, read_description, stage_map_of
 from .errors import LoRunError
 from .folder import put_back, replace_folder, sha256, undisturbed
+from .peft_limits import peft_view
 from .peft_reader import readers_of
 from .plain import check_dense
 from .reading import DTYPES, Slot, file_limit, parse_tensors
-from .stages import Group, Site, StageMap, is_sound, stage_key, tensors_of
+from .set_config import SetConfig
+from .stages import Group, StageMap, is_sound, stage_key, tensors_of
 
 if TYPE_CHECKING:
     from .model import LoRunModel
@@ -56,22 +69,55 @@ def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None, adapters_only
             _write_tensors(folder / BASE, held_tensors(lorun.base, lorun.stage_map), dtype, about, _buffers(lorun.base))
         problems: dict[str, str] = {}
         for name in lorun.adapter_names:
-            for (group, site), adapter in _adapters(lorun, name):
-                part = f"{name}/{stage_folder(lorun.stage_map, group, site)}"
-                (folder / ADAPTERS / part).mkdir(parents=True)
-                first, denoiser = (lorun.base.get_submodule(s.module) for s in (group.sites[0], site))
-                written = peft_format.write(denoiser, first, group, adapter, dtype)
-                buffers = {peft_format.PREFIX + spec.name for spec in group.tensors if spec.buffer}
-                file = folder / ADAPTERS / part / TENSORS
-                _write_tensors(file, written.tensors, dtype, about, buffers, written.exact)
-                written.config.save_pretrained(str(folder / ADAPTERS / part))
+            for part, group, adapter, denoisers in _adapters(lorun, name):
+                written = peft_format.write(*denoisers, group, adapter, dtype)
                 if written.problem:
                     problems.setdefault(written.problem, part)
-        (folder / CARD).write_text(model_card(lorun, problems), encoding="utf-8")
-        files = {str(p.relative_to(folder).as_posix()): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-        (folder / CONFIG).write_text(as_text(describe(lorun, files)), encoding="utf-8")
+                (folder / part).mkdir(parents=True)
+                buffers = {peft_format.PREFIX + spec.name for spec in group.tensors if spec.buffer}
+                _write_tensors(folder / part / TENSORS, written.tensors, dtype, about, buffers, written.exact)
+                written.config.save_pretrained(str(folder / part))
+            if outside := lorun.outside_of(name):
+                _write_tensors(folder / ADAPTERS / name / OUTSIDE, outside, dtype, about, ())
+        _write_words(lorun, folder, problems)
 
     replace_folder(path, foreign, CONFIG, fill)
+
+
+def write_words(lorun: LoRunModel, path: Path) -> None:
+    """Write what is not tensors of a saved folder anew: what is known of its sets, and the cards.
+
+    ``lorun`` is what was loaded from it.
+    """
+    description = read_description(path, lorun.base)
+    if description["adapters"] != lorun.adapter_names or description["fingerprint"] != lorun.fingerprint:
+        raise LoRunError(f"expected {path} as it was loaded, found other sets or another base: load it again")
+
+    def fill(folder: Path) -> None:
+        saved = Saved(path, description)
+        problems: dict[str, str] = {}
+        for name in lorun.adapter_names:
+            for part, group, adapter, denoisers in _adapters(lorun, name):
+                if problem := peft_view(*denoisers, group, adapter).problem:
+                    problems.setdefault(problem, part)
+        for name in description["files"]:
+            if os.path.basename(name) not in (CARD, SET_CONFIG):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(saved.content(name, os.path.getsize(path / name)))
+        _write_words(lorun, folder, problems)
+
+    replace_folder(path, foreign, CONFIG, fill)
+
+
+def _write_words(lorun: LoRunModel, folder: Path, problems: Mapping[str, str]) -> None:
+    for name in lorun.adapter_names:
+        place = folder / ADAPTERS / name
+        if lorun.set_config[name] != SetConfig():
+            (place / SET_CONFIG).write_text(lorun.set_config[name].as_text(), encoding="utf-8")
+        (place / CARD).write_text(set_card(lorun, name, place), encoding="utf-8")
+    (folder / CARD).write_text(model_card(lorun, problems, folder), encoding="utf-8")
+    files = {str(p.relative_to(folder).as_posix()): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    (folder / CONFIG).write_text(as_text(describe(lorun, files)), encoding="utf-8")
 
 
 def foreign(folder: Path) -> list[str]:
@@ -136,7 +182,7 @@ def _all_files(description: Mapping[str, Any] | None, key: str) -> list[str]:
             "its base first, and this with load_adapter"
         )
     _check_base(description, "the repository")
-    return [name for name in description["files"] if name != CARD]
+    return [name for name in description["files"] if os.path.basename(name) != CARD]
 
 
 def _check_base(description: Mapping[str, Any], where: object) -> None:
@@ -164,11 +210,11 @@ def _load(folder: Path, dun: nn.Module) -> LoRunModel:
     _fill_base(base, stage_map, content, folder / BASE)
     readers = readers_of(base, stage_map)
     sets = {
-        name: read_set(saved, f"{ADAPTERS}/{name}", readers, stage_map, description["fingerprint"])
+        name: read_set(saved, f"{ADAPTERS}/{name}", readers, base, stage_map, description["fingerprint"])
         for name in description["adapters"]
     }
     ranks: dict[str, dict[str, int]] = {}
-    for (group_name, _), adapter in [pair for adapters, _ in sets.values() for pair in adapters.items()]:
+    for (group_name, _), adapter in [pair for found in sets.values() for pair in found.adapters.items()]:
         ranks.setdefault(group_name, {name: term.rank for name, term in lowrank_terms(adapter).items()})
     return LoRunModel(
         base,
@@ -177,6 +223,7 @@ def _load(folder: Path, dun: nn.Module) -> LoRunModel:
         description["errors"],
         active=dict(enumerate(description["active"])),
         fingerprint=description["fingerprint"],
+        card=Card(**description["card"]),
         trainable={name for name, p in dun.named_parameters() if p.requires_grad},
     )
 
@@ -184,13 +231,14 @@ def _load(folder: Path, dun: nn.Module) -> LoRunModel:
 # --- writing -------------------------------------------------------------------------------------
 
 
-def _adapters(lorun: LoRunModel, name: str) -> list[tuple[tuple[Group, Site], StageAdapter]]:
-    return [
-        ((group, site), lorun.adapter_of(group, site, name))
-        for group in lorun.stage_map.groups
-        for site in group.sites
-        if stage_key(site.stage) in lorun.adapters[name]
-    ]
+def _adapters(lorun: LoRunModel, name: str) -> Iterator[tuple[str, Group, StageAdapter, tuple[nn.Module, nn.Module]]]:
+    """Of each adapter of a set its folder and its group, and the base's denoisers: the stage's, and the first."""
+    for group in lorun.stage_map.groups:
+        for site in group.sites:
+            if stage_key(site.stage) in lorun.adapters[name]:
+                part = f"{ADAPTERS}/{name}/{stage_folder(lorun.stage_map, group, site)}"
+                denoiser, first = (lorun.base.get_submodule(s.module) for s in (site, group.sites[0]))
+                yield part, group, lorun.adapter_of(group, site, name), (denoiser, first)
 
 
 def _write_tensors(

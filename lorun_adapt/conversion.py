@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from .adapter_files import AdapterSet
 from .align import align
 from .assemble import StageAdapter, copy_network, share, stage_values
 from .budget import Budget
@@ -156,7 +157,7 @@ def collapse(
     return LoRunModel(
         base,
         dataclasses.replace(stage_map, ranks=ranks),
-        {DEFAULT_SET: (adapters, config)},
+        {DEFAULT_SET: AdapterSet(adapters, config)},
         errors,
         trainable={name for name, p in dun.named_parameters() if p.requires_grad},
     )

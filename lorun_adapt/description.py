@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from .card import is_card
 from .errors import LoRunError
 from .find import check_alike, tensor_specs
 from .plain import check_plain
@@ -42,6 +43,7 @@ def describe(lorun: LoRunModel, files: Mapping[str, str]) -> dict[str, Any]:
         "adapters": lorun.adapter_names,
         "errors": lorun.errors,
         "fingerprint": lorun.fingerprint,
+        "card": dataclasses.asdict(lorun.card),
         "active": [lorun.active_adapters[stage] for stage in range(len(lorun.stage_map))],
         "versions": {"lorun-adapt": __version__, "torch": torch.__version__, "peft": peft.__version__},
         "files": dict(files),
@@ -110,6 +112,7 @@ def _wrong_part(description: Mapping[str, Any]) -> str | None:
         ("groups", lambda v: isinstance(v, list) and bool(v) and all(map(_is_group, v))),
         ("adapters", lambda v: _are(v, list, is_adapter_name) and 0 < len(v) == len(set(v)) <= MOST_SETS),
         ("fingerprint", _is_digest),
+        ("card", is_card),
         ("files", lambda v: _are(v, dict, _is_str) and all(map(_is_digest, v.values()))),
         ("active", lambda v: _are(v, list, lambda name: name in description["adapters"])),
         ("errors", lambda v: isinstance(v, dict) and v.keys() == {g["name"] for g in description["groups"]}),

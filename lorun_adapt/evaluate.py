@@ -16,9 +16,11 @@ from tqdm import tqdm
 
 from .errors import LoRunError
 from .nested import device_of, to_device
+from .set_config import SHORT, Measured
 from .tables import table
 from .task import Task
 
+PERFECT = 999.0  # dB, in a file: JSON has no infinity
 WINDOW = 11  # pixels: the side of SSIM's Gaussian window
 
 
@@ -51,6 +53,19 @@ class Evaluation:
             "parameters": self.parameters,
             "parameters_converted": self.parameters_converted,
         }
+
+    def measured(self, images: str, sigma: float) -> Measured:
+        """What the card says of the conversion; ``images``: what they are called."""
+        mean = {name: None if value is None else min(value, PERFECT) for name, value in self.mean().items()}
+        return Measured(
+            images[:SHORT],
+            len(self.images),
+            sigma,
+            psnr=mean["psnr_converted"],
+            ssim=mean["ssim_converted"],
+            psnr_original=mean["psnr"],
+            ssim_original=mean["ssim"],
+        )
 
     def tables(self) -> list[Table]:
         columns = ("image", "PSNR>", "SSIM>", "PSNR converted>", "SSIM converted>")

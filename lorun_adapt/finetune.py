@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import time
 import warnings
@@ -10,9 +11,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .assemble import distinct_tensors
+from .assemble import distinct_tensors, outside_parameters
 from .budget import Budget
 from .calibration import Batches, is_finite
 from .distill import Distillation, Loss
@@ -55,7 +56,8 @@ def finetune(
         judged = [batch for batch in itertools.islice(Batches(kept), count) if is_finite(batch)]
     if not judged:
         raise LoRunError("expected finite batches to hold out, found NaN or Inf in all of them: mend them")
-    trained = trained_of(lorun.adapters[adapter_name], FACTORS)
+    parts = [held[adapter_name] for held in (lorun.adapters, lorun.outside) if adapter_name in held]
+    trained = [item for part in parts for item in trained_of(part, FACTORS)]
     check_any(trained)
     with ExitStack() as stack:
         stack.enter_context(evaluating(lorun))
@@ -81,7 +83,7 @@ def finetune(
             held_out=judged,
             patience=PATIENCE,
             doing=f"fine-tuning {adapter_name}",
-            others=list(lorun.adapters[adapter_name].state_dict().values()),
+            others=[tensor for part in parts for tensor in part.state_dict().values()],
         )
         finished = trainer.train(stop)
     if not finished:
@@ -95,3 +97,22 @@ def _split(batches: Iterable[Any]) -> tuple[Iterable[Any], Iterable[Any]]:
         return batches[:HELD_OUT], batches[HELD_OUT:]
     stream = Batches(batches)
     return list(itertools.islice(stream, HELD_OUT)), stream
+
+
+def matching(lorun: LoRunModel, patterns: Iterable[str]) -> dict[str, Tensor]:
+    """Copies of the parameters outside the stages that match glob patterns, by name.
+
+    Raises:
+        LoRunError: a pattern that matches none.
+    """
+    every = outside_parameters(lorun.base, lorun.stage_map)
+    found = {}
+    for pattern in patterns:
+        names = fnmatch.filter(every, pattern)
+        if not names:
+            raise LoRunError(
+                f"expected parameters outside the stages that match {pattern!r}, found none among {list(every)}: those "
+                "of the stages are a set's own as it is"
+            )
+        found.update({name: every[name].detach().clone() for name in names})
+    return found

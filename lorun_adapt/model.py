@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,14 +12,15 @@ import torch
 from torch import nn
 
 from . import checkpoint
-from .adapter_sets import AdapterSets
 from .assemble import copy_network, held_tensors, merge
 from .budget import Budget
 from .calibration import Batches
 from .errors import LoRunError
 from .folder import as_path
+from .noise_levels import NoiseLevels
 from .report import Report, make_report
 from .seeds import seeded
+from .set_config import Measured, SetConfig
 
 if TYPE_CHECKING:
     import os
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 DEFAULT_SET = "default"
 
 
-class LoRunModel(AdapterSets):
+class LoRunModel(NoiseLevels):
     """A deep unfolding network whose denoisers are one shared base and an adapter per stage.
 
     Made by :func:`lorun_adapt.convert` and :func:`lorun_adapt.from_pretrained`. It is called with
@@ -42,6 +44,8 @@ class LoRunModel(AdapterSets):
             so register hooks on it after these.
         stage_map: where the stages are.
         peft_config: the ``LoraConfig`` of each set.
+        set_config: what is known of each set beside its tensors: its noise schedule, and its quality.
+        card: what the README.md of a saved folder says beside that: licence, task, where the original is.
         trainable: names of the parameters that the network's authors train.
     """
 
@@ -52,7 +56,8 @@ class LoRunModel(AdapterSets):
             LoRunError: a module that is called in a loop, or has several parents, was trained:
                 its stages differ, and the original class has one module for them all.
         """
-        network = merge(self.base, self.stage_map, self._choice(self._active))
+        network = merge(self.base, self.stage_map, self._choice(self._active), self.outside_that_runs())
+        self._hand_over(network, self._active)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name in self.trainable)
         return network.train(self.training)
@@ -127,6 +132,8 @@ class LoRunModel(AdapterSets):
         adapter_name: str,
         start_from: str | Sequence[str] = DEFAULT_SET,
         *,
+        noise_schedule: float | Sequence[float] | None = None,
+        also: str | Sequence[str] = (),
         minutes: float | None = None,
         steps: int | None = None,
         loss: Loss | None = None,
@@ -146,7 +153,12 @@ class LoRunModel(AdapterSets):
             batches: argument tuples of the forward (or tensors, where it takes one), over and over if they end.
                 What they hold beyond the arguments that the forward takes by position is for ``loss``.
             adapter_name: a new name.
-            start_from: the set that it begins as, or several whose mean it begins as.
+            start_from: the set that it begins as, or several, between which it begins: where their noise is
+                known, and ``noise_schedule`` is one sigma, at that, and else at their mean.
+            noise_schedule: the noise that the set is for, by which it is chosen later: the sigma of the
+                measurements, or one for each stage, on a scale of 0 to 255. ``schedule`` of :attr:`task` is handed it.
+            also: glob patterns of parameters outside the stages that belong to the noise, such as ``"step_sizes"``
+                or ``"condition.*"``; the set gets its own of these, which train and travel with it.
             loss: a callable on output and batch, to minimise.
             teacher: a network of the original class to distil instead, or besides.
             held_out: batches to judge by, of images that ``batches`` has not. By default the first two of
@@ -157,22 +169,23 @@ class LoRunModel(AdapterSets):
             Whether it ran to its end, and was not stopped by Ctrl-C.
 
         Raises:
-            LoRunError: neither loss nor teacher; a name that is taken, an unknown set to start from; batches as
-                for :meth:`recover`. There is no new set then, and the sets that ran run on.
+            LoRunError: neither loss nor teacher; a name that is taken, an unknown set to start from; patterns that
+                match no parameter outside the stages; batches as for :meth:`recover`. There is no new set then, and
+                the sets that ran run on.
         """
-        from .finetune import finetune
+        from .finetune import finetune, matching
 
         budget = Budget(minutes, steps)
         path = None if checkpoint is None else as_path(checkpoint)
         before = self.active_adapters, self._inference_mode
-        names = [start_from] if isinstance(start_from, str) else list(start_from)
         if adapter_name in self.adapter_names:
             raise LoRunError(f"expected a new name for the set, found {adapter_name!r}: choose another, or delete it")
-        if len(names) == 1:
-            self.copy_adapter(names[0], adapter_name)
-        else:
-            self.add_weighted_adapter(names, [1 / max(len(names), 1)] * len(names), adapter_name)
+        own = matching(self, [also] if isinstance(also, str) else also)
+        self._begin_set(adapter_name, [start_from] if isinstance(start_from, str) else list(start_from), noise_schedule)
         try:
+            begun = self._set(adapter_name)
+            about = SetConfig(self.set_config[adapter_name].noise_schedule)
+            self._put_set(adapter_name, dataclasses.replace(begun, outside={**own, **begun.outside}, about=about))
             self.set_adapter(adapter_name)
             return finetune(
                 self,
@@ -243,10 +256,22 @@ class LoRunModel(AdapterSets):
 
     # --- figures ---------------------------------------------------------------------------------
 
+    def note_quality(self, measured: Measured) -> None:
+        """Note how well the set that runs does, for its card; in the place of what was measured on the same images.
+
+        Raises:
+            LoRunError: stages that run with different sets.
+        """
+        names = set(self._active.values())
+        if len(names) > 1:
+            raise LoRunError(f"expected one set in all stages, found {sorted(names)}: set the one that was measured")
+        name = names.pop()
+        self.set_config[name] = self.set_config[name].with_measured(measured)
+
     def num_parameters(self) -> int:
         """Parameters of base and adapters, every distinct tensor once."""
         held = {id(tensor) for tensor in held_tensors(self.base, self.stage_map).values()}
-        held |= {id(parameter) for parameter in self.adapters.parameters()}
+        held |= {id(parameter) for sets in (self.adapters, self.outside) for parameter in sets.parameters()}
         return sum(parameter.numel() for parameter in self.parameters() if id(parameter) in held)
 
     def print_trainable_parameters(self) -> None:

@@ -1,10 +1,10 @@
-"""What commands share: their options, and how they show tables."""
+"""What commands share: their options, how they begin, and how they show what they do and find."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +13,9 @@ import click
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
+    from torch import nn
+
+    from .task import Task
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -89,23 +92,21 @@ SIGMA = click.option(
 )
 
 
-def training_options(required: bool) -> Callable[[Function], Function]:
-    """The options of what trains."""
+MINUTES = click.option("--minutes", type=float, help="How long to train.")
+STEPS = click.option("--steps", type=int, help="Instead of minutes: how many steps, for runs that repeat.")
+BATCH = click.option("--batch", type=click.IntRange(min=1), help="Crops in a batch.  [default: 17,000 pixels]")
+CHECKPOINT = click.option("--checkpoint", type=FILE, help="File to keep the state in, and to go on from.")
+TRUTH = click.option("--truth", is_flag=True, help="Use the calibration images as ground truth as well.")
+
+
+def calibration_options(required: bool) -> Callable[[Function], Function]:
+    """The options of recovery."""
 
     def decorate(command: Function) -> Function:
-        for option in reversed(
-            (
-                click.option(
-                    "--calibration", type=FILE, required=required, help="Folder of images to recover the quality on."
-                ),
-                click.option("--minutes", type=float, help="How long to train."),
-                click.option("--steps", type=int, help="Instead of minutes: how many steps, for runs that repeat."),
-                click.option("--truth", is_flag=True, help="Use the calibration images as ground truth as well."),
-                click.option("--batch", type=click.IntRange(min=1), help="Crops in a batch.  [default: 17,000 pixels]"),
-                click.option("--checkpoint", type=FILE, help="File to keep the state in, and to go on from."),
-                SIGMA,
-            )
-        ):
+        folder = click.option(
+            "--calibration", type=FILE, required=required, help="Folder of images to recover the quality on."
+        )
+        for option in reversed((folder, MINUTES, STEPS, TRUTH, BATCH, CHECKPOINT, SIGMA)):
             command = option(command)
         return command
 
@@ -127,3 +128,35 @@ def show(tables: list[Table]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     for item in tables:
         console.print(item)
+
+
+def trained_network(task: str, weights: Path | None, seed: int) -> tuple[Task, nn.Module]:
+    """The task and its network, with its weights."""
+    from .seeds import set_seed
+    from .task import load_task
+
+    set_seed(seed)
+    spec = load_task(task)
+    net = spec.build()
+    spec.load_weights(net, weights)
+    return spec, net
+
+
+def example_inputs(task: Task, device: torch.device) -> tuple[Any, ...]:
+    from .nested import to_device
+
+    return to_device(task.example_inputs(), device)
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner on a terminal, one line elsewhere; on standard error."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(f"{what} …"):
+            yield
+    else:
+        click.echo(f"{what} …", err=True)
+        yield

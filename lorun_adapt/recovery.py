@@ -183,8 +183,8 @@ def check_any(trained: list[Trained]) -> None:
 @contextmanager
 def trainable(lorun: LoRunModel) -> Iterator[list[Trained]]:
     """What recovery trains: the adapters, and of the base what runs. The base is frozen again afterwards."""
-    trained = trained_of(lorun.adapters, FACTORS)
-    own = {id(p) for p in lorun.adapters.parameters()}
+    trained = [*trained_of(lorun.adapters, FACTORS), *trained_of(lorun.outside, FACTORS)]
+    own = {id(p) for sets in (lorun.adapters, lorun.outside) for p in sets.parameters()}
     names: dict[int, set[str]] = {}
     for name, p in lorun.base.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), set()).add(name)

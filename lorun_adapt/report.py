@@ -106,13 +106,14 @@ def make_report(lorun: LoRunModel) -> Report:
     before = sum((item.before for item in stages.values()), Size())
     buffers = {id(buffer) for buffer in lorun.base.buffers()}
     whole = _sum((t.numel(), t.dtype, id(t) in buffers) for t in held_tensors(lorun.base, lorun.stage_map).values())
+    outside = _sum((t.numel(), t.dtype, False) for t in lorun.outside_that_runs().values())
     return Report(
         tuple(stages[key] for key in sorted(stages)),
         base,
         before,
         base + adapters,
         whole - base + before,
-        whole + adapters,
+        whole + adapters + outside,
         (lost / norm) ** 0.5 if norm else 0.0,
     )
 

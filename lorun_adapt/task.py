@@ -7,17 +7,19 @@ A task file is a Python file (or ``package.module``) with
     def restore(output, images): ...            # what the forward returned -> images, same shape
 
 and, where the defaults don't fit, ``channels``, ``patch``, ``border``, ``weights``, ``read`` and
-``load``.
+``load``; for sets of adapters for several noise levels ``schedule`` and ``noise_level``; and for
+the card of what is shared ``license`` and ``base_model``.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +48,8 @@ class Task:
         patch: side of the crops for training, and of the image that ``inspect`` runs on.
         border: pixels at each side that the metrics leave out.
         weights: the checkpoint used where none is given.
+        license, base_model: for the card of what is shared: how it is licensed, and a repository of the Hub that
+            holds the original network.
     """
 
     name: str
@@ -54,6 +58,27 @@ class Task:
     patch: int = 96
     border: int = 0
     weights: Path | None = None
+    license: str | None = None
+    base_model: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What the task is, in one line: the first of the file's docstring."""
+        lines = (self.module.__doc__ or "").strip().splitlines()
+        return lines[0].strip() if lines else self.name
+
+    @property
+    def schedule(self) -> Callable[[nn.Module, Sequence[float]], None] | None:
+        """Hands a network the noise of each of its stages, on a scale of 0 to 255; None where the task has no such."""
+        return self._optional("schedule")
+
+    @property
+    def noise_level(self) -> Callable[[tuple[Any, ...]], float] | None:
+        """Estimates sigma, on a scale of 0 to 255, from the arguments of a forward; None where the task can't."""
+        return self._optional("noise_level")
+
+    def _optional(self, function: str) -> Callable[..., Any] | None:
+        return functools.partial(self._call, function) if callable(getattr(self.module, function, None)) else None
 
     def build(self) -> nn.Module:
         net = self._call("build")
@@ -193,6 +218,12 @@ def load_task(name: str) -> Task:
                 raise LoRunError(
                     f"expected {option} in {name} to be a whole number from {least}, found {value!r}: change it"
                 )
+            options[option] = value
+    for option in ("license", "base_model"):
+        value = getattr(module, option, None)
+        if value is not None:
+            if not isinstance(value, str):
+                raise LoRunError(f"expected {option} in {name} to be a name, found {value!r}: change it")
             options[option] = value
     weights = getattr(module, "weights", None)
     if weights is not None:

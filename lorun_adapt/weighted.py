@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .assemble import StageAdapter, dense_tensors, lowrank_terms, tensor_of
+from .adapter_files import AdapterSet
+from .assemble import StageAdapter, dense_tensors, lowrank_terms, outside_parameters, tensor_of
 from .errors import LoRunError
 from .lowrank import LowRank
+from .noise import mixed
+from .ranks import config_of_ranks
+from .set_config import SetConfig
 from .stages import Group, is_sound, stage_key
 
 if TYPE_CHECKING:
     from .adapter_sets import AdapterSets
-    from .assemble import Choice
 
 
-def weighted_set(lorun: AdapterSets, names: Sequence[str], weights: Sequence[float]) -> Choice:
-    """The adapters of the stages that all of these sets hold; see :meth:`AdapterSets.add_weighted_adapter`."""
+def weighted_set(lorun: AdapterSets, names: Sequence[str], weights: Sequence[float]) -> AdapterSet:
+    """Of the stages that all of these sets hold; see :meth:`AdapterSets.add_weighted_adapter`."""
     if isinstance(names, str) or len(names) == 0 or len(names) != len(weights):
         raise LoRunError(
             f"expected as many weights as adapters, found {weights!r} for {names!r}: give two lists of one length"
@@ -41,7 +44,32 @@ def weighted_set(lorun: AdapterSets, names: Sequence[str], weights: Sequence[flo
                 found[group.name, site] = _weighted(lorun.base.get_submodule(site.module), group, own, weights)
     if not found:
         raise LoRunError(f"expected adapters with a stage in common, found none in {list(names)}: load whole sets")
+    ranks: dict[str, int] = {}
+    for adapter in found.values():
+        for name, term in lowrank_terms(adapter).items():
+            ranks[name] = max(term.rank, ranks.get(name, 1))
+    noise = mixed([lorun.set_config[name].noise_schedule for name in names], weights)
+    return AdapterSet(found, config_of_ranks(ranks), _outside(lorun, names, weights), SetConfig(noise))
+
+
+@torch.no_grad()
+def _outside(lorun: AdapterSets, names: Sequence[str], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Where a set has no parameters outside the stages, they are the base's."""
+    own = [lorun.outside_of(name) for name in names]
+    base = outside_parameters(lorun.base, lorun.stage_map)
+    found = {}
+    for name in dict.fromkeys(name for tensors in own for name in tensors):
+        values = [tensors.get(name, base[name]).detach() for tensors in own]
+        found[name] = _sum_of_tensors(base[name].detach(), values, weights, name)
+        _check_sound(found[name], False, name, weights)
     return found
+
+
+def _check_sound(value: Tensor, buffer: bool, name: str, weights: Sequence[float]) -> None:
+    if not is_sound(value, buffer):
+        raise LoRunError(
+            f"expected finite sums, found NaN or Inf in {name!r} for the weights {list(weights)}: choose smaller ones"
+        )
 
 
 @torch.no_grad()
@@ -57,18 +85,14 @@ def _weighted(
             continue
         if all(spec.name in own for own in terms):
             lowrank[spec.name] = _sum_of_terms([own[spec.name] for own in terms], weights)
-            sound = all(is_sound(p, False) for p in lowrank[spec.name].parameters())
+            for factor in lowrank[spec.name].parameters():
+                _check_sound(factor, False, spec.name, weights)
         else:
             base = tensor_of(denoiser, spec.name)
             value = _sum_of_tensors(base, [own[spec.name] for own in dense], weights, spec.name)
             trains = not spec.buffer and (value.is_floating_point() or value.is_complex())
             private[spec.name] = value if spec.buffer else nn.Parameter(value, requires_grad=trains)
-            sound = is_sound(value, spec.buffer)
-        if not sound:
-            raise LoRunError(
-                f"expected finite sums, found NaN or Inf in {spec.name!r} for the weights {list(weights)}: choose "
-                "smaller ones"
-            )
+            _check_sound(value, spec.buffer, spec.name, weights)
     return StageAdapter(lowrank, private, [spec.name for spec in group.tensors if spec.frozen])
 
 

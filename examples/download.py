@@ -1,0 +1,31 @@
+"""Download a conversion of the reference network from the Hub, and restore a photograph with each of its sets.
+
+    python examples/download.py user/name
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from skimage.data import camera
+
+import lorun_adapt
+from lorun_adapt.evaluate import psnr
+from lorun_adapt.task import load_task
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("repository", help="of the Hub, as user/name; or a folder")
+parser.add_argument("--revision", help="branch, tag or commit")
+args = parser.parse_args()
+
+task = load_task(str(Path(__file__).with_name("compressive_sensing.py")))
+lorun = lorun_adapt.from_pretrained(args.repository, task.build(), revision=args.revision).eval()
+
+image = torch.from_numpy(camera())[None, None, 100:300, 150:350] / 255
+measurements = task.measure(image)
+for name in lorun.adapter_names:
+    lorun.set_adapter(name)
+    restored = task.run(lorun, measurements, image)
+    print(f"{name}: {psnr(restored[0], image[0]):.2f} dB, for a sigma of {lorun.set_config[name].sigma}")

@@ -1,0 +1,107 @@
+"""The noise that a set of adapters is for: one sigma of the measurements, or one for each stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LoRunError
+
+Noise = float | tuple[float, ...]  # standard deviation on a scale of 0 to 255
+HIGHEST = 1e6
+
+
+class Measurements(Protocol):
+    """What a task says of noise; either may be missing.
+
+    ``schedule(net, sigmas)`` hands a network the noise of each of its stages, and ``noise_level(args)`` estimates
+    sigma from the arguments of a forward. Both on a scale of 0 to 255.
+    """
+
+    def schedule(self, net: nn.Module, sigmas: Sequence[float]) -> None: ...
+
+    def noise_level(self, args: tuple[object, ...]) -> float: ...
+
+
+def checked(noise: float | Sequence[float], stages: int) -> Noise:
+    """A noise schedule that has the right form.
+
+    Raises:
+        LoRunError: numbers below 0 or not finite, or as many as there are no stages.
+    """
+    several = isinstance(noise, Sequence) and not isinstance(noise, str)
+    numbers = list(noise) if several else [noise]
+    if (several and len(numbers) != stages) or not all(map(is_sigma, numbers)):
+        raise LoRunError(
+            f"expected one sigma of 0 or more for the measurements, or {stages}, one for each stage, found {noise!r}: "
+            "give standard deviations on a scale of 0 to 255"
+        )
+    return tuple(map(float, numbers)) if several else float(numbers[0])
+
+
+def is_sigma(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= HIGHEST
+
+
+def at_stage(noise: Noise, stage: int) -> float:
+    return noise if isinstance(noise, float) else noise[stage]
+
+
+def between(sigma: float, known: Mapping[str, float]) -> dict[str, float]:
+    """How much of which set stands for ``sigma``: the set for it, or the two around it, or the nearest.
+
+    Args:
+        known: the sigma of each set.
+    """
+    below = max((item for item in known.items() if item[1] <= sigma), key=lambda item: item[1], default=None)
+    above = min((item for item in known.items() if item[1] >= sigma), key=lambda item: item[1], default=None)
+    if below is None or above is None or below[1] == above[1]:
+        return {name: 1.0 for name, _ in [below or above] if name}  # type: ignore[misc]
+    share = (sigma - below[1]) / (above[1] - below[1])
+    return {below[0]: 1 - share, above[0]: share}
+
+
+def mixed(noises: Sequence[Noise | None], weights: Sequence[float]) -> Noise | None:
+    """The noise that a weighted sum of sets stands for, where that can be said."""
+    known = [noise for noise in noises if noise is not None]
+    lengths = {len(noise) if isinstance(noise, tuple) else 0 for noise in known}
+    if len(known) < len(noises) or len(lengths) != 1 or min(weights) < 0 or not math.isclose(sum(weights), 1):
+        return None
+    if lengths == {0}:
+        return float(sum(weight * noise for weight, noise in zip(weights, known)))  # type: ignore[operator]
+    return tuple(float(sum(w * n for w, n in zip(weights, stage))) for stage in zip(*known))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def hand_over(network: nn.Module, schedule: Callable[[nn.Module, list[float]], object], sigmas: list[float]) -> None:
+    """Tell a network the noise of its stages, and leave other networks that share its tensors as they are.
+
+    What ``schedule`` changes in place becomes the network's own.
+    """
+    held = [
+        (module, name, tensor)
+        for module in network.modules()
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
+    own: dict[int, Tensor] = {}
+    for module, name, tensor in held:
+        if id(tensor) not in own:
+            value = tensor.detach().clone()
+            own[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+        setattr(module, name, own[id(tensor)])
+    schedule(network, sigmas)
+    unchanged = {id(tensor) for _, _, tensor in held if _same(own[id(tensor)], tensor)}
+    for module, name, tensor in held:
+        now = module._parameters.get(name, module._buffers.get(name))
+        if id(tensor) in unchanged and now is own[id(tensor)]:
+            setattr(module, name, tensor)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a == b).logical_or(a.isnan() & b.isnan()).all())

@@ -1,0 +1,534 @@
+"""Sets for noise levels: what is known of them, what travels with them, and the choice of one."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from dun_zoo import ZOO, Denoiser, ListOfDenoisers
+from PIL import Image
+from test_finetune import converted, frozen, noisy, same, to_truth
+from test_task import call
+from torch import Tensor, nn
+
+import lorun_adapt
+from lorun_adapt import LoRunError, LoRunModel
+from lorun_adapt.noise import between, mixed
+from lorun_adapt.noise_levels import INTERPOLATED
+from lorun_adapt.set_config import Measured, SetConfig, read_set_config
+from lorun_adapt.task import load_task
+
+BATCH = noisy(1)[0][:2]
+
+
+def beside() -> tuple[LoRunModel, nn.Module]:
+    """Step sizes and a condition network stand beside the stages."""
+    torch.manual_seed(0)
+    net = ListOfDenoisers([Denoiser() for _ in range(3)]).eval()
+    return lorun_adapt.convert(net, rank=2), net
+
+
+def levels(*sigmas: float) -> LoRunModel:
+    """A set for each sigma, each a bit farther from the first."""
+    lorun, _ = converted()
+    for i, sigma in enumerate(sigmas):
+        lorun.copy_adapter("default", f"sigma{sigma:g}")
+        lorun.set_noise_schedule(f"sigma{sigma:g}", sigma)
+        with torch.no_grad():
+            for parameter in lorun.adapters[f"sigma{sigma:g}"].parameters():
+                parameter.mul_(1 + i)
+    return lorun
+
+
+# --- noise ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sigma", "expected"),
+    [
+        (10, {"a": 1}),
+        (20, {"a": 0.75, "b": 0.25}),
+        (49, {"a": 0.025, "b": 0.975}),
+        (50, {"b": 1}),
+        (60, {"b": 0.9, "c": 0.1}),
+        (5, {"a": 1}),
+        (500, {"c": 1}),
+    ],
+)
+def test_between(sigma: float, expected: dict[str, float]) -> None:
+    assert between(sigma, {"c": 150, "a": 10, "b": 50}) == pytest.approx(expected)
+
+
+def test_what_a_sum_stands_for() -> None:
+    assert mixed([10.0, 50.0], [0.25, 0.75]) == 40
+    assert mixed([(0.0, 10.0), (10.0, 30.0)], [0.5, 0.5]) == (5, 20)
+    for noises, weights in (
+        ([10.0, None], [0.5, 0.5]),
+        ([10.0, 50.0], [1, 1]),
+        ([10.0, 50.0], [2, -1]),
+        ([1.0, (1.0, 2.0)], [0.5, 0.5]),
+    ):
+        assert mixed(noises, weights) is None
+
+
+# --- what is known of a set ----------------------------------------------------------------------
+
+
+def test_it_is_saved_and_loaded(tmp_path) -> None:
+    lorun, net = converted()
+    assert lorun.finetune(noisy(), "sigma25", noise_schedule=25, steps=3, loss=to_truth)
+    lorun.finetune(noisy(), "stages", noise_schedule=[30, 20, 10.5], steps=3, loss=to_truth)
+    measured = Measured("photographs", 8, 25.0, 30.5, 0.9)
+    lorun.set_adapter("sigma25")
+    lorun.note_quality(measured)
+    lorun.save_pretrained(tmp_path / "saved")
+    expected = {
+        "default": SetConfig(),
+        "sigma25": SetConfig(25.0, (measured,)),
+        "stages": SetConfig((30.0, 20.0, 10.5)),
+    }
+    assert lorun_adapt.from_pretrained(tmp_path / "saved", net).set_config == expected
+    lorun.load_adapter(tmp_path / "saved/adapters/stages", "again")
+    assert lorun.set_config["again"] == expected["stages"]
+    (tmp_path / "saved/adapters/sigma25").rename(tmp_path / "alone")  # without the folder that knows of it
+    lorun.load_adapter(tmp_path / "alone", "alone")
+    assert lorun.set_config["alone"] == expected["sigma25"]
+    assert not (tmp_path / "saved/adapters/default/set_config.json").exists()
+    lorun.load_adapter(tmp_path / "alone/stage_00", "alone", stage=0)
+    assert lorun.set_config["alone"] == expected["sigma25"]
+
+
+@pytest.mark.parametrize("noise", [-1, float("nan"), float("inf"), True, "25", [1, 2], [1, 2, 3, 4], [1, 2, -3], []])
+def test_what_is_no_noise(noise) -> None:
+    lorun, _ = converted()
+    before = frozen(lorun)
+    with pytest.raises(LoRunError, match="one sigma of 0 or more for the measurements, or 3"):
+        lorun.set_noise_schedule("default", noise)
+    with pytest.raises(LoRunError, match="one sigma of 0 or more for the measurements, or 3"):
+        lorun.finetune(noisy(), "new", noise_schedule=noise, steps=3, loss=to_truth)
+    assert lorun.set_config == {"default": SetConfig()} and same(frozen(lorun), before)
+    with pytest.raises(LoRunError, match="found 'other'"):
+        lorun.set_noise_schedule("other", 1)
+
+
+GOOD = {"noise_schedule": 25.0, "measured": [vars(Measured("a", 1, 0.0, 1.0, 1.0))]}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [],
+        {},
+        {**GOOD, "more": 1},
+        {**GOOD, "noise_schedule": "x"},
+        {**GOOD, "noise_schedule": [1.0]},
+        {**GOOD, "noise_schedule": -1},
+        {**GOOD, "measured": {}},
+        {**GOOD, "measured": [1]},
+        {**GOOD, "measured": GOOD["measured"] * 101},
+        {**GOOD, "measured": [{**GOOD["measured"][0], "images": "x" * 201}]},
+        {**GOOD, "measured": [{**GOOD["measured"][0], "count": 0}]},
+        {**GOOD, "measured": [{**GOOD["measured"][0], "psnr": None}]},
+        {**GOOD, "measured": [{**GOOD["measured"][0], "psnr": "1"}]},
+    ],
+)
+def test_damage_is_refused(wrong) -> None:
+    assert read_set_config(json.dumps(GOOD).encode(), 3, "here").noise_schedule == 25
+    with pytest.raises(LoRunError, match="found wrong '.*' in here"):
+        read_set_config(json.dumps(wrong).encode(), 3, "here")
+
+
+def test_a_measurement_takes_the_place_of_the_same() -> None:
+    about = SetConfig()
+    for psnr in (1.0, 2.0):
+        for sigma in (0.0, 25.0):
+            about = about.with_measured(Measured("a", 8, sigma, psnr, 1.0))
+    assert [(m.sigma, m.psnr) for m in about.measured] == [(0, 2), (25, 2)]
+
+
+# --- choosing ------------------------------------------------------------------------------------
+
+
+def test_the_set_for_a_noise_level() -> None:
+    lorun = levels(10, 50)
+    assert lorun.select_adapter(50) == "sigma50"
+    assert set(lorun.active_adapters.values()) == {"sigma50"}
+    with pytest.warns(UserWarning, match="nearest, sigma10, which is for 10"):
+        assert lorun.select_adapter(0) == "sigma10"
+    lorun.add_weighted_adapter(["sigma10", "sigma50"], [0.625, 0.375], "expected")
+    lorun.set_noise_schedule("expected", None)
+    lorun.set_adapter("expected")
+    expected = lorun(*BATCH)
+    assert lorun.select_adapter(25) == INTERPOLATED and lorun.set_config[INTERPOLATED].sigma == 25
+    assert torch.equal(lorun(*BATCH), expected)
+    first = lorun.adapters[INTERPOLATED]
+    assert lorun.select_adapter(25) == INTERPOLATED and lorun.adapters[INTERPOLATED] is first
+    assert lorun.select_adapter(30) == INTERPOLATED and lorun.set_config[INTERPOLATED].sigma == 30
+    assert not torch.equal(lorun(*BATCH), expected)
+    lorun.set_adapter("sigma10", inference_mode=True)
+    lorun.select_adapter(50)
+    assert not any(p.requires_grad for p in lorun.parameters())  # as they were
+
+
+def test_noise_that_a_task_estimates() -> None:
+    lorun = levels(10, 50)
+    for arguments in ((), BATCH):
+        with pytest.raises(LoRunError, match="a task with noise_level"):
+            lorun.select_adapter("auto", *arguments)
+    lorun.task = SimpleNamespace(noise_level=lambda args: 50 * float(args[0].max() > 1))
+    with pytest.raises(LoRunError, match="the arguments of a forward"):
+        lorun.select_adapter("auto")
+    assert lorun.select_adapter("auto", torch.full((1,), 2.0)) == "sigma50"
+    lorun.task = SimpleNamespace(noise_level=lambda args: float("nan"))
+    with pytest.raises(LoRunError, match="a sigma of 0 or more, found nan"):
+        lorun.select_adapter("auto", *BATCH)
+    assert set(lorun.active_adapters.values()) == {"sigma50"}
+    assert copy.deepcopy(lorun).task is lorun.task
+
+
+@pytest.mark.parametrize(("sigma", "arguments"), [(-1, ()), ("x", ()), (None, ()), (25, (1,))])
+def test_what_is_no_noise_level(sigma, arguments) -> None:
+    with pytest.raises(LoRunError, match="expected a sigma"):
+        levels(10).select_adapter(sigma, *arguments)
+
+
+def test_no_set_says_what_it_is_for() -> None:
+    lorun, _ = converted()
+    lorun.set_noise_schedule("default", [1, 2, 3])
+    with pytest.raises(LoRunError, match="a set for one known noise level"):
+        lorun.select_adapter(25)
+    assert lorun.adapter_names == ["default"]
+
+
+def test_a_set_begins_between_those_for_other_noise() -> None:
+    lorun = levels(10, 50, 100)
+    lorun.add_weighted_adapter(["sigma10", "sigma50"], [0.25, 0.75], "expected")
+    expected = {name: tensor.clone() for name, tensor in lorun.adapters["expected"].state_dict().items()}
+    nothing = {"steps": 1, "loss": lambda output, batch: 0 * output.sum()}
+    lorun.finetune(noisy(), "new", ["sigma10", "sigma50", "sigma100"], noise_schedule=40, **nothing)
+    assert same(lorun.adapters["new"].state_dict(), expected) and lorun.set_config["new"] == SetConfig(40.0)
+    lorun.finetune(noisy(), "there", ["sigma10", "sigma50"], noise_schedule=50, **nothing)
+    assert same(lorun.adapters["there"].state_dict(), lorun.adapters["sigma50"].state_dict())
+    lorun.finetune(noisy(), "mean", ["sigma10", "default"], noise_schedule=50, **nothing)
+    lorun.add_weighted_adapter(["sigma10", "default"], [0.5, 0.5], "half")
+    assert same(lorun.adapters["mean"].state_dict(), lorun.adapters["half"].state_dict())
+
+
+# --- what stands outside the stages --------------------------------------------------------------
+
+
+def test_what_belongs_to_the_noise_trains_and_travels(tmp_path) -> None:
+    lorun, net = beside()
+    before, base = frozen(lorun), lorun(*BATCH)
+    lorun.finetune(noisy(), "new", also=["steps", "condition.*"], steps=30, loss=to_truth)
+    assert same(frozen(lorun), before)
+    own = lorun.outside_of("new")
+    assert set(own) == {"steps", "condition.0.weight", "condition.0.bias", "condition.2.weight", "condition.2.bias"}
+    assert not torch.equal(own["steps"], net.steps) and lorun.network.steps is own["steps"]
+    assert not torch.equal(own["condition.0.weight"], net.condition[0].weight)
+    expected = lorun(*BATCH)
+    lorun.save_pretrained(tmp_path / "saved")
+    loaded = lorun_adapt.from_pretrained(tmp_path / "saved", net)
+    assert torch.equal(loaded(*BATCH), expected)
+    assert torch.equal(lorun.merge_and_unload()(*BATCH), expected)
+    assert torch.equal(copy.deepcopy(lorun)(*BATCH), expected)
+    assert (
+        loaded.num_parameters()
+        == lorun.num_parameters()
+        == beside()[0].num_parameters()
+        + sum(p.numel() for part in (lorun.adapters["new"], lorun.outside) for p in part.parameters())
+    )
+    lorun.set_adapter("default")
+    assert torch.equal(lorun(*BATCH), base)
+    assert not any(p.requires_grad for p in lorun.outside.parameters())
+
+    other, _ = beside()
+    other.load_adapter(tmp_path / "saved/adapters/new", "theirs")
+    other.set_adapter("theirs")
+    assert torch.equal(other(*BATCH), expected)
+    other.load_state_dict({n.replace(".new.", ".theirs."): t for n, t in loaded.state_dict().items()})
+    assert torch.equal(other(*BATCH), expected)
+    assert torch.equal(other.double().float()(*BATCH), expected)
+    other.delete_adapter("default")
+    assert not other.state_dict().keys() & {"outside.default.steps"}
+
+
+def test_a_mix_of_sets_leaves_the_outside_as_it_was() -> None:
+    lorun, net = beside()
+    lorun.finetune(noisy(), "new", also="steps", steps=3, loss=to_truth)
+    lorun.set_adapter({0: "default"})
+    assert torch.equal(lorun.network.steps, net.steps)
+    lorun.set_adapter("new")
+    assert lorun.network.steps is lorun.outside_of("new")["steps"]
+    lorun.add_weighted_adapter(["default", "new"], [0.5, 0.5], "half")
+    torch.testing.assert_close(lorun.outside_of("half")["steps"], (net.steps + lorun.network.steps).detach() / 2)
+    lorun.copy_adapter("new", "twin")
+    assert torch.equal(lorun.outside_of("twin")["steps"], lorun.outside_of("new")["steps"])
+    assert lorun.outside_of("twin")["steps"] is not lorun.outside_of("new")["steps"]
+    lorun.finetune(noisy(), "more", "new", steps=3, loss=to_truth)
+    assert not torch.equal(lorun.outside_of("more")["steps"], lorun.outside_of("new")["steps"])
+
+
+def test_patterns_that_match_nothing_outside() -> None:
+    lorun, _ = beside()
+    for pattern in ("nothing", "denoisers.*"):
+        with pytest.raises(LoRunError, match="parameters outside the stages that match"):
+            lorun.finetune(noisy(), "new", also=["steps", pattern], steps=3, loss=to_truth)
+    assert lorun.adapter_names == ["default"] and not len(lorun.outside)
+
+
+@pytest.mark.parametrize("damage", ["shape", "name", "nan"])
+def test_damage_outside_is_refused(tmp_path, damage: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    lorun, _ = beside()
+    lorun.finetune(noisy(), "new", also="steps", steps=3, loss=to_truth)
+    expected = lorun(*BATCH)
+    lorun.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved/adapters/new").rename(tmp_path / "new")
+    file = tmp_path / "new/outside.safetensors"
+    steps = load_file(file)["steps"]
+    save_file(
+        {"shape": {"steps": steps[:2]}, "name": {"denoisers.0.head.weight": steps}, "nan": {"steps": steps / 0 * 0}}[
+            damage
+        ],
+        file,
+    )
+    with pytest.raises(LoRunError, match="outside.safetensors"):
+        lorun.load_adapter(tmp_path / "new", "new")
+    assert torch.equal(lorun(*BATCH), expected)
+
+
+def test_in_a_loop_as_well() -> None:
+    case = ZOO["looped"]()
+    lorun = lorun_adapt.convert(case.net, rank=2, calls={"p": 4})
+    outside = [name for name, _ in case.net.named_parameters() if not name.startswith("p.")]
+    if not outside:
+        pytest.fail("the network has nothing outside its stages")
+    before = frozen(lorun)
+    lorun.finetune(
+        [case.inputs], "new", also=outside, steps=10, loss=lambda output, batch: (output - 0.5).square().mean()
+    )
+    assert same(frozen(lorun), before)
+    assert any(not torch.equal(value, before[f"base.{name}"]) for name, value in lorun.outside_of("new").items())
+
+
+# --- the task's schedule -------------------------------------------------------------------------
+
+
+class Told(nn.Module):
+    """Stages that take a sigma: the first from an attribute, the others from a buffer and a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.denoisers = nn.ModuleList(Denoiser() for _ in range(3))
+        self.first = 0.0
+        self.register_buffer("second", torch.zeros(()))
+        self.third = nn.Parameter(torch.zeros(()))
+
+    def forward(self, y: Tensor, mask: Tensor) -> Tensor:
+        x = y
+        for sigma, denoiser in zip((self.first, self.second, self.third), self.denoisers):
+            x = denoiser(x * mask + sigma)
+        return x
+
+
+def tell(net: Told, sigmas: list[float]) -> None:
+    net.first = sigmas[0]
+    net.second.fill_(sigmas[1])
+    net.third.data = torch.tensor(sigmas[2])
+
+
+def told_network(*sigmas: float) -> Told:
+    torch.manual_seed(0)
+    net = Told().eval()
+    if sigmas:
+        with torch.no_grad():
+            tell(net, list(sigmas))
+    return net
+
+
+def test_the_network_is_handed_the_schedule() -> None:
+    lorun = lorun_adapt.convert(told_network(), rank=10_000)
+    bare = lorun(*BATCH)
+    lorun.task = SimpleNamespace(schedule=tell)
+    assert torch.equal(lorun(*BATCH), bare)  # no set says what it is for
+    lorun.copy_adapter("default", "one")
+    lorun.set_noise_schedule("one", 2)
+    lorun.copy_adapter("default", "each")
+    lorun.set_noise_schedule("each", [1, 2, 3])
+
+    def close(choice, *sigmas: float) -> None:
+        lorun.set_adapter(choice)
+        torch.testing.assert_close(lorun(*BATCH), told_network(*sigmas)(*BATCH), rtol=1e-4, atol=1e-4)
+
+    close("each", 1, 2, 3)
+    close("one", 2, 2, 2)
+    close({0: "each"}, 1, 2, 2)
+    close("default", 0, 0, 0)  # nothing of it is left
+    with lorun.disable_adapter():
+        assert lorun.network.second == 0
+    lorun.set_adapter("each")
+    torch.testing.assert_close(lorun.merge_and_unload()(*BATCH), lorun(*BATCH), rtol=1e-4, atol=1e-4)
+    twice = copy.deepcopy(lorun).double()
+    torch.testing.assert_close(twice(*(v.double() for v in BATCH)).float(), lorun(*BATCH), rtol=1e-4, atol=1e-4)
+    lorun.set_noise_schedule("each", [3, 2, 1])
+    close("each", 3, 2, 1)
+    assert lorun.base.third == 0 and lorun.base.second == 0
+    lorun.task = None
+    assert torch.equal(lorun(*BATCH), bare)
+
+
+def test_a_schedule_that_fails_leaves_what_was() -> None:
+    lorun, _ = converted()
+    lorun.copy_adapter("default", "a")
+    lorun.set_noise_schedule("a", 25)
+
+    def schedule(net: nn.Module, sigmas: list[float]) -> None:
+        if sigmas[0] > 25:
+            raise RuntimeError("too noisy")
+
+    lorun.task = SimpleNamespace(schedule=schedule)
+    lorun.set_adapter("a")
+    network = lorun.network
+    with pytest.raises(RuntimeError, match="too noisy"):
+        lorun.set_noise_schedule("a", 26)
+    assert lorun.set_config["a"].sigma == 25
+    lorun(*BATCH)
+    with pytest.raises(RuntimeError, match="too noisy"):
+        lorun.finetune(noisy(), "new", noise_schedule=50, steps=3, loss=to_truth)
+    assert lorun.adapter_names == ["default", "a"] and set(lorun.active_adapters.values()) == {"a"}
+    with pytest.raises(TypeError):
+        lorun.task = SimpleNamespace(schedule=lambda: None)
+    assert lorun.task.schedule is schedule and type(lorun.network) is type(network)
+    lorun(*BATCH)
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+TASK = '''
+"""Grey images behind a mask."""
+import torch
+from dun_zoo import Block, Denoiser, ListOfBlocks
+
+patch = 16
+license = "mit"
+base_model = "alice/original"
+
+def build():
+    torch.manual_seed(0)
+    return ListOfBlocks([Block(Denoiser()) for _ in range(3)])
+
+def measure(images, sigma=0.0):
+    return images + sigma / 255 * torch.randn_like(images), torch.ones(1, 1, *images.shape[-2:])
+
+def restore(output, images):
+    return output
+
+def noise_level(args):
+    return 255 * float(args[0].std())
+
+def schedule(net, sigmas):
+    net.sigmas = sigmas
+'''
+
+
+@pytest.fixture
+def made(tmp_path: Path, capsys, monkeypatch) -> Path:
+    """A task, eight images, and a conversion."""
+    (tmp_path / "my_task.py").write_text(TASK)
+    task = load_task(str(tmp_path / "my_task.py"))
+    torch.save(task.build().state_dict(), tmp_path / "net.pth")
+    (tmp_path / "images").mkdir()
+    smooth = np.linspace(0, 200, 40)[:, None] + np.linspace(0, 50, 40)
+    for i in range(8):
+        Image.fromarray(np.roll(smooth, 5 * i, 0).astype(np.uint8)).save(tmp_path / f"images/{i}.png")
+    code, _, err = call(
+        capsys, monkeypatch, "convert", tmp_path / "my_task.py", "--weights", tmp_path / "net.pth", "--rank", 2,
+        "--calibration", tmp_path / "images", "--steps", 20, "--out", tmp_path / "net",
+    )  # fmt: skip
+    assert code == 0, err
+    return tmp_path
+
+
+def finetune(made: Path, capsys, monkeypatch, *options: object) -> tuple[int, str, str]:
+    arguments = ["--converted", made / "net", "--sigma", 25, "--adapter-name", "sigma25", "--images", made / "images"]
+    return call(capsys, monkeypatch, "finetune", made / "my_task.py", *arguments, "--out", made / "out", *options)
+
+
+def test_finetune_on_the_command_line(made, capsys, monkeypatch) -> None:
+    """From eight images."""
+    code, out, err = finetune(made, capsys, monkeypatch, "--steps", 150)
+    assert code == 0, err
+    scores = {line.split()[0]: float(line.split()[1]) for line in out.splitlines() if len(line.split()) == 3}
+    assert scores["sigma25"] > scores["default"] + 0.3
+    task = load_task(str(made / "my_task.py"))
+    lorun = lorun_adapt.from_pretrained(made / "out", task.build())
+    assert lorun.adapter_names == ["default", "sigma25"] and lorun.set_config["default"].sigma == 0
+    about = lorun.set_config["sigma25"]
+    assert about.sigma == 25 and about.measured[0].count == 1 and about.measured[0].images == "images, held out"
+    before = lorun_adapt.from_pretrained(made / "net", task.build())
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(lorun.state_dict()[name], tensor)
+    lorun.task = task
+    assert lorun.network.sigmas == [25.0] * 3
+    assert lorun.select_adapter("auto", torch.zeros(3, 3)) == "default"
+    with pytest.warns(UserWarning, match="nearest"):
+        assert lorun.select_adapter("auto", 200 * torch.randn(3, 3)) == "sigma25"
+    assert lorun.select_adapter(12.5) == INTERPOLATED
+
+    code, out, err = call(
+        capsys, monkeypatch, "eval", made / "my_task.py", "--converted", made / "out", "--images", made / "images",
+        "--adapter-name", "default", "--sigma", 25, "--record", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    again = lorun_adapt.from_pretrained(made / "out", task.build())
+    assert again.set_config["default"].measured[0].psnr == json.loads(out)["mean"]["psnr_converted"]
+    assert again.active_adapters == lorun_adapt.from_pretrained(made / "out", task.build()).active_adapters
+    assert again.adapter_names == ["default", "sigma25"] and again.set_config["sigma25"] == about
+
+
+def test_cards(made, capsys, monkeypatch) -> None:
+    from huggingface_hub import ModelCard
+
+    assert finetune(made, capsys, monkeypatch, "--steps", 3)[0] == 0
+    card = ModelCard.load(made / "out/README.md")
+    assert (card.data.library_name, card.data.license, card.data.base_model) == ("lorun-adapt", "mit", "alice/original")
+    assert card.data.eval_results[0].metric_type == "psnr" and "lora" in card.data.tags
+    for words in ("Grey images behind a mask.", "| `sigma25` | 25 | 3 |", "from_pretrained", "images, held out"):
+        assert words in card.text
+    own = ModelCard.load(made / "out/adapters/sigma25/README.md")
+    assert own.data.license == "mit" and "# sigma25: adapters for ListOfBlocks" in own.text
+    first = ModelCard.load(made / "out/adapters/default/README.md")
+    assert first.data.eval_results is None and "255: 0." in first.text
+    lorun = lorun_adapt.from_pretrained(made / "out", load_task(str(made / "my_task.py")).build())
+    lorun.save_pretrained(made / "alone", adapters_only=True)
+    text = (made / "alone/README.md").read_text()
+    assert "The base is elsewhere" in text and "load_adapter" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--steps", 3, "--adapter-name", "default"), "a new name"),
+        (("--steps", 3, "--start-from", "nothing"), "found 'nothing'"),
+        (("--steps", 3, "--also", "steps"), "outside the stages"),
+        (("--steps", 3, "--minutes", 1), "found both"),
+        ((), "found neither"),
+    ],
+)
+def test_mistakes_on_the_command_line(made, capsys, monkeypatch, options, message: str) -> None:
+    code, _, err = finetune(made, capsys, monkeypatch, *options)
+    assert code == 2 and message in err and not (made / "out").exists()
+
+
+def test_one_image_is_too_few(made, capsys, monkeypatch) -> None:
+    for i in range(1, 8):
+        (made / f"images/{i}.png").unlink()
+    code, _, err = finetune(made, capsys, monkeypatch, "--steps", 3)
+    assert code == 2 and "2 images or more" in err
