@@ -20,16 +20,19 @@ import functools
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import chi2
 from torch import Tensor, nn
 
 BLOCK = 33
 RATIO = 0.25
 STAGES = 9
 CHANNELS = 32
+QUIET = 100  # of the 272 measurements, turned so that there is little but noise in these
 
 channels = 1
 patch = 3 * BLOCK
 weights = "compressive_sensing.safetensors"
+license = "apache-2.0"
 
 
 @functools.cache
@@ -45,16 +48,27 @@ def sampling_matrix() -> Tensor:
     return torch.from_numpy((q * np.sign(np.diag(r))).T.copy()).float()
 
 
-def linear_estimate(phi: Tensor, correlation: float = 0.9) -> Tensor:
+def covariance(correlation: float = 0.9) -> Tensor:
+    """Of the pixels of a block, (1089, 1089): neighbours correlate as in a first-order Markov process, and the mean
+    is unknown."""
+    line = correlation ** (torch.arange(BLOCK)[:, None] - torch.arange(BLOCK)).abs().double()
+    return torch.kron(line, line) + 10.0
+
+
+def linear_estimate(phi: Tensor) -> Tensor:
     """The linear map from measurements to the first estimate, shape (1089, 272).
 
-    It is the minimum-mean-square-error estimate C A^T (A C A^T)^-1 for images whose neighbouring
-    pixels correlate as in a first-order Markov process around an unknown mean.
+    It is the minimum-mean-square-error estimate C A^T (A C A^T)^-1.
     """
-    phi = phi.double()
-    line = correlation ** (torch.arange(BLOCK)[:, None] - torch.arange(BLOCK)).abs().double()
-    covariance = torch.kron(line, line) + 10.0
-    return (covariance @ phi.T @ torch.linalg.inv(phi @ covariance @ phi.T)).float()
+    phi, c = phi.double(), covariance()
+    return (c @ phi.T @ torch.linalg.inv(phi @ c @ phi.T)).float()
+
+
+@functools.cache
+def quiet_directions() -> Tensor:
+    """The directions in which measurements of images vary the least, shape (272, QUIET)."""
+    phi = sampling_matrix().double()
+    return torch.linalg.eigh(phi @ covariance() @ phi.T).eigenvectors[:, :QUIET].float()
 
 
 class Stage(nn.Module):
@@ -124,6 +138,13 @@ def measure(images: Tensor, sigma: float = 0.0) -> tuple[Tensor]:
     padded = F.pad(images, (0, -width % BLOCK, 0, -height % BLOCK), mode="replicate")
     y = measure_blocks(padded, sampling_matrix().to(images))
     return (y + sigma / 255 * torch.randn_like(y),)
+
+
+def noise_level(args: tuple[Tensor]) -> float:
+    """Sigma, on a scale of 0 to 255, from the smoothest tenth of the blocks."""
+    quiet = torch.einsum("bihw,ij->bjhw", args[0], quiet_directions().to(args[0]))
+    energy = quiet.square().mean(1).flatten().quantile(0.1)
+    return 255 * float(energy / (chi2.ppf(0.1, QUIET) / QUIET)) ** 0.5
 
 
 def first_estimate(y: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Convert the reference network to one base and an adapter for each stage, and recover its quality.
 
-    python examples/convert.py IMAGES --minutes 6 --out my-net-lorun
+python examples/convert.py IMAGES --minutes 6 --out my-net-lorun
 """
 
 from __future__ import annotations

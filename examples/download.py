@@ -1,6 +1,6 @@
 """Download a conversion of the reference network from the Hub, and restore a photograph with each of its sets.
 
-    python examples/download.py user/name
+python examples/download.py user/name
 """
 
 from __future__ import annotations

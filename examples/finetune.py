@@ -1,6 +1,6 @@
 """Train a new adapter set of the reference network, for measurements with noise, on its frozen base.
 
-    python examples/finetune.py IMAGES --sigma 35 --minutes 5 --out my-net-lorun
+python examples/finetune.py IMAGES --sigma 35 --minutes 5 --out my-net-lorun
 """
 
 from __future__ import annotations

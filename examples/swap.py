@@ -1,6 +1,6 @@
 """Swap adapter sets while the network runs: the reference network and measurements with more and more noise.
 
-    python examples/swap.py
+python examples/swap.py
 """
 
 from __future__ import annotations

@@ -285,16 +285,17 @@ def pull(repository: Repository, out: Path) -> None:
 
 
 def listed(source: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The description of a folder or a repository, and of each set the config of its first stage."""
-    firsts: dict[str, str] = {}
+    """The description of a folder or a repository, and what the configs of each set say, PEFT's that of its first stage."""
+    wanted: dict[str, dict[str, str]] = {}
 
     def configs(description: Mapping[str, Any] | None, key: str) -> Iterable[str]:
         if description is None or key:
             raise LoRunError(f"expected a conversion in {source}, found no {CONFIG}: name another")
-        for name in sorted(description["files"]):
-            if name.startswith(f"{ADAPTERS}/") and name.endswith(PEFT_CONFIG):
-                firsts.setdefault(name.split("/")[1], name)
-        return firsts.values()
+        for file in sorted(description["files"]):
+            kind = os.path.basename(file)
+            if file.startswith(f"{ADAPTERS}/") and kind in (PEFT_CONFIG, SET_CONFIG):
+                wanted.setdefault(file.split("/")[1], {}).setdefault(kind, file)
+        return [file for files in wanted.values() for file in files.values()]
 
     if is_repository(source):
         folder = Repository(source, revision).fetch(configs)
@@ -305,5 +306,8 @@ def listed(source: str, revision: str | None = None) -> tuple[dict[str, Any], di
             raise LoRunError(f"expected a saved conversion or user/name of the Hub, found {source!r}: name another")
         description = _description(folder / CONFIG)
         configs(description, "")
-    found = {name: parse_json(read_file(folder, file, LARGEST), file) for name, file in firsts.items()}
-    return description, {name: config if isinstance(config, dict) else {} for name, config in found.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for name, files in wanted.items():
+        read = [parse_json(read_file(folder, file, LARGEST), file) for file in files.values()]
+        found[name] = {key: value for part in read if isinstance(part, dict) for key, value in part.items()}
+    return description, found

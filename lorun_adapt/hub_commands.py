@@ -56,13 +56,16 @@ def list_(source: str, revision: str | None) -> None:
         pattern = config.get("rank_pattern")
         found = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
         ranks = sorted({rank for rank in found if isinstance(rank, int) and rank > 0})
-        rows.append((escape(name), len(stages), ", ".join(map(str, ranks))))
+        noise = config.get("noise_schedule")
+        noises = [sigma for sigma in (noise if isinstance(noise, list) else [noise]) if isinstance(sigma, (int, float))]
+        shown = ", ".join(f"{sigma:g}" for sigma in noises)
+        rows.append((escape(name), shown, len(stages), ", ".join(map(str, ranks))))
     base = "with its base" if hub.BASE in files else f"for the base {str(description.get('fingerprint'))[:12]}"
     show(
         [
             table(
                 f"{escape(str(description.get('network')))}, {escape(base)}",
-                ("adapter set", "stages>", "ranks of the first"),
+                ("adapter set", "noise, sigma of 255", "stages>", "ranks of the first"),
                 rows,
             )
         ]

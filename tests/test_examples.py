@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from skimage.data import camera
+from test_noise import TASK
 from test_task import call
 
 import lorun_adapt
@@ -85,6 +87,90 @@ def test_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch, capsys) -> 
     train.main()
     assert out.exists() and not out.with_suffix(".checkpoint").exists()
     assert original is not train.task.build
+
+
+# --- short scripts -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Eight crops."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for i in range(8):
+        Image.fromarray(camera()[40 * i : 40 * i + 120, 50 * i : 50 * i + 120]).save(folder / f"{i}.png")
+    return folder
+
+
+def run_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys, *arguments: object) -> str:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def reference(folder: Path) -> lorun_adapt.LoRunModel:
+    return lorun_adapt.from_pretrained(folder, load_task(str(shipped("examples/compressive_sensing.py"))).build())
+
+
+def test_example_convert(photographs, tmp_path, monkeypatch, capsys) -> None:
+    out = run_example("convert.py", monkeypatch, capsys, photographs, "--minutes", 0.05, "--out", tmp_path / "out")
+    assert "UnfoldedISTA: 9 stages" in out and "shared base" in out
+    assert len(reference(tmp_path / "out").stage_map) == 9
+
+
+def test_example_download(hub, monkeypatch, capsys) -> None:
+    reference(shipped("adapters/compressive_sensing")).push_to_hub("alice/cs", token="alice-token")
+    out = run_example("download.py", monkeypatch, capsys, "alice/cs")
+    scores = {line.split(":")[0]: float(line.split()[1]) for line in out.splitlines()}
+    assert set(scores) == {"default", "sigma10", "sigma25", "sigma50"}
+    assert scores["default"] == max(scores.values()) > 25  # these measurements have no noise
+    assert hub.downloads
+
+
+def test_example_swap(monkeypatch, capsys) -> None:
+    out = run_example("swap.py", monkeypatch, capsys)
+    rows = [line.split() for line in out.splitlines()[1:]]
+    assert [int(row[0]) for row in rows] == [0, 10, 20, 25, 40, 50]
+    gains = [float(row[3]) - float(row[1]) for row in rows]
+    assert gains[0] > -0.3 and all(gain > 0.5 for gain in gains[2:]) and gains[-1] > 3
+    assert "interpolated" in out
+
+
+def test_example_finetune(photographs, tmp_path, monkeypatch, capsys) -> None:
+    out = tmp_path / "out"
+    run_example("finetune.py", monkeypatch, capsys, photographs, "--sigma", 35, "--minutes", 0.05, "--out", out)
+    lorun = reference(out)
+    assert lorun.adapter_names[-1] == "sigma35-own" and lorun.set_config["sigma35-own"].sigma == 35
+    assert lorun.adapter_names[:-1] == reference(shipped("adapters/compressive_sensing")).adapter_names
+
+
+def test_table_of_noise_levels(tmp_path, monkeypatch, capsys) -> None:
+    """On a small network and for no time."""
+    (tmp_path / "task.py").write_text(TASK)
+    task = load_task(str(tmp_path / "task.py"))
+    net = task.build()
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    lorun_adapt.convert(net, rank=2).save_pretrained(tmp_path / "net")
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(4):
+        Image.fromarray(camera()[40 * i : 40 * i + 40, 50 * i : 50 * i + 40]).save(images / f"{i}.png")
+    out = run_example(
+        "noise_levels.py", monkeypatch, capsys, tmp_path / "task.py", images, "--converted", tmp_path / "net",
+        "--judge", images, "--weights", tmp_path / "net.pth", "--minutes", 0.02, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert [line.split()[1] for line in out.splitlines()[2:5]] == ["10", "25", "50"]
+    assert "| between the sets for 10 and 50 |" in out and "bytes in float16" in out
+    assert lorun_adapt.from_pretrained(tmp_path / "out", net).adapter_names[1:] == ["sigma10", "sigma25", "sigma50"]
+
+
+def test_noise_that_the_reference_network_estimates() -> None:
+    task = load_task(str(shipped("examples/compressive_sensing.py")))
+    image = torch.from_numpy(camera())[None, None] / 255
+    for sigma in (0, 5, 10, 25, 50):
+        torch.manual_seed(0)
+        assert task.noise_level(task.measure(image, sigma)) == pytest.approx(sigma, rel=0.1, abs=3)
 
 
 @needs_data
