@@ -157,7 +157,7 @@ def _place_of(path: Path, lorun: AdapterSets, fingerprint: str) -> tuple[Saved, 
         key = "" if root == path else path.relative_to(root).as_posix()
         if not os.path.lexists(root / CONFIG) or not f"{key}/".startswith(("/", f"{ADAPTERS}/")):
             continue
-        description = read_description(root, lorun.base)
+        description = read_description(root, lorun.stage_map.tensors)
         if key and not any(name.startswith(f"{key}/") for name in description["files"]):
             break  # something that was put there later
         if description["fingerprint"] != fingerprint:
@@ -255,7 +255,8 @@ def read_set(
 def _together(
     found: Mapping[tuple[str, Site], tuple[StageAdapter, LoraConfig]],
 ) -> tuple[dict[tuple[str, Site], StageAdapter], LoraConfig]:
-    return {place: adapter for place, (adapter, _) in found.items()}, next(config for _, config in found.values())
+    config = copy.deepcopy(next(config for _, config in found.values()))
+    return {place: adapter for place, (adapter, _) in found.items()}, config
 
 
 def _read_outside(saved: Saved, name: str, base: nn.Module, stage_map: StageMap, fingerprint: str) -> dict[str, Tensor]:
@@ -290,7 +291,7 @@ def _read_adapter(
     tensors, about = parse_tensors(content, reader.slots, where[1], reader.highest)
     if about.get(BASE_KEY, fingerprint) != fingerprint:
         raise other_base(fingerprint, about[BASE_KEY], where[1])
-    return reader.read(tensors, wanted, site, where[1]), copy.deepcopy(wanted.told)
+    return reader.read(tensors, wanted, site, where[1]), wanted.told
 
 
 def other_base(held: str, found: str, where: str) -> LoRunError:

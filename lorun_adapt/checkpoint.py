@@ -89,7 +89,7 @@ def write_words(lorun: LoRunModel, path: Path) -> None:
 
     ``lorun`` is what was loaded from it.
     """
-    description = read_description(path, lorun.base)
+    description = read_description(path, lorun.stage_map.tensors)
     if description["adapters"] != lorun.adapter_names or description["fingerprint"] != lorun.fingerprint:
         raise LoRunError(f"expected {path} as it was loaded, found other sets or another base: load it again")
 
@@ -196,7 +196,7 @@ def _check_base(description: Mapping[str, Any], where: object) -> None:
 def _load(folder: Path, dun: nn.Module) -> LoRunModel:
     from .model import LoRunModel
 
-    description = read_description(folder, dun)
+    description = read_description(folder, len(tensors_of(dun)))
     _check_base(description, folder)
     stage_map = stage_map_of(dun, description, folder / CONFIG)
     check_dense(dun)

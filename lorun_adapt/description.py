@@ -20,7 +20,7 @@ from .errors import LoRunError
 from .find import check_alike, tensor_specs
 from .plain import check_plain
 from .reading import parse_json, read_file
-from .stages import Group, Site, StageMap, stage_key, tensors_of
+from .stages import Group, Site, StageMap, stage_key
 
 if TYPE_CHECKING:
     from .model import LoRunModel
@@ -69,8 +69,11 @@ def as_text(description: Mapping[str, Any]) -> str:
     return json.dumps({**description, "sha256": _digest(description)}, indent=2) + "\n"
 
 
-def read_description(folder: Path, dun: nn.Module) -> dict[str, Any]:
+def read_description(folder: Path, tensors: int) -> dict[str, Any]:
     """The description in ``folder``, of which everything has the right form.
+
+    Args:
+        tensors: how many the network's stages have.
 
     Raises:
         LoRunError: none, a damaged one, or one of a newer format.
@@ -78,7 +81,7 @@ def read_description(folder: Path, dun: nn.Module) -> dict[str, Any]:
     file = folder / CONFIG
     if not os.path.isfile(file):
         raise LoRunError(f"expected {CONFIG} in {folder}, found none: give a folder that save_pretrained wrote")
-    content = read_file(folder, CONFIG, 1_000_000 + 1000 * len(tensors_of(dun)))
+    content = read_file(folder, CONFIG, 1_000_000 + 1000 * tensors)
     description = parse_json(content, str(file))
     version = description.get("format") if isinstance(description, dict) else None
     if type(version) is int and version > FORMAT:

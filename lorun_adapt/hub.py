@@ -285,7 +285,7 @@ def pull(repository: Repository, out: Path) -> None:
 
 
 def listed(source: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The description of a folder or a repository, and what the configs of each set say, PEFT's that of its first stage."""
+    """The description of a folder or a repository, and what each set's configs say: its own, and its first stage's."""
     wanted: dict[str, dict[str, str]] = {}
 
     def configs(description: Mapping[str, Any] | None, key: str) -> Iterable[str]:

@@ -52,7 +52,7 @@ def list_(source: str, revision: str | None) -> None:
     files = description["files"]
     rows = []
     for name, config in configs.items():
-        stages = {file.split("/")[2] for file in files if file.startswith(f"adapters/{name}/")}
+        stages = {file.split("/")[2] for file in files if file.startswith(f"adapters/{name}/stage_")}
         pattern = config.get("rank_pattern")
         found = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
         ranks = sorted({rank for rank in found if isinstance(rank, int) and rank > 0})

@@ -109,6 +109,11 @@ class StageMap:
     def __len__(self) -> int:
         return 1 + max(site.stage for group in self.groups for site in group.sites)
 
+    @property
+    def tensors(self) -> int:
+        """How many there are in all stages."""
+        return sum(len(group.sites) * len(group.tensors) for group in self.groups)
+
     def adapted(self, group: Group) -> dict[str, int]:
         """The tensors with a low-rank term, and its rank: as planned, or as by default."""
         if group.name in self.ranks:
