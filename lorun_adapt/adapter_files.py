@@ -155,9 +155,9 @@ def _place_of(path: Path, lorun: AdapterSets, fingerprint: str) -> tuple[Saved, 
         ) from error
     for root in (path, *path.parents[1:4]):  # adapters/<set>, adapters/<set>/stage_00, or a denoiser's folder in that
         key = "" if root == path else path.relative_to(root).as_posix()
-        if not os.path.lexists(root / CONFIG) or not f"{key}/".startswith(("/", f"{ADAPTERS}/")):
+        if not f"{key}/".startswith(("/", f"{ADAPTERS}/")) or not os.path.lexists(os.path.join(root, CONFIG)):
             continue
-        description = read_description(root, lorun.stage_map.tensors)
+        description = read_description(root, lorun.stage_map.tensors, lorun.descriptions)
         if key and not any(name.startswith(f"{key}/") for name in description["files"]):
             break  # something that was put there later
         if description["fingerprint"] != fingerprint:
@@ -206,7 +206,8 @@ class Saved:
     def folders(self, key: str) -> list[str]:
         """The names of the folders in ``key``."""
         try:
-            return sorted(entry.name for entry in (self.folder / key).iterdir() if entry.is_dir())
+            with os.scandir(os.path.join(self.folder, key)) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir())
         except OSError:
             return []
 
@@ -279,16 +280,16 @@ def _read_adapter(
     saved: Saved, key: str, reader: Reader, site: Site, fingerprint: str, file: str = TENSORS
 ) -> tuple[StageAdapter, LoraConfig]:
     names = [f"{key}/{name}".lstrip("/") for name in (PEFT_CONFIG, file)]
-    where = [str(saved.folder / name) for name in names]
+    where = [os.path.join(saved.folder, name) for name in names]
     pickle = where[1].removesuffix(file) + "adapter_model.bin"
-    if os.path.exists(pickle) and not os.path.exists(where[1]):
+    if not os.path.exists(where[1]) and os.path.exists(pickle):
         raise LoRunError(
             f"expected {TENSORS}, found a pickle at {pickle}: pickles can run code and are never read; save the "
             "adapter with safe_serialization=True"
         )
     wanted = reader.wanted(saved.content(names[0], 65_536 + 600 * len(reader.slots)), where[0])
     content = saved.content(names[1], reader.bytes)
-    tensors, about = parse_tensors(content, reader.slots, where[1], reader.highest)
+    tensors, about = parse_tensors(content, reader.slots, where[1], reader.highest, reader.layouts)
     if about.get(BASE_KEY, fingerprint) != fingerprint:
         raise other_base(fingerprint, about[BASE_KEY], where[1])
     return reader.read(tensors, wanted, site, where[1]), wanted.told

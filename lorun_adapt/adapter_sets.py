@@ -21,7 +21,7 @@ from .adapter_files import AdapterSet, load_set
 from .assemble import StageAdapter, assemble, distinct_tensors, private_tensors
 from .calls import count_while_compiling, counting
 from .card import Card
-from .description import is_adapter_name
+from .description import Descriptions, is_adapter_name
 from .errors import LoRunError
 from .fingerprint import fingerprint_of
 from .peft_reader import Reader, readers_of
@@ -69,7 +69,9 @@ class AdapterSets(nn.Module):
         self._ready = ReadyNetworks()
         self._swapping = threading.RLock()
         self._readers: dict[tuple[str, str], Reader] = {}
+        self.descriptions: Descriptions = {}  # that were read
         self._fingerprint = fingerprint
+        self._base_parameters = list(base.parameters())  # which take long to list
         self.network = base
         for name, found in sets.items():
             self._put_set(name, found)
@@ -80,7 +82,7 @@ class AdapterSets(nn.Module):
     @property
     def fingerprint(self) -> str:
         """What names the base in files: the same for a base that was stored, or moved, to another dtype."""
-        if self._fingerprint is None or any(parameter.requires_grad for parameter in self.base.parameters()):
+        if self._fingerprint is None or any(p.requires_grad for p in self._base_parameters):
             self._fingerprint = fingerprint_of(distinct_tensors(self.base))
         return self._fingerprint
 
@@ -284,6 +286,7 @@ class AdapterSets(nn.Module):
 
     def _assemble_again(self) -> None:
         """Put the network together anew around tensors that have been replaced."""
+        self._base_parameters = list(self.base.parameters())
         self._ready.clear()
         if self.network is not self.base:
             self.network = self._ready_for(self._active)

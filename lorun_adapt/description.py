@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 FORMAT = 1
 CONFIG, BASE = "lorun_config.json", "base.safetensors"
 MOST_SETS, MOST_STAGES = 100, 1000
+MOST_KNOWN = 4
+
+Descriptions = dict[bytes, dict[str, Any]]  # by the file's bytes
 
 
 def describe(lorun: LoRunModel, files: Mapping[str, str]) -> dict[str, Any]:
@@ -69,11 +72,12 @@ def as_text(description: Mapping[str, Any]) -> str:
     return json.dumps({**description, "sha256": _digest(description)}, indent=2) + "\n"
 
 
-def read_description(folder: Path, tensors: int) -> dict[str, Any]:
+def read_description(folder: Path, tensors: int, known: Descriptions | None = None) -> dict[str, Any]:
     """The description in ``folder``, of which everything has the right form.
 
     Args:
         tensors: how many the network's stages have.
+        known: descriptions that were read before, to which this one is added.
 
     Raises:
         LoRunError: none, a damaged one, or one of a newer format.
@@ -82,6 +86,8 @@ def read_description(folder: Path, tensors: int) -> dict[str, Any]:
     if not os.path.isfile(file):
         raise LoRunError(f"expected {CONFIG} in {folder}, found none: give a folder that save_pretrained wrote")
     content = read_file(folder, CONFIG, 1_000_000 + 1000 * tensors)
+    if known is not None and content in known:
+        return known[content]
     description = parse_json(content, str(file))
     version = description.get("format") if isinstance(description, dict) else None
     if type(version) is int and version > FORMAT:
@@ -96,6 +102,10 @@ def read_description(folder: Path, tensors: int) -> dict[str, Any]:
             f"expected the description of a conversion, found a wrong {wrong!r} in {file}: save it anew or download it "
             "again"
         )
+    if known is not None:
+        if len(known) >= MOST_KNOWN:
+            known.clear()
+        known[content] = description
     return description
 
 

@@ -51,8 +51,8 @@ class LowRank(nn.Module):
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> None:
         super().__init__()
-        self.lora_A = nn.Parameter(lora_A.contiguous())
-        self.lora_B = nn.Parameter(lora_B.contiguous())
+        self.register_parameter("lora_A", nn.Parameter(lora_A.contiguous()))
+        self.register_parameter("lora_B", nn.Parameter(lora_B.contiguous()))
         self.scaling = scaling
         factor = None if scaling == 1 else torch.tensor(scaling, dtype=lora_B.dtype, device=lora_B.device)
         self.register_buffer("factor", factor, persistent=False)

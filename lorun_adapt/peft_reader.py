@@ -20,7 +20,7 @@ from .lowrank import LowRank
 from .peft_config import REFUSED, config_from_json
 from .peft_format import Names, bias_of
 from .peft_limits import PREFIX, layer_problem
-from .reading import Slot, file_limit, parse_json
+from .reading import Layouts, Slot, file_limit, parse_json
 from .stages import Group, Site, StageMap, TensorSpec, is_sound
 
 USUAL_RANKS = 256  # up to here a file's rank may be above all sides of the network's matrices
@@ -46,6 +46,7 @@ class Reader:
 
     Attributes:
         slots: what a file may hold: by name, the shape and dtype.
+        layouts: of files that were read.
         highest: what a file's ranks may be: more than a tensor's limit, as PEFT allows it, but within reason.
         bytes: what a file may have.
     """
@@ -54,14 +55,16 @@ class Reader:
         self.base, self.group = base, group
         denoiser = base.get_submodule(site.module)  # its tensors are those of all
         self._names = [(spec, Names(denoiser, spec)) for spec in group.tensors if not spec.common]
+        self._adaptable = {spec.name for spec, _ in self._names if spec.adaptable}
         self._own = {spec.name for spec, _ in self._names}
+        self.layouts: Layouts = {}
         self._frozen = [spec.name for spec in group.tensors if spec.frozen]
         self._configs: dict[bytes, Wanted] = {}
         self._problems: dict[tuple[str, frozenset[str]], str | None] = {}
         self.slots: dict[str, Slot] = {}
         for spec, names in self._names:
             self.slots[PREFIX + spec.name] = Slot(spec.shape, spec.dtype)
-            if spec.adaptable:
+            if spec.name in self._adaptable:
                 self.slots |= {names.a: Slot(names.a_shape, spec.dtype), names.b: Slot(names.b_shape, spec.dtype)}
                 if names.layer is not None:
                     self.slots[names.bias] = Slot((spec.shape[0],), spec.dtype)
@@ -107,7 +110,9 @@ class Reader:
         for spec, names in self._names:
             base = names.owner._buffers[names.attribute] if spec.buffer else names.owner._parameters[names.attribute]
             assert base is not None
-            pair = [left.pop(name) for name in (names.a, names.b) if spec.adaptable and name in left]
+            pair = []
+            if spec.name in self._adaptable:
+                pair = [left.pop(name) for name in (names.a, names.b) if name in left]
             if len(pair) == 1:
                 raise fail(f"both factors of {spec.name!r}", "one")
             # Where a file has factors and the whole tensor, one is PEFT's way of seeing the other.
@@ -166,15 +171,14 @@ class Reader:
 
 def _unsound(terms: Mapping[str, LowRank], private: Mapping[str, Tensor]) -> str | None:
     """The first tensor that can't be a trained network's."""
-    found = [(name, tensor, False) for name, term in terms.items() for tensor in term.parameters()]
-    found += [(name, term.factor, False) for name, term in terms.items() if term.factor is not None]
+    found = [(name, t, False) for name, term in terms.items() for t in (term.lora_A, term.lora_B, term.factor)]
     found += [(name, tensor, not isinstance(tensor, nn.Parameter)) for name, tensor in private.items()]
-    # All at once first: one by one takes longer than reading the file.
-    floats = [t.detach().flatten() for _, t, _ in found if t.is_floating_point() or t.is_complex()]
-    # Of NaN or Inf, and of huge numbers, the sum is neither finite; to sum is quicker than to look at each.
-    if not floats or is_sound(torch.cat(floats).sum(), False):
+    # All at once first, as one by one takes longer than reading the file: of NaN, Inf, and huge numbers, the sum is
+    # not finite.
+    floats = [t.detach().flatten() for _, t, _ in found if t is not None and t.is_floating_point()]
+    if len(floats) == sum(t is not None for _, t, _ in found) > 0 and math.isfinite(torch.cat(floats).sum().item()):
         return None
-    return next((name for name, tensor, buffer in found if not is_sound(tensor, buffer)), None)
+    return next((name for name, t, buffer in found if t is not None and not is_sound(t, buffer)), None)
 
 
 def _term(spec: TensorSpec, pair: Sequence[Tensor], scaling: float, base: Tensor, where: str) -> LowRank:
