@@ -122,6 +122,7 @@ class AdapterSets(nn.Module):
         """Run with another set in all stages, or, with ``{stage: name}``, in some.
 
         Forwards may run meanwhile in other threads: each runs with the sets it began with, or with the new ones.
+        What a set has of its own outside the stages runs where all stages run with it.
 
         Args:
             adapter: the name of a set, or such names by stage.

@@ -15,7 +15,7 @@ from .conversion import convert
 from .errors import LoRunError
 from .evaluate import psnr, ssim
 from .folder import write_file
-from .model import DEFAULT_SET, LoRunModel
+from .model import LoRunModel
 from .nested import to_device
 from .tables import kilobytes, table
 from .task import load_task
@@ -32,7 +32,6 @@ def run_demo(out: Path, device: torch.device) -> tuple[LoRunModel, list[Table], 
     task.load_weights(net, None)
     net.to(device)
     recovered = from_pretrained(shipped("adapters/compressive_sensing"), net)
-    recovered.set_adapter(DEFAULT_SET)  # beside which there are sets for noise
     rank = max(rank for ranks in recovered.stage_map.ranks.values() for rank in ranks.values())
     lorun = convert(net, rank=rank, example_inputs=to_device(task.example_inputs(), device))
     truth = torch.from_numpy(camera()).float()[None, None] / 255

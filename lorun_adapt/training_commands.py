@@ -177,7 +177,7 @@ def finetune(
 ) -> None:
     """Train a new set of adapters for measurements with noise, beside those that there are.
 
-    The base and other sets stay as they are. What does best on a fifth of the images, which it is not
+    The base and other sets stay as they are, and the same ones run. What does best on a fifth of the images, which it is not
     trained on, is kept, and its PSNR there shown. Ctrl-C saves the best so far.
     """
     from .budget import Budget
@@ -194,6 +194,7 @@ def finetune(
     crops, judged = (Crops(spec, part, sigma=sigma, seed=seed, size=batch) for part in (files, kept))
     lorun = from_pretrained(converted, spec.build().to(device))
     lorun.task = spec
+    before = lorun.active_adapters
     finished = lorun.finetune(
         crops,
         adapter_name,
@@ -209,6 +210,7 @@ def finetune(
     )
     if finished and _is_main_process():
         _show_gain(lorun, spec, kept, adapter_name, (start_from or (DEFAULT_SET,))[0], sigma, images, seed)
+    lorun.set_adapter(before)
     _save(lorun, spec, out, dtype, finished, report=False)
 
 

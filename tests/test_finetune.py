@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from dun_zoo import ZOO, Block, Case, Denoiser, ListOfBlocks
+from test_recover import launch
 from torch import Tensor, nn
 
 import lorun_adapt
@@ -216,6 +217,34 @@ def test_a_set_that_only_runs_stays_frozen_where_training_fails() -> None:
     with pytest.raises(LoRunError, match="found neither"):
         lorun.finetune(noisy(), "new", steps=3)
     assert not any(p.requires_grad for p in lorun.parameters())
+
+
+LAUNCHED = """
+import sys
+from safetensors.torch import save_file
+from lorun_adapt.processes import process_state
+from test_finetune import converted, noisy, to_truth
+
+lorun, _ = converted()
+lorun.finetune(noisy(2 + 2 * 12), "new", steps=12, loss=to_truth)
+assert process_state().num_processes == 2
+if process_state().is_main_process:
+    save_file({name: tensor.contiguous() for name, tensor in lorun.adapters["new"].state_dict().items()}, sys.argv[1])
+"""
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path) -> None:
+    found = launch(LAUNCHED, tmp_path)
+    lorun, _ = converted()
+    batches = noisy(2 + 2 * 12)
+    pairs = [(torch.cat([a[0], b[0]]), a[1], torch.cat([a[2], b[2]])) for a, b in zip(batches[2::2], batches[3::2])]
+    start = {name: tensor.clone() for name, tensor in lorun.adapters["default"].state_dict().items()}
+    lorun.finetune(pairs, "new", steps=12, loss=to_truth, held_out=batches[:2])
+    state = lorun.adapters["new"].state_dict()
+    assert found.keys() == state.keys()
+    away = sum(float((state[name] - start[name]).square().sum()) for name in state) ** 0.5
+    apart = sum(float((state[name] - found[name]).square().sum()) for name in state) ** 0.5
+    assert apart < 0.02 * away
 
 
 def test_resuming_leaves_other_sets_alone(tmp_path) -> None:

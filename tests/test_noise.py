@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from dun_zoo import Denoiser, ListOfDenoisers, Looped, gradient_step
+from hub_server import HubServer
+from huggingface_hub import constants
 from PIL import Image
 from test_finetune import converted, frozen, noisy, same, to_truth
 from test_task import call
@@ -258,6 +261,33 @@ def test_what_belongs_to_the_noise_trains_and_travels(tmp_path) -> None:
     assert not other.state_dict().keys() & {"outside.default.steps"}
 
 
+def test_it_comes_from_the_hub_without_the_base(hub: HubServer) -> None:
+    lorun, net = beside()
+    lorun.finetune(noisy(), "new", noise_schedule=25, also="steps", steps=3, loss=to_truth)
+    expected = lorun(*BATCH)
+    lorun.push_to_hub("alice/net", token="alice-token")
+    hub.forget()
+    other = lorun_adapt.from_pretrained("alice/net", net)
+    other.delete_adapter("default")
+    assert torch.equal(other(*BATCH), expected)
+    hub.forget()
+    other.load_adapter("alice/net", "again", subfolder="adapters/new")
+    assert not hub.downloads  # all is in the cache
+    fresh, _ = beside()
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    fresh.load_adapter("alice/net", "theirs", stage=1, subfolder="adapters/new")
+    assert {name.rpartition("/")[2] for name in hub.downloads} == {
+        "lorun_config.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    fresh.load_adapter("alice/net", "new")
+    fresh.set_adapter("new")
+    assert torch.equal(fresh(*BATCH), expected) and fresh.set_config["new"].sigma == 25
+    names = {name.rpartition("/")[2] for name in hub.downloads}
+    assert names >= {"outside.safetensors", "set_config.json"} and not names & {"base.safetensors", "README.md"}
+
+
 def test_a_mix_of_sets_leaves_the_outside_as_it_was() -> None:
     lorun, net = beside()
     lorun.finetune(noisy(), "new", also="steps", steps=3, loss=to_truth)
@@ -483,7 +513,10 @@ def test_finetune_on_the_command_line(made, capsys, monkeypatch) -> None:
     before = lorun_adapt.from_pretrained(made / "net", task.build())
     for name, tensor in before.state_dict().items():
         assert torch.equal(lorun.state_dict()[name], tensor)
+    assert set(lorun.active_adapters.values()) == {"default"}
     lorun.task = task
+    assert lorun.network.sigmas == [0.0] * 3
+    lorun.set_adapter("sigma25")
     assert lorun.network.sigmas == [25.0] * 3
     assert lorun.select_adapter("auto", torch.zeros(3, 3)) == "default"
     with pytest.warns(UserWarning, match="nearest"):

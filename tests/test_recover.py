@@ -396,8 +396,9 @@ if process_state().is_main_process:
 """
 
 
-def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch) -> None:
-    (tmp_path / "launched.py").write_text(LAUNCHED)
+def launch(script: str, tmp_path: Path) -> dict[str, Tensor]:
+    """The tensors that a script on two processes writes into the file that it is given."""
+    (tmp_path / "launched.py").write_text(script)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
@@ -408,6 +409,11 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch) -> No
         env=environment,
     )
     assert done.returncode == 0, done.stderr
+    return load_file(tmp_path / "out.safetensors")
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch) -> None:
+    found = launch(LAUNCHED, tmp_path)
     monkeypatch.setattr(recovery, "PROBES", 0)
     monkeypatch.setattr(distill, "relative_error", mean_squared_error)
     batches = measurements(2 + 2 * 12)
@@ -416,7 +422,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch) -> No
     start = lorun.merge_and_unload()
     lorun.recover(teacher(), [*batches[:2], *pairs], steps=12)
     one, two = lorun.merge_and_unload(), teacher()
-    two.load_state_dict(load_file(tmp_path / "out.safetensors"))
+    two.load_state_dict(found)
     assert distance(one, two) < 0.02 * distance(one, start)
 
 
