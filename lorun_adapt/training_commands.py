@@ -177,8 +177,8 @@ def finetune(
 ) -> None:
     """Train a new set of adapters for measurements with noise, beside those that there are.
 
-    The base and other sets stay as they are, and the same ones run. What does best on a fifth of the images, which it is not
-    trained on, is kept, and its PSNR there shown. Ctrl-C saves the best so far.
+    The base and other sets stay as they are, and the same ones run. What does best on a fifth of the
+    images, which it is not trained on, is kept, and its PSNR there shown. Ctrl-C saves the best so far.
     """
     from .budget import Budget
     from .calibration import Crops, held_out_of
