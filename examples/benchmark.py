@@ -75,8 +75,8 @@ def medians(functions: list[Callable[[], object]], repeats: int) -> list[float]:
 
 
 def time_swaps(repeats: int) -> None:
-    """Sets on the transforms alone, which PEFT can represent, in memory and from disk."""
-    lorun = convert(Unfolded(64, 2).eval(), stages="stages.*.forward_transform")
+    """Sets for five convolutions in each of nine stages, which PEFT can represent, in memory and from disk."""
+    lorun = convert(Unfolded(64, 5).eval(), stages="stages.*.forward_transform")
     mask = torch.ones(1, 1, 64, 64)
     y = torch.rand(1, 1, 64, 64)
     with tempfile.TemporaryDirectory() as scratch:

@@ -8,34 +8,43 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .card import Card
     from .checkpoint import from_pretrained
     from .conversion import convert
     from .errors import LoRunError
     from .find import find_stages
     from .model import LoRunModel
     from .report import Report
+    from .set_config import Measured
     from .stages import StageMap
+    from .task import load_task
 
 __all__ = [
+    "Card",
     "LoRunError",
     "LoRunModel",
+    "Measured",
     "Report",
     "StageMap",
     "__version__",
     "convert",
     "find_stages",
     "from_pretrained",
+    "load_task",
 ]
 
 # Imported when asked for: torch and PEFT take seconds, which `lorun-adapt --help` need not wait for.
 _HOMES = {
+    "Card": "card",
     "LoRunError": "errors",
     "LoRunModel": "model",
+    "Measured": "set_config",
     "Report": "report",
     "StageMap": "stages",
     "convert": "conversion",
     "find_stages": "find",
     "from_pretrained": "checkpoint",
+    "load_task": "task",
 }
 
 

@@ -23,7 +23,17 @@ from peft import LoraConfig
 from torch import Tensor
 
 from .assemble import StageAdapter, outside_parameters
-from .description import CONFIG, groups_of, read_description, stage_map_of
+from .description import (
+    ADAPTERS,
+    CONFIG,
+    OUTSIDE,
+    PEFT_CONFIG,
+    SET_CONFIG,
+    TENSORS,
+    groups_of,
+    read_description,
+    stage_map_of,
+)
 from .errors import LoRunError
 from .folder import as_path, undisturbed
 from .peft_reader import Reader
@@ -36,9 +46,6 @@ if TYPE_CHECKING:
 
     from .adapter_sets import AdapterSets
 
-ADAPTERS = "adapters"
-TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-OUTSIDE, SET_CONFIG = "outside.safetensors", "set_config.json"
 BASE_KEY = "lorun_base"  # the fingerprint of the base, in the metadata of a safetensors file
 
 
@@ -184,6 +191,7 @@ class Saved:
 
     folder: Path
     description: Mapping[str, Any] | None
+    plain: set[str] = field(default_factory=set)  # folders within that are no links
 
     def content(self, name: str, limit: int) -> bytes:
         known = self.description["files"].get(name) if self.description is not None else None
@@ -192,7 +200,7 @@ class Saved:
                 f"expected a hash of {name!r}, found none in {self.folder / CONFIG}: it was put there later, or the "
                 "folder is damaged; download it again"
             )
-        content = read_file(self.folder, name, limit)
+        content = read_file(self.folder, name, limit, self.plain)
         if known is not None and hashlib.sha256(content).hexdigest() != known:
             raise LoRunError(f"expected {self.folder / name} as it was saved, found another hash: download it again")
         return content
@@ -256,7 +264,10 @@ def read_set(
 def _together(
     found: Mapping[tuple[str, Site], tuple[StageAdapter, LoraConfig]],
 ) -> tuple[dict[tuple[str, Site], StageAdapter], LoraConfig]:
-    config = copy.deepcopy(next(config for _, config in found.values()))
+    config = copy.copy(next(config for _, config in found.values()))  # it is kept for the next set that has it
+    for name, value in vars(config).items():
+        if isinstance(value, (dict, list, set)):
+            setattr(config, name, value.copy())
     return {place: adapter for place, (adapter, _) in found.items()}, config
 
 
@@ -280,19 +291,18 @@ def _read_adapter(
     saved: Saved, key: str, reader: Reader, site: Site, fingerprint: str, file: str = TENSORS
 ) -> tuple[StageAdapter, LoraConfig]:
     names = [f"{key}/{name}".lstrip("/") for name in (PEFT_CONFIG, file)]
-    where = [os.path.join(saved.folder, name) for name in names]
+    where = [f"{saved.folder}{os.sep}{name}" for name in names]
     pickle = where[1].removesuffix(file) + "adapter_model.bin"
     if not os.path.exists(where[1]) and os.path.exists(pickle):
         raise LoRunError(
             f"expected {TENSORS}, found a pickle at {pickle}: pickles can run code and are never read; save the "
             "adapter with safe_serialization=True"
         )
-    wanted = reader.wanted(saved.content(names[0], 65_536 + 600 * len(reader.slots)), where[0])
-    content = saved.content(names[1], reader.bytes)
-    tensors, about = parse_tensors(content, reader.slots, where[1], reader.highest, reader.layouts)
+    config = saved.content(names[0], 65_536 + 600 * len(reader.slots))
+    adapter, told, about = reader.read(config, saved.content(names[1], reader.bytes), site, where)
     if about.get(BASE_KEY, fingerprint) != fingerprint:
         raise other_base(fingerprint, about[BASE_KEY], where[1])
-    return reader.read(tensors, wanted, site, where[1]), wanted.told
+    return adapter, told
 
 
 def other_base(held: str, found: str, where: str) -> LoRunError:

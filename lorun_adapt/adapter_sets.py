@@ -11,7 +11,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from peft import LoraConfig
@@ -35,6 +35,15 @@ if TYPE_CHECKING:
     import os
 
     from typing_extensions import Self
+
+
+class _Held(NamedTuple):
+    """What there is of a set."""
+
+    adapters: nn.ModuleDict
+    outside: StageAdapter | None
+    config: LoraConfig
+    about: SetConfig
 
 
 class AdapterSets(nn.Module):
@@ -202,7 +211,9 @@ class AdapterSets(nn.Module):
         with self._swapping:
             if stage is not None and adapter_name in self.adapters:
                 before = self._set(adapter_name)
-                found = dataclasses.replace(before, adapters={**before.adapters, **found.adapters}, config=found.config)
+                about = dataclasses.replace(before.about, measured=())
+                adapters = {**before.adapters, **found.adapters}
+                found = dataclasses.replace(before, adapters=adapters, config=found.config, about=about)
             self._put_set(adapter_name, found)
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
@@ -254,9 +265,7 @@ class AdapterSets(nn.Module):
                     f"expected an adapter that is not in use, found {adapter_name!r}: set another one first"
                 )
             self._ready.forget(adapter_name)
-            del self.adapters[adapter_name], self.peft_config[adapter_name], self.set_config[adapter_name]
-            if adapter_name in self.outside:
-                del self.outside[adapter_name]
+            self._hold(adapter_name, None)
 
     # --- torch -----------------------------------------------------------------------------------
 
@@ -289,6 +298,7 @@ class AdapterSets(nn.Module):
         """Put the network together anew around tensors that have been replaced."""
         self._base_parameters = list(self.base.parameters())
         self._ready.clear()
+        self._readers = {}
         if self.network is not self.base:
             self.network = self._ready_for(self._active)
 
@@ -314,30 +324,40 @@ class AdapterSets(nn.Module):
         for stage, active in self._active.items():
             if active == name:
                 _check_held(name, stage, new)
-        before = self._set(name) if name in self.adapters else None
-        try:
-            self._hold(name, new, found)
-            self._run_anew(name)
-        except BaseException:
-            if before is not None:
-                self._put_set(name, before)
-            raise
-
-    def _hold(self, name: str, adapters: nn.ModuleDict, found: AdapterSet) -> None:
-        self.adapters[name], self.peft_config[name], self.set_config[name] = adapters, found.config, found.about
-        if name in self.outside:
-            del self.outside[name]
+        outside = None
         if found.outside:
             frozen = [key for key in found.outside if self.trainable and key not in self.trainable]
-            values = {key: nn.Parameter(value.detach(), False) for key, value in found.outside.items()}
-            self.outside[name] = StageAdapter({}, values, frozen)
-        self._run_anew(name)
+            own = {
+                key: v if isinstance(v, nn.Parameter) else nn.Parameter(v, False) for key, v in found.outside.items()
+            }
+            outside = StageAdapter({}, own, frozen)
+        self._run_with(name, _Held(new, outside, found.config, found.about))
 
-    def _run_anew(self, name: str) -> None:
-        """Put the networks together again that run with a set which is not what it was."""
+    def _held(self, name: str) -> _Held | None:
+        if name not in self.adapters:
+            return None
+        outside = self.outside[name] if name in self.outside else None
+        return _Held(self.adapters[name], outside, self.peft_config[name], self.set_config[name])
+
+    def _hold(self, name: str, found: _Held | None) -> None:
+        places = (self.adapters, self.outside, self.peft_config, self.set_config)
+        for place, value in zip(places, found or (None,) * len(places)):
+            if value is not None:
+                place[name] = value
+            elif name in place:
+                del place[name]
+
+    def _run_with(self, name: str, found: _Held) -> None:
+        """Hold a set, and put the network that runs together again where it runs with that set."""
+        before = self._held(name)
+        self._hold(name, found)
         self._ready.forget(name)
         if name in self._active.values() and self.network is not self.base:
-            self.network = self._ready_for(self._active)
+            try:
+                self.network = self._ready_for(self._active)
+            except BaseException:
+                self._hold(name, before)
+                raise
         self._freeze_what_rests([name])
 
     def _freeze_what_rests(self, names: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from .assemble import lowrank_terms
 from .folder import tensor_bytes
 from .noise import Noise
-from .set_config import SHORT, Measured
+from .set_config import Measured, is_short
 
 if TYPE_CHECKING:
     from .model import LoRunModel
@@ -42,7 +42,7 @@ def is_card(value: object) -> bool:
     return (
         isinstance(value, dict)
         and value.keys() == {field.name for field in dataclasses.fields(Card)}
-        and all(entry is None or (isinstance(entry, str) and len(entry) <= SHORT) for entry in value.values())
+        and all(entry is None or is_short(entry) for entry in value.values())
     )
 
 

@@ -25,20 +25,22 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from . import peft_format
-from .adapter_files import (
+from .adapter_files import BASE_KEY, Saved, local, read_set, stage_folder
+from .assemble import StageAdapter, copy_network, held_tensors, lowrank_terms, share, stage_values
+from .card import Card, model_card, set_card
+from .description import (
     ADAPTERS,
-    BASE_KEY,
+    BASE,
+    CARD,
+    CONFIG,
     OUTSIDE,
     SET_CONFIG,
     TENSORS,
-    Saved,
-    local,
-    read_set,
-    stage_folder,
+    as_text,
+    describe,
+    read_description,
+    stage_map_of,
 )
-from .assemble import StageAdapter, copy_network, held_tensors, lowrank_terms, share, stage_values
-from .card import Card, model_card, set_card
-from .description import BASE, CONFIG, as_text, describe, read_description, stage_map_of
 from .errors import LoRunError
 from .folder import put_back, replace_folder, sha256, undisturbed
 from .peft_limits import peft_view
@@ -51,7 +53,7 @@ from .stages import Group, StageMap, is_sound, stage_key, tensors_of
 if TYPE_CHECKING:
     from .model import LoRunModel
 
-CARD = "README.md"
+LARGEST = 1 << 40  # bytes of a file that was loaded before
 
 
 def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None, adapters_only: bool = False) -> None:
@@ -102,8 +104,9 @@ def write_words(lorun: LoRunModel, path: Path) -> None:
                     problems.setdefault(problem, part)
         for name in description["files"]:
             if os.path.basename(name) not in (CARD, SET_CONFIG):
+                content = saved.content(name, LARGEST)
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_bytes(saved.content(name, os.path.getsize(path / name)))
+                (folder / name).write_bytes(content)
         _write_words(lorun, folder, problems)
 
     replace_folder(path, foreign, CONFIG, fill)

@@ -113,6 +113,8 @@ def eval_(
         lorun.task, before = spec, lorun.active_adapters
         if adapter_name is not None:
             lorun.set_adapter(adapter_name)
+        if original is not None and sigma and spec.schedule is not None:
+            spec.schedule(original, [sigma] * len(lorun.stage_map))
     result = evaluate(
         spec,
         files,

@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from .model import LoRunModel
 
 FORMAT = 1
-CONFIG, BASE = "lorun_config.json", "base.safetensors"
+CONFIG, BASE, CARD, ADAPTERS = "lorun_config.json", "base.safetensors", "README.md", "adapters"
+OUTSIDE, SET_CONFIG = "outside.safetensors", "set_config.json"  # of a set
+TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of a stage
+# What a saved conversion can hold beside its description.
+_TOP, _OF_SET, _OF_STAGE = (
+    "|".join(map(re.escape, names)) for names in ((BASE, CARD), (CARD, OUTSIDE, SET_CONFIG), (PEFT_CONFIG, TENSORS))
+)
+NAMES = re.compile(rf"{_TOP}|{ADAPTERS}/[\w-]+/({_OF_SET}|stage_\d+(/[\w-]+)?/({_OF_STAGE}))", re.ASCII)
 MOST_SETS, MOST_STAGES = 100, 1000
 MOST_KNOWN = 4
 
@@ -39,6 +46,9 @@ def describe(lorun: LoRunModel, files: Mapping[str, str]) -> dict[str, Any]:
 
     from . import __version__
 
+    card = dataclasses.asdict(lorun.card)
+    if not is_card(card):
+        raise LoRunError(f"expected short lines of text in the card, found {card}: change lorun.card")
     return {
         "format": FORMAT,
         "network": lorun.stage_map.network,
@@ -46,7 +56,7 @@ def describe(lorun: LoRunModel, files: Mapping[str, str]) -> dict[str, Any]:
         "adapters": lorun.adapter_names,
         "errors": lorun.errors,
         "fingerprint": lorun.fingerprint,
-        "card": dataclasses.asdict(lorun.card),
+        "card": card,
         "active": [lorun.active_adapters[stage] for stage in range(len(lorun.stage_map))],
         "versions": {"lorun-adapt": __version__, "torch": torch.__version__, "peft": peft.__version__},
         "files": dict(files),
@@ -86,8 +96,8 @@ def read_description(folder: Path, tensors: int, known: Descriptions | None = No
     if not os.path.isfile(file):
         raise LoRunError(f"expected {CONFIG} in {folder}, found none: give a folder that save_pretrained wrote")
     content = read_file(folder, CONFIG, 1_000_000 + 1000 * tensors)
-    if known is not None and content in known:
-        return known[content]
+    if known is not None and (description := known.get(content)) is not None:  # other threads may load too
+        return description
     description = parse_json(content, str(file))
     version = description.get("format") if isinstance(description, dict) else None
     if type(version) is int and version > FORMAT:
@@ -126,7 +136,7 @@ def _wrong_part(description: Mapping[str, Any]) -> str | None:
         ("adapters", lambda v: _are(v, list, is_adapter_name) and 0 < len(v) == len(set(v)) <= MOST_SETS),
         ("fingerprint", _is_digest),
         ("card", is_card),
-        ("files", lambda v: _are(v, dict, _is_str) and all(map(_is_digest, v.values()))),
+        ("files", lambda v: _are(v, dict, _is_file) and all(map(_is_digest, v.values()))),
         ("active", lambda v: _are(v, list, lambda name: name in description["adapters"])),
         ("errors", lambda v: isinstance(v, dict) and v.keys() == {g["name"] for g in description["groups"]}),
     ):
@@ -164,6 +174,10 @@ def _are(value: object, kind: type, right: Callable[[Any], bool]) -> bool:
 
 def _is_str(value: object) -> bool:
     return isinstance(value, str)
+
+
+def _is_file(value: object) -> bool:
+    return isinstance(value, str) and NAMES.fullmatch(value) is not None
 
 
 def _is_count(value: object) -> bool:

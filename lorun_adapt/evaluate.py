@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .errors import LoRunError
 from .nested import device_of, to_device
-from .set_config import SHORT, Measured
+from .set_config import Measured, shortened
 from .tables import table
 from .task import Task
 
@@ -58,7 +58,7 @@ class Evaluation:
         """What the card says of the conversion; ``images``: what they are called."""
         mean = {name: None if value is None else min(value, PERFECT) for name, value in self.mean().items()}
         return Measured(
-            images[:SHORT],
+            shortened(images),
             len(self.images),
             sigma,
             psnr=mean["psnr_converted"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import operator
 import time
 import warnings
 from collections.abc import Iterable, Sequence, Sized
@@ -52,7 +53,7 @@ def finetune(
     with seeded(seed):
         kept, stream = _split(batches) if held_out is None else (held_out, batches)
         training = Batches(stream)
-        count = len(kept) if isinstance(kept, Sized) else HELD_OUT
+        count = operator.length_hint(kept, HELD_OUT)
         judged = [batch for batch in itertools.islice(Batches(kept), count) if is_finite(batch)]
     if not judged:
         raise LoRunError("expected finite batches to hold out, found NaN or Inf in all of them: mend them")
@@ -95,6 +96,12 @@ def _split(batches: Iterable[Any]) -> tuple[Iterable[Any], Iterable[Any]]:
     """What to judge by, and what to train on: apart where it is known what is there."""
     if isinstance(batches, Sequence) and not isinstance(batches, str) and len(batches) > HELD_OUT + 1:
         return batches[:HELD_OUT], batches[HELD_OUT:]
+    if isinstance(batches, Sized):
+        warnings.warn(
+            "no batches are held out, as these are trained on again and again: pass held_out= with others, or the set "
+            "may end worse than it began",
+            stacklevel=4,
+        )
     stream = Batches(batches)
     return list(itertools.islice(stream, HELD_OUT)), stream
 

@@ -27,18 +27,12 @@ from huggingface_hub.utils import (
     RevisionNotFoundError,
 )
 
-from .adapter_files import ADAPTERS, OUTSIDE, PEFT_CONFIG, SET_CONFIG, TENSORS
-from .checkpoint import CARD, foreign
-from .description import BASE, CONFIG, is_unchanged
+from .checkpoint import foreign
+from .description import ADAPTERS, BASE, CONFIG, NAMES, PEFT_CONFIG, SET_CONFIG, is_unchanged
 from .errors import LoRunError
 from .folder import as_path, replace_folder, sha256
 from .reading import parse_json, read_file
 
-# What a saved conversion can hold beside its description.
-_TOP, _OF_SET, _OF_STAGE = (
-    "|".join(map(re.escape, names)) for names in ((BASE, CARD), (CARD, OUTSIDE, SET_CONFIG), (PEFT_CONFIG, TENSORS))
-)
-NAMES = re.compile(rf"{_TOP}|{ADAPTERS}/[\w-]+/({_OF_SET}|stage_\d+(/[\w-]+)?/({_OF_STAGE}))", re.ASCII)
 LARGEST = 64 << 20  # of a description
 # With some versions, what is raised for a broken connection is no OSError but what the library for HTTP raises.
 BROKEN = (OSError, RuntimeError, *HfHubHTTPError.__bases__)

@@ -46,6 +46,7 @@ def pull(repo: str, out: Path, revision: str | None, subfolder: str | None) -> N
 def list_(source: str, revision: str | None) -> None:
     """Show the adapter sets of a conversion, here or on the Hub."""
     from . import hub
+    from .noise import is_sigma
     from .tables import table
 
     description, configs = hub.listed(source, revision)
@@ -57,7 +58,7 @@ def list_(source: str, revision: str | None) -> None:
         found = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
         ranks = sorted({rank for rank in found if isinstance(rank, int) and rank > 0})
         noise = config.get("noise_schedule")
-        noises = [sigma for sigma in (noise if isinstance(noise, list) else [noise]) if isinstance(sigma, (int, float))]
+        noises = [sigma for sigma in (noise if isinstance(noise, list) else [noise]) if is_sigma(sigma)]
         shown = ", ".join(f"{sigma:g}" for sigma in noises)
         rows.append((escape(name), shown, len(stages), ", ".join(map(str, ranks))))
     base = "with its base" if hub.BASE in files else f"for the base {str(description.get('fingerprint'))[:12]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from .folder import as_path
 from .noise_levels import NoiseLevels
 from .report import Report, make_report
 from .seeds import seeded
-from .set_config import Measured, SetConfig
+from .set_config import Measured, SetConfig, read_set_config
 
 if TYPE_CHECKING:
     import os
@@ -163,7 +164,8 @@ class LoRunModel(NoiseLevels):
             teacher: a network of the original class to distil instead, or besides.
             held_out: batches to judge by, of images that ``batches`` has not. By default the first two of
                 ``batches``, which are not trained on where these are a list of more than three.
-            checkpoint, seed: as for :meth:`recover`. To go on after Ctrl-C, delete the set that was stopped.
+            checkpoint, seed: as for :meth:`recover`. Where the checkpoint is there, a set of that name, which was
+                stopped, is gone on with.
 
         Returns:
             Whether it ran to its end, and was not stopped by Ctrl-C.
@@ -178,11 +180,16 @@ class LoRunModel(NoiseLevels):
         budget = Budget(minutes, steps)
         path = None if checkpoint is None else as_path(checkpoint)
         before = self.active_adapters, self._inference_mode
-        if adapter_name in self.adapter_names:
+        starts = [start_from] if isinstance(start_from, str) else list(start_from)
+        stopped = self._held(adapter_name)
+        if stopped is not None and (path is None or not path.exists() or adapter_name in starts):
             raise LoRunError(f"expected a new name for the set, found {adapter_name!r}: choose another, or delete it")
         own = matching(self, [also] if isinstance(also, str) else also)
-        self._begin_set(adapter_name, [start_from] if isinstance(start_from, str) else list(start_from), noise_schedule)
         try:
+            if stopped is not None:  # it begins as it began then, before the checkpoint is read
+                self.set_adapter(starts[0])
+                self.delete_adapter(adapter_name)
+            self._begin_set(adapter_name, starts, noise_schedule)
             begun = self._set(adapter_name)
             about = SetConfig(self.set_config[adapter_name].noise_schedule)
             self._put_set(adapter_name, dataclasses.replace(begun, outside={**own, **begun.outside}, about=about))
@@ -199,8 +206,11 @@ class LoRunModel(NoiseLevels):
                 seed=seed,
             )
         except BaseException:
+            if stopped is not None:
+                self._run_with(adapter_name, stopped)
             self.set_adapter(*before)
-            self.delete_adapter(adapter_name)
+            if stopped is None and adapter_name in self.adapters:
+                self.delete_adapter(adapter_name)
             raise
 
     # --- files -----------------------------------------------------------------------------------
@@ -266,7 +276,15 @@ class LoRunModel(NoiseLevels):
         if len(names) > 1:
             raise LoRunError(f"expected one set in all stages, found {sorted(names)}: set the one that was measured")
         name = names.pop()
-        self.set_config[name] = self.set_config[name].with_measured(measured)
+        about = self.set_config[name].with_measured(measured)
+        try:
+            read_set_config(json.dumps(dataclasses.asdict(about)).encode(), len(self.stage_map), "")
+        except LoRunError:
+            raise LoRunError(
+                f"expected finite figures of some images, found {measured}: judge the network on others, or look for "
+                "NaN in what it restores"
+            ) from None
+        self.set_config[name] = about
 
     def num_parameters(self) -> int:
         """Parameters of base and adapters, every distinct tensor once."""

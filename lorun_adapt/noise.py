@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 from .errors import LoRunError
+from .lowrank import LowRank
 
 Noise = float | tuple[float, ...]  # standard deviation on a scale of 0 to 255
 HIGHEST = 1e6
-
-
-class Measurements(Protocol):
-    """What a task says of noise; either may be missing.
-
-    ``schedule(net, sigmas)`` hands a network the noise of each of its stages, and ``noise_level(args)`` estimates
-    sigma from the arguments of a forward. Both on a scale of 0 to 255.
-    """
-
-    def schedule(self, net: nn.Module, sigmas: Sequence[float]) -> None: ...
-
-    def noise_level(self, args: tuple[object, ...]) -> float: ...
 
 
 def checked(noise: float | Sequence[float], stages: int) -> Noise:
@@ -33,6 +22,7 @@ def checked(noise: float | Sequence[float], stages: int) -> Noise:
     Raises:
         LoRunError: numbers below 0 or not finite, or as many as there are no stages.
     """
+    noise = noise.tolist() if hasattr(noise, "tolist") else noise  # of torch or numpy
     several = isinstance(noise, Sequence) and not isinstance(noise, str)
     numbers = list(noise) if several else [noise]
     if (several and len(numbers) != stages) or not all(map(is_sigma, numbers)):
@@ -44,7 +34,7 @@ def checked(noise: float | Sequence[float], stages: int) -> Noise:
 
 
 def is_sigma(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= HIGHEST
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= HIGHEST
 
 
 def at_stage(noise: Noise, stage: int) -> float:
@@ -85,6 +75,7 @@ def hand_over(network: nn.Module, schedule: Callable[[nn.Module, list[float]], o
     held = [
         (module, name, tensor)
         for module in network.modules()
+        if not isinstance(module, LowRank)  # which other networks and the adapters hold as well
         for tensors in (module._parameters, module._buffers)
         for name, tensor in tensors.items()
         if tensor is not None

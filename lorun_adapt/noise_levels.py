@@ -11,7 +11,7 @@ from torch import nn
 
 from .adapter_sets import AdapterSets
 from .errors import LoRunError
-from .noise import Measurements, at_stage, between, checked, hand_over, is_sigma
+from .noise import at_stage, between, checked, hand_over, is_sigma
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,26 +22,35 @@ INTERPOLATED = "interpolated"  # the set that stands for a noise level between t
 class NoiseLevels(AdapterSets):
     """What of :class:`LoRunModel` knows of noise."""
 
-    _task: Measurements | None = None
+    _task: Any = None
+    _interpolated_of: tuple[Any, ...] = ()  # what the set of that name was made of
 
     @property
-    def task(self) -> Measurements | None:
-        """What knows of the measurements: a task, or a module with its functions ``schedule`` and ``noise_level``.
+    def task(self) -> Any:
+        """What knows of the measurements: a task, or anything else with its functions ``schedule`` and ``noise_level``.
 
-        ``schedule(net, sigmas)`` hands a network the noise schedule of the sets that it runs with, one sigma for each
-        stage. ``noise_level(args)`` estimates sigma from the arguments of a forward.
+        Either may be missing. ``schedule(net, sigmas)`` hands a network the noise schedule of the sets that it runs
+        with, one sigma for each stage. ``noise_level(args)`` estimates sigma from the arguments of a forward. Both on a
+        scale of 0 to 255.
         """
         return self._task
 
     @task.setter
-    def task(self, task: Measurements | None) -> None:
+    def task(self, task: Any) -> None:
         with self._swapping:
-            before, self._task = self._task, task
+            before = self._task
+            self.__dict__["_task"] = task  # past nn.Module.__setattr__: a module is not to be trained, moved or saved
             try:
                 self._assemble_again()
             except BaseException:
-                self._task = before
+                self.__dict__["_task"] = before
                 raise
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "task":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def set_noise_schedule(self, adapter_name: str, noise_schedule: float | Sequence[float] | None) -> None:
         """Say which noise a set is for.
@@ -58,9 +67,8 @@ class NoiseLevels(AdapterSets):
                     f"expected an adapter among {self.adapter_names}, found {adapter_name!r}: load it first"
                 )
             noise = None if noise_schedule is None else checked(noise_schedule, len(self.stage_map))
-            found = self._set(adapter_name)
-            about = dataclasses.replace(found.about, noise_schedule=noise)
-            self._put_set(adapter_name, dataclasses.replace(found, about=about))
+            held = self._held(adapter_name)
+            self._run_with(adapter_name, held._replace(about=dataclasses.replace(held.about, noise_schedule=noise)))
 
     def select_adapter(self, sigma: float | str, *arguments: Any) -> str:
         """Run with the set for a noise level: the one for it, or what is between the two around it, or the nearest.
@@ -91,11 +99,30 @@ class NoiseLevels(AdapterSets):
                     )
             else:
                 name = INTERPOLATED
-                if name not in self.adapters or self.set_config[name].sigma != sigma:
-                    self.add_weighted_adapter(list(weights), list(weights.values()), name)
-                    self.set_noise_schedule(name, sigma)
+                self._interpolate(weights, sigma)
             self.set_adapter(name, self._inference_mode)
             return name
+
+    def _interpolate(self, weights: Mapping[str, float], sigma: float) -> None:
+        """Make the set between others, where it is not there yet."""
+        tensors = [
+            t
+            for name in weights
+            for held in (self.adapters, self.outside)
+            if name in held
+            for t in held[name].parameters()
+        ]
+        made_of = (sigma, weights, [(id(tensor), tensor._version) for tensor in tensors])
+        if INTERPOLATED in self.adapters and made_of == self._interpolated_of:
+            return
+        before = self._held(INTERPOLATED)
+        try:
+            self.add_weighted_adapter(list(weights), list(weights.values()), INTERPOLATED)
+            self.set_noise_schedule(INTERPOLATED, sigma)
+        except BaseException:
+            self._hold(INTERPOLATED, before)
+            raise
+        self._interpolated_of = made_of
 
     def weights_for(self, sigma: float, among: Iterable[str] | None = None) -> dict[str, float]:
         """How much of which set stands for a noise level; ``among``: sets to choose from, by default all.
@@ -103,8 +130,9 @@ class NoiseLevels(AdapterSets):
         Raises:
             LoRunError: none whose noise is known as one number.
         """
-        names = [name for name in self.adapters if name != INTERPOLATED] if among is None else among
-        known = {name: self.set_config[name].sigma for name in names if self.set_config[name].sigma is not None}
+        names = [name for name in self.adapters if name != INTERPOLATED] if among is None else list(among)
+        known = {name: self.set_config[name].sigma for name in names if name in self.adapters}
+        known = {name: level for name, level in known.items() if level is not None}
         if not known:
             raise LoRunError(
                 f"expected a set for one known noise level, found none among {list(names)}: say what they are for with "
@@ -115,6 +143,8 @@ class NoiseLevels(AdapterSets):
     def _begin_set(self, name: str, start_from: Sequence[str], noise_schedule: float | Sequence[float] | None) -> None:
         """Make a set that begins as another, or between several, and is for that noise."""
         noise = None if noise_schedule is None else checked(noise_schedule, len(self.stage_map))
+        if len(set(start_from)) < len(start_from):
+            raise LoRunError(f"expected each set to start from once, found {list(start_from)}: leave out what is twice")
         weights = dict.fromkeys(start_from, 1 / max(len(start_from), 1))
         if isinstance(noise, float) and all(
             n in self.adapters and self.set_config[n].sigma is not None for n in weights

@@ -106,7 +106,12 @@ def calibration_options(required: bool) -> Callable[[Function], Function]:
         folder = click.option(
             "--calibration", type=FILE, required=required, help="Folder of images to recover the quality on."
         )
-        for option in reversed((folder, MINUTES, STEPS, TRUTH, BATCH, CHECKPOINT, SIGMA)):
+        noise = click.option(
+            "--sigma",
+            type=click.FloatRange(min=0),
+            help="Noise on the measurements, on a scale of 0 to 255.  [default: 0]",
+        )
+        for option in reversed((folder, MINUTES, STEPS, TRUTH, BATCH, CHECKPOINT, noise)):
             command = option(command)
         return command
 

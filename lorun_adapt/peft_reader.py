@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from peft import LoraConfig
@@ -20,8 +20,9 @@ from .lowrank import LowRank
 from .peft_config import REFUSED, config_from_json
 from .peft_format import Names, bias_of
 from .peft_limits import PREFIX, layer_problem
-from .reading import Layouts, Slot, file_limit, parse_json
+from .reading import Slot, file_limit, parse_json, parse_tensors
 from .stages import Group, Site, StageMap, TensorSpec, is_sound
+from .template import Place, Template, template_of
 
 USUAL_RANKS = 256  # up to here a file's rank may be above all sides of the network's matrices
 MOST_CONFIGS = 16  # kept: the stages of a set have one, mostly
@@ -46,7 +47,6 @@ class Reader:
 
     Attributes:
         slots: what a file may hold: by name, the shape and dtype.
-        layouts: of files that were read.
         highest: what a file's ranks may be: more than a tensor's limit, as PEFT allows it, but within reason.
         bytes: what a file may have.
     """
@@ -57,7 +57,7 @@ class Reader:
         self._names = [(spec, Names(denoiser, spec)) for spec in group.tensors if not spec.common]
         self._adaptable = {spec.name for spec, _ in self._names if spec.adaptable}
         self._own = {spec.name for spec, _ in self._names}
-        self.layouts: Layouts = {}
+        self._templates: dict[tuple[bytes, bytes, int], tuple[Template, dict[str, str]]] = {}
         self._frozen = [spec.name for spec in group.tensors if spec.frozen]
         self._configs: dict[bytes, Wanted] = {}
         self._problems: dict[tuple[str, frozenset[str]], str | None] = {}
@@ -71,7 +71,45 @@ class Reader:
         self.highest = max([USUAL_RANKS, *(max(spec.matrix) for spec in group.tensors if spec.adaptable)])
         self.bytes = file_limit(self.slots, self.highest)
 
-    def wanted(self, content: bytes, where: str) -> Wanted:
+    def read(
+        self, config: bytes, content: bytes, site: Site, where: Sequence[str]
+    ) -> tuple[StageAdapter, LoraConfig, dict[str, str]]:
+        """The adapter for the denoiser at ``site``, its config, and the metadata of its tensors.
+
+        Args:
+            config, content: the bytes of the two files.
+            where: what these are called.
+
+        Raises:
+            LoRunError: damage, or what is not for this denoiser; see :meth:`adapter`.
+        """
+        wanted = self._wanted(config, where[0])
+        length = int.from_bytes(content[:8], "little")
+        key = config, content[: 8 + length], len(content)
+        if (known := self._templates.get(key)) is not None:
+            template, about = known
+            filled = template.filled(content)
+            if (
+                filled is not None
+                and self._problem([n.replace("/", ".") for n in filled._modules], wanted, site) is None
+            ):
+                return filled, wanted.told, about
+        tensors, about = parse_tensors(content, self.slots, where[1], self.highest)
+        adapter = self.adapter(tensors, wanted, site, where[1])
+        template = template_of(content, tensors, self._places(), adapter)
+        if template is not None and len(self._templates) < MOST_CONFIGS:
+            self._templates[key] = template, about
+        return adapter, wanted.told, about
+
+    def _places(self) -> dict[str, Place]:
+        """Where the tensors of a file go that need nothing done to them."""
+        found: dict[str, Place] = {}
+        for spec, names in self._names:
+            key = spec.name.replace(".", "/")
+            found |= {PREFIX + spec.name: ("", key), names.a: (key, "lora_A"), names.b: (key, "lora_B")}
+        return found
+
+    def _wanted(self, content: bytes, where: str) -> Wanted:
         """What the bytes of a config say.
 
         Raises:
@@ -87,7 +125,7 @@ class Reader:
             self._configs[content] = found
         return found
 
-    def read(self, tensors: Mapping[str, Tensor], wanted: Wanted, site: Site, where: str) -> StageAdapter:
+    def adapter(self, tensors: Mapping[str, Tensor], wanted: Wanted, site: Site, where: str) -> StageAdapter:
         """The adapter that ``tensors``, which fit ``slots``, hold for the denoiser at ``site``.
 
         What an adapter of PEFT's own neither targets nor saves stays as in the base. A rank above a tensor's
@@ -154,7 +192,7 @@ class Reader:
             )
         return StageAdapter(terms, private, self._frozen)
 
-    def _problem(self, terms: Mapping[str, LowRank], wanted: Wanted, site: Site) -> str | None:
+    def _problem(self, terms: Iterable[str], wanted: Wanted, site: Site) -> str | None:
         """Why PEFT's layers would do something else than is done here, where the file is PEFT's as well."""
         if wanted.everything:
             return None

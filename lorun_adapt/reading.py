@@ -9,7 +9,6 @@ import os
 import re
 import stat
 import struct
-import sys
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -35,6 +34,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 PLAIN = re.compile(r"(\w[\w-]*(\.[\w-]+)*/)*\w[\w-]*(\.[\w-]+)*")  # names that no system takes for more than they are
+LARGE = 1 << 26  # bytes to ask for at a time of a file that one call does not give whole
 FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 METADATA = 65_536  # bytes of a header beside its tensors
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a zip is torch.save's
@@ -55,15 +55,18 @@ class Slot(NamedTuple):
         )
 
 
-def read_file(folder: Path, name: str, limit: int) -> bytes:
+def read_file(folder: Path, name: str, limit: int, plain: set[str] | None = None) -> bytes:
     """The bytes of the file ``name`` within ``folder``.
+
+    Args:
+        plain: folders within it that were seen not to be links, to which this one's is added.
 
     Raises:
         LoRunError: no such file, one of more than ``limit`` bytes, one that isn't an ordinary
             file, or one outside the folder, through its name or a link.
     """
-    path = os.path.join(folder, name)
-    if not _within(path, folder, name):
+    path = f"{folder}{os.sep}{name}"
+    if not _within(path, folder, name, set() if plain is None else plain):
         raise LoRunError(f"expected files within {folder}, found that {name!r} leads out of it: do not trust it")
     try:
         # A pipe by that name must not make the reader wait.
@@ -89,13 +92,16 @@ def read_file(folder: Path, name: str, limit: int) -> bytes:
 def _read_all(handle: int, size: int, limit: int) -> bytes:
     """What a file holds, of which no more than one byte beyond ``limit``, as it may grow meanwhile."""
     content = os.read(handle, size + 1)
-    while len(content) <= limit and (more := os.read(handle, min(limit + 1 - len(content), 1 << 16))):
-        content += more
-    return content
+    if len(content) == size:  # and no more
+        return content
+    parts, left = [content], limit + 1
+    while (left := left - len(parts[-1])) > 0 and parts[-1]:
+        parts.append(os.read(handle, min(left, LARGE)))
+    return b"".join(parts)
 
 
-def _within(path: str, folder: Path, name: str) -> bool:
-    if PLAIN.fullmatch(name) and not _has_link(folder, name):  # which is far quicker than to resolve both
+def _within(path: str, folder: Path, name: str, plain: set[str]) -> bool:
+    if PLAIN.fullmatch(name) and not _has_link(folder, name, plain):  # which is far quicker than to resolve both
         return True
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         return False
@@ -110,14 +116,17 @@ def _within(path: str, folder: Path, name: str) -> bool:
     return any(Path(real).parent == cache / "blobs" for cache in caches)
 
 
-def _has_link(folder: Path, name: str) -> bool:
+def _has_link(folder: Path, name: str, plain: set[str]) -> bool:
     """Whether one of the parts of ``name`` is a link, or can't be told."""
-    place = os.fspath(folder)
+    parts = name.split("/")
     try:
-        for part in name.split("/"):
-            place = f"{place}{os.sep}{part}"
-            if stat.S_ISLNK(os.lstat(place).st_mode):
-                return True
+        for end in range(1, len(parts) + 1):
+            part = "/".join(parts[:end])
+            if part not in plain:
+                if stat.S_ISLNK(os.lstat(f"{folder}{os.sep}{part}").st_mode):
+                    return True
+                if end < len(parts):
+                    plain.add(part)
     except (OSError, ValueError):
         return True
     return False
@@ -164,12 +173,9 @@ def file_limit(slots: Mapping[str, Slot], highest_rank: int = 1) -> int:
 
 
 def parse_tensors(
-    content: bytes, slots: Mapping[str, Slot], where: str, highest_rank: int = 1, known: Layouts | None = None
+    content: bytes, slots: Mapping[str, Slot], where: str, highest_rank: int = 1
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file, some or all of ``slots``.
-
-    Args:
-        known: layouts of files for these slots, to which this one's is added.
 
     Raises:
         LoRunError: damage, or a tensor that is no slot's; seen in the header, before any is made.
@@ -183,8 +189,6 @@ def parse_tensors(
     if len(content) < 8:
         raise fail("a safetensors file", f"{len(content)} bytes")
     (length,) = struct.unpack("<Q", content[:8])
-    if known and (layout := known.get((content[: 8 + length], len(content)))) is not None:
-        return layout.read(content), layout.metadata
     if length > len(content) - 8 and (content[:4] == PICKLES[0] or content[:2] in PICKLES):
         raise LoRunError(
             f"expected a safetensors file, found a pickle in {where}: pickles can run code and are never read; ask for "
@@ -209,44 +213,9 @@ def parse_tensors(
             sides = tuple("rank" if side is None else side for side in slots[name].shape)
             raise fail(f"{name!r} of shape {_shown(sides)} and {slots[name].dtype}", f"{_shown(shape)} and {dtype}")
     try:
-        tensors = load(content)
+        return load(content), metadata
     except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError, OverflowError, AssertionError) as error:
         raise fail("a safetensors file", f"damage ({str(error).splitlines()[0][:200]})") from error
-    if (
-        known is not None
-        and len(known) < MOST_LAYOUTS
-        and (layout := _layout(header, metadata, 8 + length)) is not None
-    ):
-        known[content[: 8 + length], len(content)] = layout
-    return tensors, metadata
-
-
-class Layout(NamedTuple):
-    """Where the tensors of a file are, all of one dtype: a header that was found right once need not be read again."""
-
-    start: int
-    dtype: torch.dtype
-    tensors: list[tuple[str, list[int]]]  # name and shape, in the order of the file
-    metadata: dict[str, str]
-
-    def read(self, content: bytes) -> dict[str, Tensor]:
-        flat = torch.frombuffer(bytearray(content), dtype=self.dtype, offset=self.start)
-        parts = flat.split([math.prod(shape) for _, shape in self.tensors])
-        return {name: part.reshape(shape).clone() for (name, shape), part in zip(self.tensors, parts)}
-
-
-Layouts = dict[tuple[bytes, int], Layout]  # by the header and the bytes of the file
-MOST_LAYOUTS = 16
-
-
-def _layout(header: Mapping[str, Any], metadata: dict[str, str], start: int) -> Layout | None:
-    """Of a header that safetensors has accepted, if its tensors are of one dtype and aligned."""
-    dtypes = {entry["dtype"] for entry in header.values()}
-    dtype = DTYPES[dtypes.pop()] if len(dtypes) == 1 else None
-    shapes = [(name, entry["shape"]) for name, entry in sorted(header.items(), key=lambda e: e[1]["data_offsets"])]
-    if dtype is None or start % dtype.itemsize or sys.byteorder != "little" or not all(math.prod(s) for _, s in shapes):
-        return None
-    return Layout(start, dtype, shapes, metadata)
 
 
 def _shown(shape: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import threading
@@ -85,6 +86,8 @@ def recover(
                 finished = trainer.train(stop)
     finally:
         lorun._fingerprint = None
+        # What was measured was so of other weights.
+        lorun.set_config = {n: dataclasses.replace(about, measured=()) for n, about in lorun.set_config.items()}
     if not finished:
         warnings.warn("recovery was stopped: the network has the best weights so far", stacklevel=3)
     return finished

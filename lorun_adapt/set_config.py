@@ -11,9 +11,10 @@ from .errors import LoRunError
 from .noise import Noise, checked
 from .reading import parse_json
 
-LONGEST = 16_384  # bytes of the file
+LONGEST = 1 << 19  # bytes of the file
 MOST_MEASURED = 100
 SHORT = 200  # characters of a name
+MOST = 1e12  # of a number
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,18 @@ def _is_measured(row: Any) -> bool:
         return False
     numbers = [value for name, value in row.items() if name not in ("images", "count")]
     return (
-        isinstance(row["images"], str)
-        and len(row["images"]) <= SHORT
+        is_short(row["images"])
         and type(row["count"]) is int
         and 0 < row["count"] < 2**31
-        and all(type(n) in (int, float) or (n is None and i >= 3) for i, n in enumerate(numbers))
+        and all((n is None and i >= 3) or (type(n) in (int, float) and -MOST < n < MOST) for i, n in enumerate(numbers))
     )
+
+
+def is_short(text: object) -> bool:
+    """Whether it can stand in a card: some printable words."""
+    return isinstance(text, str) and len(text) <= SHORT and text.isprintable()
+
+
+def shortened(text: str) -> str:
+    """Words that can stand in a card."""
+    return "".join(c if c.isprintable() else " " for c in text)[:SHORT]

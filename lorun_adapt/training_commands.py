@@ -75,7 +75,6 @@ def convert_(
     """
     from .calibration import Batches
     from .conversion import collapse
-    from .model import DEFAULT_SET
 
     if calibration is None and (given := [f"--{name}" for name, value in training.items() if value]):
         raise click.UsageError(f"{' and '.join(given)} without --calibration: give the folder of images")
@@ -92,10 +91,7 @@ def convert_(
             calibration=weighed,
             seed=seed,
         )
-    finished = True
-    if crops is not None:
-        finished = _recover(lorun, net, crops, seed, training)
-        lorun.set_noise_schedule(DEFAULT_SET, training["sigma"])
+    finished = crops is None or _recover(lorun, spec, net, crops, seed, training)
     _save(lorun, spec, out, dtype, finished)
 
 
@@ -129,9 +125,7 @@ def recover(
     spec, net = trained_network(task, weights, seed)
     crops = _crops(spec, calibration, seed, training)
     lorun = from_pretrained(converted, net.to(device))
-    finished = _recover(lorun, net, crops, seed, training)
-    for name in lorun.adapter_names:
-        lorun.set_noise_schedule(name, training["sigma"])
+    finished = _recover(lorun, spec, net, crops, seed, training)
     _save(lorun, spec, out, dtype, finished)
 
 
@@ -182,7 +176,7 @@ def finetune(
     """
     from .budget import Budget
     from .calibration import Crops, held_out_of
-    from .checkpoint import from_pretrained
+    from .checkpoint import from_pretrained, write_words
     from .model import DEFAULT_SET
     from .seeds import set_seed
     from .task import load_task
@@ -208,10 +202,12 @@ def finetune(
         checkpoint=checkpoint,
         seed=seed,
     )
-    if finished and _is_main_process():
-        _show_gain(lorun, spec, kept, adapter_name, (start_from or (DEFAULT_SET,))[0], sigma, images, seed)
     lorun.set_adapter(before)
     _save(lorun, spec, out, dtype, finished, report=False)
+    if _is_main_process():
+        _show_gain(lorun, spec, kept, adapter_name, (start_from or (DEFAULT_SET,))[0], sigma, images, seed)
+        lorun.set_adapter(before)
+        write_words(lorun, out)
 
 
 def _show_gain(
@@ -238,10 +234,17 @@ def _crops(spec: Task, folder: Path, seed: int, training: dict[str, Any]) -> Cro
     from .calibration import Crops
 
     Budget(training["minutes"], training["steps"])
-    return Crops(spec, spec.images(folder), sigma=training["sigma"], seed=seed, size=training["batch"])
+    return Crops(spec, spec.images(folder), sigma=training["sigma"] or 0.0, seed=seed, size=training["batch"])
 
 
-def _recover(lorun: LoRunModel, net: nn.Module, crops: Crops, seed: int, training: dict[str, Any]) -> bool:
+def _recover(lorun: LoRunModel, spec: Task, net: nn.Module, crops: Crops, seed: int, training: dict[str, Any]) -> bool:
+    """Recover, with both networks told of the noise where the task has a way to and ``--sigma`` was given."""
+    lorun.task = spec
+    if training["sigma"] is not None or spec.schedule is None:
+        if spec.schedule is not None:
+            spec.schedule(net, [training["sigma"]] * len(lorun.stage_map))
+        for name in lorun.adapter_names:
+            lorun.set_noise_schedule(name, training["sigma"] or 0.0)
     return lorun.recover(
         net,
         crops,
@@ -258,11 +261,12 @@ def _save(lorun: LoRunModel, spec: Task, out: Path, dtype: str | None, finished:
     import torch
 
     from .folder import tensor_bytes
+    from .set_config import shortened
 
     if _is_main_process():
         lorun.card = dataclasses.replace(
             lorun.card,
-            task=spec.title,
+            task=shortened(spec.title),
             license=spec.license or lorun.card.license,
             base_model=spec.base_model or lorun.card.base_model,
         )

@@ -11,6 +11,7 @@ import torch
 from dun_zoo import ZOO, Block, Case, Denoiser, ListOfBlocks
 from test_recover import launch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel
@@ -35,6 +36,10 @@ def noisy(count: int = 8, seed: int = 2) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 def to_truth(output: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
     return (output - batch[2]).square().mean()
+
+
+def to_half(output: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+    return (output - 0.5).square().mean()
 
 
 def error(lorun: nn.Module, batches: list[tuple[Tensor, Tensor, Tensor]]) -> float:
@@ -65,7 +70,7 @@ def test_only_the_new_set_trains() -> None:
 def test_every_shape_of_network(case: Case) -> None:
     lorun = lorun_adapt.convert(case.net, rank=1, **case.find())
     before, start = frozen(lorun), lorun(*case.inputs).detach()
-    assert lorun.finetune([case.inputs], "new", steps=5, loss=lambda output, batch: (output - 0.5).square().mean())
+    assert lorun.finetune([case.inputs], "new", steps=5, loss=to_half, held_out=[case.inputs])
     assert same(frozen(lorun), before)
     assert (lorun(*case.inputs) - 0.5).square().mean() <= (start - 0.5).square().mean()
 
@@ -108,6 +113,34 @@ def test_few_images_do_not_make_it_worse() -> None:
     assert error(lorun, judged) <= before + 1e-7
 
 
+def test_nothing_to_hold_out_is_said() -> None:
+    for batches in (noisy(2), DataLoader(ListDataset(noisy(8)), batch_size=None)):
+        lorun, _ = converted()
+        with pytest.warns(UserWarning, match="no batches are held out"):
+            lorun.finetune(batches, "new", steps=2, loss=to_truth)
+    lorun, _ = converted()
+    lorun.finetune(iter(noisy(8)), "new", steps=2, loss=to_truth)
+    lorun.finetune(noisy(8), "other", steps=2, loss=to_truth, held_out=DataLoader(Stream(), batch_size=None))
+
+
+class ListDataset(Dataset):
+    def __init__(self, items: list) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int):
+        return self.items[index]
+
+
+class Stream(IterableDataset):
+    """Of a loader of these ``len()`` raises a TypeError."""
+
+    def __iter__(self):
+        return iter(noisy(8))
+
+
 def test_it_ends_where_nothing_gets_better() -> None:
     lorun, _ = converted()
     seen: list[int] = []
@@ -147,6 +180,33 @@ def test_runs_repeat_and_resume(tmp_path) -> None:
     assert same(run(checkpoint=state), whole) and not state.exists()
 
 
+def test_a_stopped_set_is_gone_on_with(tmp_path) -> None:
+    def run(lorun: LoRunModel, loss=to_truth) -> None:
+        lorun.finetune(noisy(), "new", steps=30, loss=loss, checkpoint=tmp_path / "state.safetensors")
+
+    def stopping(output: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+        seen.append(1)
+        if len(seen) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return to_truth(output, batch)
+
+    whole, seen = converted()[0], []
+    run(whole)
+    lorun, net = converted()
+    with pytest.warns(UserWarning, match="fine-tuning was stopped"):
+        run(lorun, stopping)
+    lorun.save_pretrained(tmp_path / "saved")
+    with pytest.raises(LoRunError, match="a new name"):
+        lorun.finetune(noisy(), "new", steps=30, loss=to_truth)
+    before = {name: tensor.clone() for name, tensor in lorun.state_dict().items()}
+    with pytest.raises(LoRunError, match="found 'nothing'"):
+        lorun.finetune(noisy(), "new", "nothing", steps=30, loss=to_truth, checkpoint=tmp_path / "state.safetensors")
+    assert same(lorun.state_dict(), before) and set(lorun.active_adapters.values()) == {"new"}
+    again = lorun_adapt.from_pretrained(tmp_path / "saved", net)
+    run(again)
+    assert same(again.state_dict(), whole.state_dict())
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
@@ -158,8 +218,8 @@ def test_runs_repeat_and_resume(tmp_path) -> None:
         ((noisy(), "new", []), {"steps": 3, "loss": to_truth}, "as many weights as adapters"),
         ((noisy(), "a/b"), {"steps": 3, "loss": to_truth}, "an adapter name"),
         ((noisy(), "new"), {"loss": to_truth}, "minutes or steps"),
-        (([], "new"), {"steps": 3, "loss": to_truth}, "to hold batches, found none"),
-        (([(torch.rand(2, 3),)], "new"), {"steps": 3, "loss": to_truth}, "to run on the first batch"),
+        ((iter([]), "new"), {"steps": 3, "loss": to_truth}, "to hold batches, found none"),
+        ((iter([(torch.rand(2, 3),)]), "new"), {"steps": 3, "loss": to_truth}, "to run on the first batch"),
         ((noisy(), "new"), {"steps": 3, "teacher": nn.Linear(2, 2)}, "that was converted as teacher"),
         ((noisy(), "new"), {"steps": 3, "loss": lambda *_: torch.tensor(float("nan"))}, "finite"),
     ],
@@ -205,7 +265,7 @@ def test_it_is_saved_beside_the_others(tmp_path) -> None:
 def test_a_loop_trains_its_calls_apart() -> None:
     case = ZOO["looped"]()
     lorun = lorun_adapt.convert(case.net, rank=2, calls={"p": 4})
-    lorun.finetune([case.inputs], "new", steps=5, loss=lambda output, batch: (output - 0.5).square().mean())
+    lorun.finetune([case.inputs], "new", steps=5, loss=to_half, held_out=[case.inputs])
     group = lorun.stage_map.groups[0]
     first, last = (lorun.adapter_of(group, site) for site in (group.sites[0], group.sites[-1]))
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), last.parameters()))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel
+from lorun_adapt.description import as_text
 from lorun_adapt.noise import between, mixed
 from lorun_adapt.noise_levels import INTERPOLATED
 from lorun_adapt.set_config import Measured, SetConfig, read_set_config
@@ -103,7 +104,16 @@ def test_it_is_saved_and_loaded(tmp_path) -> None:
     assert lorun.set_config["alone"] == expected["sigma25"]
     assert not (tmp_path / "saved/adapters/default/set_config.json").exists()
     lorun.load_adapter(tmp_path / "alone/stage_00", "alone", stage=0)
-    assert lorun.set_config["alone"] == expected["sigma25"]
+    assert lorun.set_config["alone"] == SetConfig(25.0)  # what was measured was so of other weights
+
+
+@pytest.mark.parametrize("noise", [np.float32(25), torch.tensor(25), 25, np.int64(25)])
+def test_what_is_one_sigma(noise) -> None:
+    lorun, _ = converted()
+    lorun.set_noise_schedule("default", noise)
+    assert lorun.set_config["default"].noise_schedule == 25.0
+    lorun.set_noise_schedule("default", torch.linspace(1, 3, 3))
+    assert lorun.set_config["default"].noise_schedule == (1, 2, 3)
 
 
 @pytest.mark.parametrize("noise", [-1, float("nan"), float("inf"), True, "25", [1, 2], [1, 2, 3, 4], [1, 2, -3], []])
@@ -138,6 +148,8 @@ GOOD = {"noise_schedule": 25.0, "measured": [vars(Measured("a", 1, 0.0, 1.0, 1.0
         {**GOOD, "measured": [{**GOOD["measured"][0], "count": 0}]},
         {**GOOD, "measured": [{**GOOD["measured"][0], "psnr": None}]},
         {**GOOD, "measured": [{**GOOD["measured"][0], "psnr": "1"}]},
+        {**GOOD, "measured": [{**GOOD["measured"][0], "psnr": 10**400}]},
+        {**GOOD, "measured": [{**GOOD["measured"][0], "images": "\ud800"}]},
     ],
 )
 def test_damage_is_refused(wrong) -> None:
@@ -152,6 +164,41 @@ def test_a_measurement_takes_the_place_of_the_same() -> None:
         for sigma in (0.0, 25.0):
             about = about.with_measured(Measured("a", 8, sigma, psnr, 1.0))
     assert [(m.sigma, m.psnr) for m in about.measured] == [(0, 2), (25, 2)]
+
+
+def test_all_that_is_noted_can_be_read(tmp_path) -> None:
+    lorun, net = converted()
+    lorun.set_noise_schedule("default", [1 / 3] * 3)
+    for i in range(120):
+        lorun.note_quality(Measured(200 * "é", 8, i / 7, 1 / 3, 1 / 3, 1 / 3, 1 / 3))
+    for psnr in (float("inf"), float("nan")):
+        with pytest.raises(LoRunError, match="finite figures"):
+            lorun.note_quality(Measured("a", 8, 0.0, psnr, 1.0))
+    lorun.save_pretrained(tmp_path / "saved")
+    assert len(lorun_adapt.from_pretrained(tmp_path / "saved", net).set_config["default"].measured) == 100
+    lorun.card = lorun_adapt.Card(license="a\nb")
+    with pytest.raises(LoRunError, match="short lines of text"):
+        lorun.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_quality_is_that_of_the_weights() -> None:
+    lorun, net = converted()
+    lorun.note_quality(Measured("a", 8, 0.0, 30.0, 1.0))
+    lorun.recover(net, [batch[:2] for batch in noisy(4)], steps=1)
+    assert lorun.set_config["default"].measured == ()
+
+
+def test_names_of_files_stay_inside(made, capsys, monkeypatch) -> None:
+    description = json.loads((made / "net/lorun_config.json").read_text())
+    description.pop("sha256")
+    description["files"]["../outside/x"] = "0" * 64
+    (made / "net/lorun_config.json").write_text(as_text(description))
+    code, _, err = call(
+        capsys, monkeypatch, "eval", made / "my_task.py", "--converted", made / "net", "--images", made / "images",
+        "--record",
+    )  # fmt: skip
+    assert code == 2 and "wrong 'files'" in err and not (made / "outside").exists()
 
 
 # --- choosing ------------------------------------------------------------------------------------
@@ -171,6 +218,14 @@ def test_the_set_for_a_noise_level() -> None:
     assert torch.equal(lorun(*BATCH), expected)
     first = lorun.adapters[INTERPOLATED]
     assert lorun.select_adapter(25) == INTERPOLATED and lorun.adapters[INTERPOLATED] is first
+    with torch.no_grad():
+        for parameter in lorun.adapters["sigma10"].parameters():
+            parameter.mul_(1.1)
+    assert lorun.select_adapter(25) == INTERPOLATED and not torch.equal(lorun(*BATCH), expected)
+    lorun.set_adapter("sigma10")
+    lorun.copy_adapter("expected", "sigma20")
+    lorun.set_noise_schedule("sigma20", 20)
+    expected = lorun(*BATCH)
     assert lorun.select_adapter(30) == INTERPOLATED and lorun.set_config[INTERPOLATED].sigma == 30
     assert not torch.equal(lorun(*BATCH), expected)
     lorun.set_adapter("sigma10", inference_mode=True)
@@ -426,9 +481,12 @@ def test_a_schedule_that_fails_leaves_what_was() -> None:
     lorun, _ = converted()
     lorun.copy_adapter("default", "a")
     lorun.set_noise_schedule("a", 25)
+    parameters = [id(parameter) for parameter in lorun.adapters.parameters()]
+    calls: list[list[float]] = []
 
     def schedule(net: nn.Module, sigmas: list[float]) -> None:
-        if sigmas[0] > 25:
+        calls.append(sigmas)
+        if sigmas[0] > 25 or len(calls) > 7:
             raise RuntimeError("too noisy")
 
     lorun.task = SimpleNamespace(schedule=schedule)
@@ -445,6 +503,27 @@ def test_a_schedule_that_fails_leaves_what_was() -> None:
         lorun.task = SimpleNamespace(schedule=lambda: None)
     assert lorun.task.schedule is schedule and type(lorun.network) is type(network)
     lorun(*BATCH)
+    lorun.set_noise_schedule("a", 24)
+    count = len(calls)
+    lorun.set_noise_schedule("a", 23)
+    assert len(calls) == count + 1 and calls[-1] == [23.0] * 3
+    calls.extend([[]] * 8)  # from now on it always raises
+    with pytest.raises(RuntimeError, match="too noisy"):
+        lorun.set_noise_schedule("a", 22)
+    lorun(*BATCH)
+    assert lorun.set_config["a"].sigma == 23
+    assert [id(parameter) for parameter in lorun.adapters.parameters()] == parameters
+
+
+def test_a_task_may_be_a_network() -> None:
+    class Estimator(nn.Linear):
+        def noise_level(self, args: tuple[Tensor, ...]) -> float:
+            return 50.0
+
+    lorun = levels(10, 50)
+    lorun.task = Estimator(3, 3)
+    assert lorun.select_adapter("auto", *BATCH) == "sigma50"
+    assert not any("task" in name for name, _ in lorun.named_parameters())
 
 
 # --- the command line ----------------------------------------------------------------------------
@@ -488,7 +567,7 @@ def made(tmp_path: Path, capsys, monkeypatch) -> Path:
         Image.fromarray(np.roll(smooth, 5 * i, 0).astype(np.uint8)).save(tmp_path / f"images/{i}.png")
     code, _, err = call(
         capsys, monkeypatch, "convert", tmp_path / "my_task.py", "--weights", tmp_path / "net.pth", "--rank", 2,
-        "--calibration", tmp_path / "images", "--steps", 20, "--out", tmp_path / "net",
+        "--calibration", tmp_path / "images", "--steps", 20, "--sigma", 0, "--out", tmp_path / "net",
     )  # fmt: skip
     assert code == 0, err
     return tmp_path
@@ -553,9 +632,17 @@ def test_cards(made, capsys, monkeypatch) -> None:
     assert "The base is elsewhere" in text and "load_adapter" in text
 
 
+def test_images_that_cannot_be_judged_do_not_cost_the_training(made, capsys, monkeypatch) -> None:
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(made / "images/0.png")  # the one that is held out
+    code, _, err = finetune(made, capsys, monkeypatch, "--steps", 3)
+    assert code == 2 and "11 pixels a side" in err
+    assert "sigma25" in lorun_adapt.from_pretrained(made / "out", load_task(str(made / "my_task.py")).build()).adapters
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--steps", 3, "--start-from", "default", "--start-from", "default"), "from once"),
         (("--steps", 3, "--adapter-name", "default"), "a new name"),
         (("--steps", 3, "--start-from", "nothing"), "found 'nothing'"),
         (("--steps", 3, "--also", "steps"), "outside the stages"),
