@@ -89,19 +89,36 @@ def main() -> None:
     lorun = lorun_adapt.from_pretrained(args.converted, net)
     files, (kept, trained) = task.images(args.judge), held_out_of(task.images(args.images))
 
-    print("| sigma | original | fine-tuned as a whole | gain | converted | adapters alone | gain | share of the gain |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
     starts, ends = {}, {}
     for sigma in args.sigmas:
-        crops, judged = (Crops(task, part, sigma=sigma) for part in (trained, kept))
         lorun.set_adapter("default")
         starts[sigma] = psnr(task, files, lorun, sigma)
+        crops, judged = (Crops(task, part, sigma=sigma) for part in (trained, kept))
         name = f"sigma{sigma:g}"
         if not lorun.finetune(
             crops, name, noise_schedule=sigma, minutes=args.minutes, loss=crops.loss, held_out=judged.some()
         ):
             raise KeyboardInterrupt
         ends[sigma] = psnr(task, files, lorun, sigma)
+    if args.out is not None:
+        lorun.save_pretrained(args.out)
+    low, middle, high = args.sigmas
+    original, size = sum(p.numel() * p.element_size() for p in net.parameters()), set_bytes(lorun, f"sigma{low:g}")
+    lorun.set_adapter("default")
+    lorun.delete_adapter(f"sigma{middle:g}")
+    lorun.select_adapter(middle)
+    between = psnr(task, files, lorun, middle)
+    print(
+        f"A set is {size:,} bytes in float16, {original / size:.1f} times less than the original's {original:,}.\n\n"
+        f"| judged at sigma {middle:g} | PSNR (dB) | gain |\n| --- | ---: | ---: |\n"
+        f"| converted | {starts[middle]:.2f} | |\n"
+        f"| between the sets for {low:g} and {high:g} | {between:.2f} | {between - starts[middle]:.2f} |\n"
+        f"| the set for {middle:g} | {ends[middle]:.2f} | {ends[middle] - starts[middle]:.2f} |\n"
+    )
+    print("| sigma | original | fine-tuned as a whole | gain | converted | adapters alone | gain | share of the gain |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
+    for sigma in args.sigmas:
+        crops, judged = (Crops(task, part, sigma=sigma) for part in (trained, kept))
         before = psnr(task, files, net, sigma)
         after = psnr(task, files, train_whole(net, crops, judged, args.minutes), sigma)
         whole, own = after - before, ends[sigma] - starts[sigma]
@@ -110,22 +127,6 @@ def main() -> None:
             f"| {own:.2f} | {100 * own / whole:.0f} % |",
             flush=True,
         )
-        if args.out is not None:
-            lorun.save_pretrained(args.out)
-    low, middle, high = args.sigmas
-    lorun.set_adapter("default")
-    lorun.delete_adapter(f"sigma{middle:g}")
-    lorun.select_adapter(middle)
-    between = psnr(task, files, lorun, middle)
-    original = sum(p.numel() * p.element_size() for p in net.parameters())
-    size = set_bytes(lorun, f"sigma{low:g}")
-    print(
-        f"\nA set is {size:,} bytes in float16, {original / size:.1f} times less than the original's {original:,}.\n\n"
-        f"| judged at sigma {middle:g} | PSNR (dB) | gain |\n| --- | ---: | ---: |\n"
-        f"| converted | {starts[middle]:.2f} | |\n"
-        f"| between the sets for {low:g} and {high:g} | {between:.2f} | {between - starts[middle]:.2f} |\n"
-        f"| the set for {middle:g} | {ends[middle]:.2f} | {ends[middle] - starts[middle]:.2f} |"
-    )
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ from .description import (
     PEFT_CONFIG,
     SET_CONFIG,
     TENSORS,
+    description_bytes,
     groups_of,
-    read_description,
+    parse_description,
     stage_map_of,
 )
 from .errors import LoRunError
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
     from .adapter_sets import AdapterSets
 
+MOST_KNOWN = 4  # descriptions that are kept
 BASE_KEY = "lorun_base"  # the fingerprint of the base, in the metadata of a safetensors file
 
 
@@ -164,20 +166,31 @@ def _place_of(path: Path, lorun: AdapterSets, fingerprint: str) -> tuple[Saved, 
         key = "" if root == path else path.relative_to(root).as_posix()
         if not f"{key}/".startswith(("/", f"{ADAPTERS}/")) or not os.path.lexists(os.path.join(root, CONFIG)):
             continue
-        description = read_description(root, lorun.stage_map.tensors, lorun.descriptions)
+        content = description_bytes(root, lorun.stage_map.tensors)
+        known = lorun.descriptions.get(content)
+        description = known or parse_description(content, root / CONFIG)
         if key and not any(name.startswith(f"{key}/") for name in description["files"]):
             break  # something that was put there later
-        if description["fingerprint"] != fingerprint:
-            raise other_base(fingerprint, description["fingerprint"], str(root / CONFIG))
-        alike = description["network"] == lorun.stage_map.network
-        if not (alike and description["groups"] == groups_of(lorun.stage_map)):
-            stage_map_of(lorun.base, description, root / CONFIG)  # says what does not fit
-            raise LoRunError(
-                f"expected the stages of this network, found others in {root / CONFIG}: load the base that it was "
-                "trained on with from_pretrained"
-            )
+        if known is None:
+            _check_fits(description, root / CONFIG, lorun, fingerprint)
+            if len(lorun.descriptions) >= MOST_KNOWN:
+                lorun.descriptions.clear()
+            lorun.descriptions[content] = description
         return Saved(root, description), key
     return Saved(path, None), ""
+
+
+def _check_fits(description: Mapping[str, Any], file: Path, lorun: AdapterSets, fingerprint: str) -> None:
+    """Refuse adapters for another base."""
+    if description["fingerprint"] != fingerprint:
+        raise other_base(fingerprint, description["fingerprint"], str(file))
+    alike = description["network"] == lorun.stage_map.network
+    if not (alike and description["groups"] == groups_of(lorun.stage_map)):
+        stage_map_of(lorun.base, description, file)  # says what does not fit
+        raise LoRunError(
+            f"expected the stages of this network, found others in {file}: load the base that it was trained on with "
+            "from_pretrained"
+        )
 
 
 def stage_folder(stage_map: StageMap, group: Group, site: Site) -> str:

@@ -21,7 +21,7 @@ from .adapter_files import AdapterSet, load_set
 from .assemble import StageAdapter, assemble, distinct_tensors, private_tensors
 from .calls import count_while_compiling, counting
 from .card import Card
-from .description import Descriptions, is_adapter_name
+from .description import is_adapter_name
 from .errors import LoRunError
 from .fingerprint import fingerprint_of
 from .peft_reader import Reader, readers_of
@@ -78,7 +78,7 @@ class AdapterSets(nn.Module):
         self._ready = ReadyNetworks()
         self._swapping = threading.RLock()
         self._readers: dict[tuple[str, str], Reader] = {}
-        self.descriptions: Descriptions = {}  # that were read
+        self.descriptions: dict[bytes, dict[str, Any]] = {}  # of folders with adapters for this base, by their bytes
         self._fingerprint = fingerprint
         self._base_parameters = list(base.parameters())  # which take long to list
         self.network = base
@@ -93,6 +93,7 @@ class AdapterSets(nn.Module):
         """What names the base in files: the same for a base that was stored, or moved, to another dtype."""
         if self._fingerprint is None or any(p.requires_grad for p in self._base_parameters):
             self._fingerprint = fingerprint_of(distinct_tensors(self.base))
+            self.descriptions.clear()  # which are of folders for the base as it was
         return self._fingerprint
 
     @property
@@ -141,7 +142,7 @@ class AdapterSets(nn.Module):
         Raises:
             LoRunError: an unknown set or stage, or a set without the stage; nothing changes then.
         """
-        stages = range(len(self.stage_map))
+        stages, held = range(len(self.stage_map)), self.adapters._modules
         with self._swapping:
             wanted = dict.fromkeys(stages, adapter) if isinstance(adapter, str) else {**self._active, **adapter}
             for stage, name in wanted.items():
@@ -149,9 +150,9 @@ class AdapterSets(nn.Module):
                     raise LoRunError(
                         f"expected a stage in 0..{len(stages) - 1}, found {stage!r}: see print(lorun.stage_map)"
                     )
-                if name not in self.adapters:
+                if name not in held:
                     raise LoRunError(f"expected an adapter among {self.adapter_names}, found {name!r}: load it first")
-                _check_held(name, stage, self.adapters[name])
+                _check_held(name, stage, held[name])
             network = self._ready_for(wanted)
             before = self._active.values()
             self._active, self._inference_mode, self.network = wanted, inference_mode, network
@@ -297,6 +298,7 @@ class AdapterSets(nn.Module):
     def _assemble_again(self) -> None:
         """Put the network together anew around tensors that have been replaced."""
         self._base_parameters = list(self.base.parameters())
+        self.descriptions.clear()
         self._ready.clear()
         self._readers = {}
         if self.network is not self.base:
@@ -320,7 +322,7 @@ class AdapterSets(nn.Module):
         held: dict[int, dict[str, StageAdapter]] = {}
         for (group, site), adapter in found.adapters.items():
             held.setdefault(site.stage, {})[group] = adapter
-        new = nn.ModuleDict({stage_key(s): nn.ModuleDict(held[s]) for s in sorted(held)})
+        new = _module_dict({stage_key(s): _module_dict(held[s]) for s in sorted(held)})
         for stage, active in self._active.items():
             if active == name:
                 _check_held(name, stage, new)
@@ -400,8 +402,15 @@ class AdapterSets(nn.Module):
         return self.adapters[name or self._active[site.stage]][stage_key(site.stage)][group.name]
 
 
+def _module_dict(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
+    """Of modules whose names are known to be right, as to check each takes long."""
+    found = nn.ModuleDict()
+    found._modules.update(modules)
+    return found
+
+
 def _check_held(name: str, stage: int, adapters: nn.ModuleDict) -> None:
-    if stage_key(stage) not in adapters:
+    if stage_key(stage) not in adapters._modules:
         held = [int(key.split("_")[1]) for key in adapters]
         raise LoRunError(
             f"expected adapter {name!r} to hold stage {stage}, found only {held}: "

@@ -35,9 +35,6 @@ _TOP, _OF_SET, _OF_STAGE = (
 )
 NAMES = re.compile(rf"{_TOP}|{ADAPTERS}/[\w-]+/({_OF_SET}|stage_\d+(/[\w-]+)?/({_OF_STAGE}))", re.ASCII)
 MOST_SETS, MOST_STAGES = 100, 1000
-MOST_KNOWN = 4
-
-Descriptions = dict[bytes, dict[str, Any]]  # by the file's bytes
 
 
 def describe(lorun: LoRunModel, files: Mapping[str, str]) -> dict[str, Any]:
@@ -82,22 +79,26 @@ def as_text(description: Mapping[str, Any]) -> str:
     return json.dumps({**description, "sha256": _digest(description)}, indent=2) + "\n"
 
 
-def read_description(folder: Path, tensors: int, known: Descriptions | None = None) -> dict[str, Any]:
+def read_description(folder: Path, tensors: int) -> dict[str, Any]:
     """The description in ``folder``, of which everything has the right form.
 
     Args:
         tensors: how many the network's stages have.
-        known: descriptions that were read before, to which this one is added.
 
     Raises:
         LoRunError: none, a damaged one, or one of a newer format.
     """
+    return parse_description(description_bytes(folder, tensors), folder / CONFIG)
+
+
+def description_bytes(folder: Path, tensors: int) -> bytes:
     file = folder / CONFIG
     if not os.path.isfile(file):
         raise LoRunError(f"expected {CONFIG} in {folder}, found none: give a folder that save_pretrained wrote")
-    content = read_file(folder, CONFIG, 1_000_000 + 1000 * tensors)
-    if known is not None and (description := known.get(content)) is not None:  # other threads may load too
-        return description
+    return read_file(folder, CONFIG, 1_000_000 + 1000 * tensors)
+
+
+def parse_description(content: bytes, file: Path) -> dict[str, Any]:
     description = parse_json(content, str(file))
     version = description.get("format") if isinstance(description, dict) else None
     if type(version) is int and version > FORMAT:
@@ -112,10 +113,6 @@ def read_description(folder: Path, tensors: int, known: Descriptions | None = No
             f"expected the description of a conversion, found a wrong {wrong!r} in {file}: save it anew or download it "
             "again"
         )
-    if known is not None:
-        if len(known) >= MOST_KNOWN:
-            known.clear()
-        known[content] = description
     return description
 
 

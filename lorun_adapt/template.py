@@ -110,6 +110,6 @@ def _bare_twin(module: nn.Module) -> nn.Module:
     held = module.__dict__.copy()
     for name, value in module.__dict__.items():
         if value.__class__ in TABLES:
-            held[name] = value.copy()
+            held[name] = value.copy() if value else value.__class__()  # which is quicker
     twin.__dict__ = held
     return twin
