@@ -1,6 +1,7 @@
-"""Block compressive sensing at 25 %: the reference network and its task file.
+"""Block compressive sensing at 25 % with nine unfolded iterations of ISTA.
 
-The network unfolds nine iterations of ISTA (the iterative shrinkage-thresholding algorithm) for
+This is the reference network and its task file. The network unfolds nine iterations of ISTA (the
+iterative shrinkage-thresholding algorithm) for
 
     min_x  1/2 ||A x - y||^2 + lambda ||F(x)||_1
 
