@@ -12,6 +12,8 @@ from torch import nn
 from .adapter_sets import AdapterSets
 from .errors import LoRunError
 from .noise import at_stage, between, checked, hand_over, is_sigma
+from .set_config import SetConfig
+from .weighted import weighted_set
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -99,30 +101,25 @@ class NoiseLevels(AdapterSets):
                     )
             else:
                 name = INTERPOLATED
+                before = self._held(name)
                 self._interpolate(weights, sigma)
-            self.set_adapter(name, self._inference_mode)
+            try:
+                self.set_adapter(name, self._inference_mode)
+            except BaseException:
+                if name == INTERPOLATED and before is None:
+                    self.delete_adapter(name)
+                raise
             return name
 
     def _interpolate(self, weights: Mapping[str, float], sigma: float) -> None:
         """Make the set between others, where it is not there yet."""
-        tensors = [
-            t
-            for name in weights
-            for held in (self.adapters, self.outside)
-            if name in held
-            for t in held[name].parameters()
-        ]
-        made_of = (sigma, weights, [(id(tensor), tensor._version) for tensor in tensors])
-        if INTERPOLATED in self.adapters and made_of == self._interpolated_of:
-            return
-        before = self._held(INTERPOLATED)
-        try:
-            self.add_weighted_adapter(list(weights), list(weights.values()), INTERPOLATED)
-            self.set_noise_schedule(INTERPOLATED, sigma)
-        except BaseException:
-            self._hold(INTERPOLATED, before)
-            raise
-        self._interpolated_of = made_of
+        sets = [held[name] for name in weights for held in (self.adapters, self.outside) if name in held]
+        values = [(id(tensor), tensor._version) for held in sets for tensor in held.parameters()]
+        made_of = (sigma, weights, values)
+        if INTERPOLATED not in self.adapters or made_of != self._interpolated_of:
+            found = weighted_set(self, list(weights), list(weights.values()))
+            self._put_set(INTERPOLATED, dataclasses.replace(found, about=SetConfig(sigma)))
+            self._interpolated_of = made_of
 
     def weights_for(self, sigma: float, among: Iterable[str] | None = None) -> dict[str, float]:
         """How much of which set stands for a noise level; ``among``: sets to choose from, by default all.

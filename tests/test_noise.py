@@ -316,7 +316,7 @@ def test_what_belongs_to_the_noise_trains_and_travels(tmp_path) -> None:
     assert not other.state_dict().keys() & {"outside.default.steps"}
 
 
-def test_it_comes_from_the_hub_without_the_base(hub: HubServer) -> None:
+def test_it_comes_from_the_hub_without_the_base(hub: HubServer, capsys, monkeypatch) -> None:
     lorun, net = beside()
     lorun.finetune(noisy(), "new", noise_schedule=25, also="steps", steps=3, loss=to_truth)
     expected = lorun(*BATCH)
@@ -341,6 +341,8 @@ def test_it_comes_from_the_hub_without_the_base(hub: HubServer) -> None:
     assert torch.equal(fresh(*BATCH), expected) and fresh.set_config["new"].sigma == 25
     names = {name.rpartition("/")[2] for name in hub.downloads}
     assert names >= {"outside.safetensors", "set_config.json"} and not names & {"base.safetensors", "README.md"}
+    code, out, _ = call(capsys, monkeypatch, "list", "alice/net")
+    assert code == 0 and [line.split()[:3] for line in out.splitlines() if "new" in line] == [["new", "25", "3"]]
 
 
 def test_a_mix_of_sets_leaves_the_outside_as_it_was() -> None:
@@ -513,6 +515,25 @@ def test_a_schedule_that_fails_leaves_what_was() -> None:
     lorun(*BATCH)
     assert lorun.set_config["a"].sigma == 23
     assert [id(parameter) for parameter in lorun.adapters.parameters()] == parameters
+
+
+def test_an_interpolation_that_fails_leaves_no_set() -> None:
+    lorun = levels(10, 50)
+    before = lorun.active_adapters
+
+    def schedule(net: nn.Module, sigmas: list[float]) -> None:
+        if sigmas[0] == 30:
+            raise RuntimeError("not this one")
+
+    lorun.task = SimpleNamespace(schedule=schedule)
+    with pytest.raises(RuntimeError, match="not this one"):
+        lorun.select_adapter(30)
+    assert lorun.adapter_names == ["default", "sigma10", "sigma50"] and lorun.active_adapters == before
+    assert lorun.select_adapter(20) == INTERPOLATED
+    with pytest.raises(RuntimeError, match="not this one"):
+        lorun.select_adapter(30)
+    assert lorun.set_config[INTERPOLATED].sigma == 20
+    lorun(*BATCH)
 
 
 def test_a_task_may_be_a_network() -> None:
