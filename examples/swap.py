@@ -22,7 +22,7 @@ lorun.task = task  # which estimates the noise of measurements
 image = torch.from_numpy(camera())[None, None, 100:300, 150:350] / 255
 torch.manual_seed(0)
 print("noise    default    chosen by estimated noise")
-for sigma in (0, 10, 20, 25, 40, 50):
+for sigma in (0, 10, 20, 30, 40, 45):
     measurements = task.measure(image, sigma)
     lorun.set_adapter("default")
     default = psnr(task.run(lorun, measurements, image)[0], image[0])
