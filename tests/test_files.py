@@ -472,7 +472,8 @@ def test_stages_that_are_one_module(name: str, groups: list[list[dict[str, Any]]
         held["groups"] = [{**held["groups"][0], "name": f"g{k}", "sites": group} for k, group in enumerate(groups)]
         held["errors"] = {group["name"]: {} for group in held["groups"]}
         held["active"] = ["default"] * len(groups[0])
-        held["files"].update({f"adapters/default/stage_{k:02d}/adapter_config.json": "0" * 64 for k in range(len(groups[0]))})
+        for k in range(len(groups[0])):
+            held["files"][f"adapters/default/stage_{k:02d}/adapter_config.json"] = "0" * 64
 
     edit_json(tmp_path / "saved/lorun_config.json", forge)
     rehash(tmp_path / "saved")
