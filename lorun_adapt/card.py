@@ -51,8 +51,9 @@ def model_card(lorun: LoRunModel, problems: Mapping[str, str], folder: Path) -> 
     report, network = lorun.report(), lorun.stage_map.network
     adapters_only = not (folder / "base.safetensors").exists()
     before, after = report.network_before, report.network_after
+    measured = [(name, row) for name in lorun.adapter_names for row in lorun.set_config[name].measured]
     lines = [
-        *_head(lorun, [(name, row) for name in lorun.adapter_names for row in lorun.set_config[name].measured]),
+        *_head(lorun, measured),
         f"# {network}, one base and an adapter per stage",
         "",
         *([_plain(lorun.card.task), ""] if lorun.card.task else []),
@@ -80,8 +81,7 @@ def model_card(lorun: LoRunModel, problems: Mapping[str, str], folder: Path) -> 
         size = tensor_bytes(folder / "adapters" / name)
         lines.append(f"| `{name}` | {noise} | {len(lorun.adapters[name])} | {_ranks(lorun, name)} | {size:,} |")
     lines.append("")
-    measured = [(name, row) for name in lorun.adapter_names for row in lorun.set_config[name].measured]
-    lines += [*_table([(f"`{name}`", row) for name, row in measured], "adapter set"), *_loading(lorun, adapters_only)]
+    lines += [*_table(measured), *_loading(lorun, adapters_only)]
     if problems:
         lines.append("`PeftModel.from_pretrained` refuses these adapters, because:")
         lines += [f"- {problem} (first in `{where}`)" for problem, where in problems.items()]
@@ -93,10 +93,11 @@ def model_card(lorun: LoRunModel, problems: Mapping[str, str], folder: Path) -> 
 def set_card(lorun: LoRunModel, name: str, folder: Path) -> str:
     """What a set's folder holds and how to load it."""
     about, network = lorun.set_config[name], lorun.stage_map.network
+    measured = [(name, row) for row in about.measured]
     parameters = sum(parameter.numel() for parameter in lorun.adapters[name].parameters())
     outside = lorun.outside_of(name)
     lines = [
-        *_head(lorun, [(name, row) for row in about.measured]),
+        *_head(lorun, measured),
         f"# {name}: adapters for {network}",
         "",
         *([_plain(lorun.card.task), ""] if lorun.card.task else []),
@@ -107,8 +108,9 @@ def set_card(lorun: LoRunModel, name: str, folder: Path) -> str:
         lines.append(f"Noise on the measurements, on a scale of 0 to 255: {_noise(about.noise_schedule)}.")
     if outside:
         lines.append(f"It brings its own {', '.join(f'`{key}`' for key in outside)}, which stand outside the stages.")
-    lines += ["", *_table([(f"`{name}`", row) for row in about.measured], "adapter set")]
     lines += [
+        "",
+        *_table(measured),
         "```python",
         "# lorun: the conversion that it is for, from lorun_adapt.from_pretrained(...)",
         f'lorun.load_adapter("path or user/name of the conversion", "{name}")',
@@ -143,14 +145,17 @@ def _head(lorun: LoRunModel, measured: Iterable[tuple[str, Measured]]) -> list[s
     return ["---", data.to_yaml(), "---", ""]
 
 
-def _table(measured: list[tuple[str, Measured]], what: str) -> list[str]:
+def _table(measured: list[tuple[str, Measured]]) -> list[str]:
     if not measured:
         return []
-    lines = [f"| {what} | images | sigma | PSNR (dB) | SSIM | original |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "| adapter set | images | sigma | PSNR (dB) | SSIM | original |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
     for name, row in measured:
         images = f"{_plain(row.images)}, {row.count}"
         original = "" if row.psnr_original is None else f"{row.psnr_original:.2f} dB"
-        lines.append(f"| {name} | {images} | {row.sigma:g} | {row.psnr:.2f} | {row.ssim:.4f} | {original} |")
+        lines.append(f"| `{name}` | {images} | {row.sigma:g} | {row.psnr:.2f} | {row.ssim:.4f} | {original} |")
     return [*lines, ""]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -278,7 +277,7 @@ class LoRunModel(NoiseLevels):
         name = names.pop()
         about = self.set_config[name].with_measured(measured)
         try:
-            read_set_config(json.dumps(dataclasses.asdict(about)).encode(), len(self.stage_map), "")
+            read_set_config(about.as_text().encode(), len(self.stage_map), "")
         except LoRunError:
             raise LoRunError(
                 f"expected finite figures of some images, found {measured}: judge the network on others, or look for "

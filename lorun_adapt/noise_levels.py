@@ -143,10 +143,9 @@ class NoiseLevels(AdapterSets):
         if len(set(start_from)) < len(start_from):
             raise LoRunError(f"expected each set to start from once, found {list(start_from)}: leave out what is twice")
         weights = dict.fromkeys(start_from, 1 / max(len(start_from), 1))
-        if isinstance(noise, float) and all(
-            n in self.adapters and self.set_config[n].sigma is not None for n in weights
-        ):
-            weights = self.weights_for(noise, start_from) if weights else weights
+        known = all(start in self.adapters and self.set_config[start].sigma is not None for start in start_from)
+        if start_from and known and isinstance(noise, float):
+            weights = self.weights_for(noise, start_from)
         if len(weights) == 1:
             self.copy_adapter(next(iter(weights)), name)
         else:

@@ -88,8 +88,7 @@ def read_set_config(content: bytes, stages: int, where: str) -> SetConfig:
 
 
 def _is_measured(row: Any) -> bool:
-    fields = {field.name: field for field in dataclasses.fields(Measured)}
-    if not isinstance(row, dict) or row.keys() != fields.keys():
+    if not isinstance(row, dict) or row.keys() != {field.name for field in dataclasses.fields(Measured)}:
         return False
     numbers = [value for name, value in row.items() if name not in ("images", "count")]
     return (
