@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
@@ -121,6 +122,18 @@ def _write_words(lorun: LoRunModel, folder: Path, problems: Mapping[str, str]) -
     (folder / CARD).write_text(model_card(lorun, problems, folder), encoding="utf-8")
     files = {str(p.relative_to(folder).as_posix()): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     (folder / CONFIG).write_text(as_text(describe(lorun, files)), encoding="utf-8")
+
+
+def stored_dtype(lorun: LoRunModel, path: Path) -> torch.dtype | None:
+    """What the folder that ``lorun`` was loaded from stores its numbers as; None if they differ, or are as loaded."""
+    found = set()
+    for name in read_description(path, lorun.stage_map.tensors)["files"]:
+        if name.endswith(Path(BASE).suffix):
+            with safe_open(path / name, "pt") as file:
+                found |= {DTYPES[file.get_slice(key).get_dtype()] for key in file.keys()}
+    stored = {dtype for dtype in found if dtype.is_floating_point}
+    loaded = {tensor.dtype for tensor in lorun.state_dict().values() if tensor.is_floating_point()}
+    return stored.pop() if len(stored) == 1 and stored != loaded else None
 
 
 def foreign(folder: Path) -> list[str]:

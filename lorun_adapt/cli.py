@@ -122,7 +122,7 @@ def eval_(
         lorun,
         sigma=sigma,
         parameters=sum(p.numel() for p in net.parameters()),
-        parameters_converted=lorun.num_parameters() if lorun is not None else None,
+        parameters_converted=lorun.report().network_after.parameters if lorun is not None else None,
     )
     if record and converted is not None and lorun is not None:
         lorun.note_quality(result.measured(images.resolve().name, sigma))

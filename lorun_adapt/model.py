@@ -286,7 +286,7 @@ class LoRunModel(NoiseLevels):
         self.set_config[name] = about
 
     def num_parameters(self) -> int:
-        """Parameters of base and adapters, every distinct tensor once."""
+        """Parameters of the base and of all sets, every distinct tensor once; :meth:`report` has those that run."""
         held = {id(tensor) for tensor in held_tensors(self.base, self.stage_map).values()}
         held |= {id(parameter) for sets in (self.adapters, self.outside) for parameter in sets.parameters()}
         return sum(parameter.numel() for parameter in self.parameters() if id(parameter) in held)

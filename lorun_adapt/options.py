@@ -50,6 +50,12 @@ def _device(ctx: click.Context, param: click.Parameter, value: str | None) -> to
     return device
 
 
+def _dtype(ctx: click.Context, param: click.Parameter, value: str | None) -> torch.dtype | None:
+    import torch
+
+    return None if value is None else getattr(torch, value)
+
+
 class Command(click.Command):
     """A command that takes ``--stages A B`` for ``--stages A --stages B`` once its TASK is given."""
 
@@ -81,7 +87,8 @@ OUT = click.option("--out", type=FILE, required=True, help="Folder to save to.")
 DTYPE = click.option(
     "--dtype",
     type=click.Choice(("float32", "float16", "bfloat16")),
-    help="Store numbers as this.  [default: as they are]",
+    callback=_dtype,
+    help="Store numbers as this.  [default: as they were stored, or are]",
 )
 SIGMA = click.option(
     "--sigma",

@@ -79,7 +79,7 @@ def write_page(path: Path, task: Task, original: nn.Module, lorun: LoRunModel, f
     unrecovered = collapse(original, _same_ranks(lorun), without_base=without_base, **_named_stages(lorun))
     networks = {
         "original": (original, sum(p.numel() for p in original.parameters())),
-        "this conversion": (lorun, lorun.num_parameters()),
+        "this conversion": (lorun, lorun.report().network_after.parameters),
         "the same ranks, not recovered": (unrecovered, unrecovered.num_parameters()),
     }
     scores: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}
@@ -101,7 +101,8 @@ def write_page(path: Path, task: Task, original: nn.Module, lorun: LoRunModel, f
         if place < SHOWN:
             pictures.append(_pictures(file.name, truth, restored["original"], restored["this conversion"], task))
     rows = [Alternative(name, networks[name][1], *_means(scores[name])) for name in networks]
-    base = rows[1].parameters - sum(p.numel() for p in lorun.adapters.parameters())
+    sets = sum(p.numel() for held in (lorun.adapters, lorun.outside) for p in held.parameters())
+    base = lorun.num_parameters() - sets
     rows.append(Alternative("its base in every stage, no adapters", base, *_means(bare)))
     page = "\n".join(_page(lorun, rows, curves, pictures, len(files)))
     write_file(path, lambda out: out.write(page.encode()))

@@ -51,7 +51,7 @@ def write(
         tensor = tensor.detach()
         return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype).to(tensor.dtype)
 
-    private = {name: rounded(tensor) for name, tensor in private_tensors(adapter).items()}
+    private = private_tensors(adapter)
     terms = {
         name: LowRank(rounded(term.lora_A), rounded(term.lora_B), term.scaling)
         for name, term in lowrank_terms(adapter).items()

@@ -61,7 +61,7 @@ def convert_(
     budget: int | float | None,
     stages: tuple[str, ...],
     out: Path,
-    dtype: str | None,
+    dtype: torch.dtype | None,
     device: torch.device,
     seed: int,
     calibration: Path | None,
@@ -109,7 +109,7 @@ def recover(
     weights: Path | None,
     converted: Path,
     out: Path,
-    dtype: str | None,
+    dtype: torch.dtype | None,
     device: torch.device,
     seed: int,
     calibration: Path,
@@ -120,13 +120,14 @@ def recover(
     The original network is distilled into it on crops of the images, until --minutes are over. Ctrl-C
     saves the best so far.
     """
-    from .checkpoint import from_pretrained
+    from .checkpoint import from_pretrained, stored_dtype
 
     spec, net = trained_network(task, weights, seed)
     crops = _crops(spec, calibration, seed, training)
     lorun = from_pretrained(converted, net.to(device))
+    stored = stored_dtype(lorun, converted)
     finished = _recover(lorun, spec, net, crops, seed, training)
-    _save(lorun, spec, out, dtype, finished)
+    _save(lorun, spec, out, dtype or stored, finished)
 
 
 @click.command()
@@ -143,7 +144,9 @@ def recover(
 @click.option(
     "--also", multiple=True, metavar="PATTERN", help="Parameters outside the stages that belong to the noise, too."
 )
-@click.option("--images", type=FILE, required=True, help="Folder of images to train on; a fifth is held out.")
+@click.option(
+    "--images", type=FILE, required=True, help="Folder of images to train on; a fifth, at most 20, is held out."
+)
 @MINUTES
 @STEPS
 @BATCH
@@ -165,18 +168,18 @@ def finetune(
     batch: int | None,
     checkpoint: Path | None,
     out: Path,
-    dtype: str | None,
+    dtype: torch.dtype | None,
     device: torch.device,
     seed: int,
 ) -> None:
     """Train a new set of adapters for measurements with noise, beside those that there are.
 
     The base and other sets stay as they are, and the same ones run. What does best on a fifth of the
-    images, which it is not trained on, is kept, and its PSNR there shown. Ctrl-C saves the best so far.
+    images, at most 20, which it is not trained on, is kept, and its PSNR there shown. Ctrl-C saves the best so far.
     """
     from .budget import Budget
     from .calibration import Crops, held_out_of
-    from .checkpoint import from_pretrained, write_words
+    from .checkpoint import from_pretrained, stored_dtype, write_words
     from .model import DEFAULT_SET
     from .seeds import set_seed
     from .task import load_task
@@ -187,6 +190,7 @@ def finetune(
     kept, files = held_out_of(spec.images(images))
     crops, judged = (Crops(spec, part, sigma=sigma, seed=seed, size=batch) for part in (files, kept))
     lorun = from_pretrained(converted, spec.build().to(device))
+    stored = stored_dtype(lorun, converted)
     lorun.task = spec
     before = lorun.active_adapters
     finished = lorun.finetune(
@@ -203,7 +207,7 @@ def finetune(
         seed=seed,
     )
     lorun.set_adapter(before)
-    _save(lorun, spec, out, dtype, finished, report=False)
+    _save(lorun, spec, out, dtype or stored, finished, report=False)
     if _is_main_process():
         _show_gain(lorun, spec, kept, adapter_name, (start_from or (DEFAULT_SET,))[0], sigma, images, seed)
         lorun.set_adapter(before)
@@ -256,10 +260,10 @@ def _recover(lorun: LoRunModel, spec: Task, net: nn.Module, crops: Crops, seed: 
     )
 
 
-def _save(lorun: LoRunModel, spec: Task, out: Path, dtype: str | None, finished: bool, *, report: bool = True) -> None:
+def _save(
+    lorun: LoRunModel, spec: Task, out: Path, dtype: torch.dtype | None, finished: bool, *, report: bool = True
+) -> None:
     """Save, and say what was; exit as shells expect it of what Ctrl-C has stopped."""
-    import torch
-
     from .folder import tensor_bytes
     from .set_config import shortened
 
@@ -270,7 +274,7 @@ def _save(lorun: LoRunModel, spec: Task, out: Path, dtype: str | None, finished:
             license=spec.license or lorun.card.license,
             base_model=spec.base_model or lorun.card.base_model,
         )
-        lorun.save_pretrained(out, dtype=getattr(torch, dtype) if dtype else None)
+        lorun.save_pretrained(out, dtype=dtype)
         if report:
             show(lorun.report().tables())
         click.echo(f"saved to {out}: {tensor_bytes(out):,} bytes of safetensors")

@@ -80,6 +80,15 @@ def test_smaller_files(lorun: LoRunModel, blocks: Case, tmp_path: Path) -> None:
         lorun.save_pretrained(tmp_path / "half", dtype=torch.int8)
 
 
+def test_smaller_files_stay_the_same(case: Case, tmp_path: Path) -> None:
+    lorun = lorun_adapt.convert(case.net, rank=1, **case.find())
+    train_a_bit(lorun, case.inputs)
+    for place in ("once", "twice", "thrice"):
+        lorun.save_pretrained(tmp_path / place, dtype=torch.float16)
+        lorun = lorun_adapt.from_pretrained(tmp_path / place, case.net)
+    assert files(tmp_path / "once") == files(tmp_path / "twice") == files(tmp_path / "thrice")
+
+
 def test_loaded_is_what_was_saved(saved: Path, blocks: Case, lorun: LoRunModel) -> None:
     fresh = ListOfBlocks([Block(Denoiser()) for _ in range(4)])
     weights = {name: p.clone() for name, p in fresh.state_dict().items()}

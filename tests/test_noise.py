@@ -15,6 +15,7 @@ from dun_zoo import Denoiser, ListOfDenoisers, Looped, gradient_step
 from hub_server import HubServer
 from huggingface_hub import constants
 from PIL import Image
+from safetensors.torch import load_file
 from test_finetune import converted, frozen, noisy, same, to_truth
 from test_task import call
 from torch import Tensor, nn
@@ -628,10 +629,30 @@ def test_finetune_on_the_command_line(made, capsys, monkeypatch) -> None:
         "--adapter-name", "default", "--sigma", 25, "--record", "--json",
     )  # fmt: skip
     assert code == 0, err
+    assert json.loads(out)["parameters_converted"] == before.num_parameters()  # with the set that ran
     again = lorun_adapt.from_pretrained(made / "out", task.build())
     assert again.set_config["default"].measured[0].psnr == json.loads(out)["mean"]["psnr_converted"]
     assert again.active_adapters == lorun_adapt.from_pretrained(made / "out", task.build()).active_adapters
     assert again.adapter_names == ["default", "sigma25"] and again.set_config["sigma25"] == about
+
+
+def test_a_folder_keeps_its_dtype(made, capsys, monkeypatch) -> None:
+    before = lorun_adapt.from_pretrained(made / "net", load_task(str(made / "my_task.py")).build())
+    for dtype in (torch.float32, torch.float16):
+        before.save_pretrained(made / "net", dtype=dtype)
+        assert finetune(made, capsys, monkeypatch, "--steps", 3)[0] == 0
+        assert stored(made / "out") == {dtype} and stored(made / "out/adapters/sigma25") == {dtype}
+        for file in (made / "net").rglob("*.safetensors"):
+            assert same(load_file(file), load_file(made / "out" / file.relative_to(made / "net")))
+    assert finetune(made, capsys, monkeypatch, "--steps", 3, "--dtype", "float32")[0] == 0
+    assert stored(made / "out") == {torch.float32}
+    given = (made / "my_task.py", "--weights", made / "net.pth", "--converted", made / "net")
+    given = (*given, "--calibration", made / "images", "--steps", 3, "--out", made / "again")
+    assert call(capsys, monkeypatch, "recover", *given)[0] == 0 and stored(made / "again") == {torch.float16}
+
+
+def stored(folder: Path) -> set[torch.dtype]:
+    return {tensor.dtype for file in folder.rglob("*.safetensors") for tensor in load_file(file).values()}
 
 
 def test_cards(made, capsys, monkeypatch) -> None:
