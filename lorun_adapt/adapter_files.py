@@ -108,6 +108,8 @@ def _needed(
         return [f"{part}/{file}".lstrip("/") for part in ([""] if single else parts) for file in (PEFT_CONFIG, TENSORS)]
     key = key or f"{ADAPTERS}/{_chosen(description, name, 'the repository')}"
     whole = {f"{key}/{part}" for part in parts}
+    if stage is not None:  # where key is the folder of a stage with several denoisers
+        whole |= {f"{key}/{group.name}" for group in stage_map.groups}
     beside = (OUTSIDE, SET_CONFIG) if stage is None else (PEFT_CONFIG, TENSORS)  # where key is a stage's own folder
     return [
         file

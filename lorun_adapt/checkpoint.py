@@ -61,10 +61,8 @@ def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None, adapters_only
     """What :meth:`LoRunModel.save_pretrained` does."""
     if dtype is not None and (dtype not in DTYPES.values() or not dtype.is_floating_point):
         raise LoRunError(f"expected a floating-point dtype to save as, found {dtype}: use torch.float16, for example")
-    if adapters_only and (path / BASE).is_file():
-        raise LoRunError(
-            f"expected a folder for adapters alone, found {BASE} in {path}, which would be lost: choose another folder"
-        )
+    if adapters_only:
+        check_keeps_base(path)
     about = {BASE_KEY: lorun.fingerprint}  # one entry: of several, safetensors leaves the order open
 
     def fill(folder: Path) -> None:
@@ -85,6 +83,14 @@ def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None, adapters_only
         _write_words(lorun, folder, problems)
 
     replace_folder(path, foreign, CONFIG, fill)
+
+
+def check_keeps_base(path: Path) -> None:
+    """Refuse to put adapters alone in the place of a conversion with its base."""
+    if (path / BASE).is_file():
+        raise LoRunError(
+            f"expected a folder for adapters alone, found {BASE} in {path}, which would be lost: choose another folder"
+        )
 
 
 def write_words(lorun: LoRunModel, path: Path) -> None:

@@ -13,6 +13,7 @@ import click
 from ._version import __version__
 from .errors import LoRunError
 from .hub_commands import list_, pull, push
+from .memory import keep_freed_memory
 from .options import (
     DEVICE,
     FILE,
@@ -179,6 +180,7 @@ for command in (convert_, recover, finetune, push, pull, list_):
 
 def main() -> None:
     """Run the command; a user's mistake ends with exit code 2 and one sentence."""
+    keep_freed_memory()
     warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
     try:
         cli(prog_name="lorun-adapt")

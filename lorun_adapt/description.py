@@ -118,7 +118,10 @@ def parse_description(content: bytes, file: Path) -> dict[str, Any]:
 
 def is_unchanged(description: Mapping[str, Any]) -> bool:
     """Whether it has the hash that it says."""
-    return description.get("sha256") == _digest({key: value for key, value in description.items() if key != "sha256"})
+    try:
+        return description.get("sha256") == _digest({k: value for k, value in description.items() if k != "sha256"})
+    except RecursionError:  # nested so deeply that it could just be read
+        return False
 
 
 def _digest(description: Mapping[str, Any]) -> str:

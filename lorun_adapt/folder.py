@@ -150,7 +150,12 @@ def _sync(folder: Path) -> None:
 
 
 def _sync_entry(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        if not path.is_dir():
+            raise
+        return
     try:
         os.fsync(handle)
     except OSError as error:  # some file systems have no fsync for folders
@@ -252,11 +257,8 @@ def _swap(new: Path, target: Path) -> None:
         os.rename(new, target)
     elif not _exchange(new, target):
         old = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=OLD, dir=target.parent))
-        try:
-            os.replace(target, old)
-        except OSError:
-            old.rmdir()
-            raise
+        old.rmdir()  # Windows puts no folder in the place of another
+        os.replace(target, old)
         try:
             os.rename(new, target)
         except OSError:
@@ -267,6 +269,8 @@ def _swap(new: Path, target: Path) -> None:
 
 def _exchange(a: Path, b: Path) -> bool:
     """Exchange two folders atomically: renameat2 on Linux, renamex_np on macOS; False without them."""
+    if sys.platform == "win32":
+        return False
     libc = ctypes.CDLL(None, use_errno=True)
     first, second = os.fsencode(a), os.fsencode(b)
     if sys.platform.startswith("linux") and hasattr(libc, "renameat2"):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import (
     EntryNotFoundError,
     GatedRepoError,
@@ -27,7 +27,7 @@ from huggingface_hub.utils import (
     RevisionNotFoundError,
 )
 
-from .checkpoint import foreign
+from .checkpoint import check_keeps_base, foreign
 from .description import ADAPTERS, BASE, CONFIG, NAMES, PEFT_CONFIG, SET_CONFIG, is_unchanged
 from .errors import LoRunError
 from .folder import as_path, replace_folder, sha256
@@ -78,13 +78,19 @@ class Repository:
                     try:
                         found = self._download(f"{root}/{CONFIG}".lstrip("/"), self.revision)
                     except LocalEntryNotFoundError:
-                        if not (self.local_files_only or constants.HF_HUB_OFFLINE):
+                        if not (self.local_files_only or constants.HF_HUB_OFFLINE or self._is_known_to_lack(root)):
                             raise  # it may be there: without it nothing could be told from damage
                         continue
                     except EntryNotFoundError:
                         continue
                     return self._fetch_described(found, root, key, needed)
             return self._fetch_others("/".join(parts), needed)
+
+    def _is_known_to_lack(self, root: str) -> bool:
+        """Whether there was no description when there was a connection."""
+        name = f"{root}/{CONFIG}".lstrip("/")
+        held = try_to_load_from_cache(self.repo_id, name, cache_dir=self.cache_dir, revision=self.revision)
+        return held is _CACHED_NO_EXIST
 
     def _fetch_described(self, found: Path, root: str, key: str, needed: Needed) -> Path:
         """Files that a description names, all of the commit that it is from."""
@@ -124,11 +130,21 @@ class Repository:
 
     def _whole(self, name: str, revision: str | None, is_whole: Callable[[Path], bool]) -> Path:
         """A file that is as it was saved; one that the cache holds damaged is fetched anew."""
-        path = self._download(name, revision)
+        try:
+            path = self._download(name, revision)
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as error:
+            raise LoRunError(
+                f"expected {name} in {self.repo_id}, found no such file: say with subfolder= where the adapter is and, "
+                "of one that PEFT wrote, with stage= whose"
+            ) from error
         if is_whole(path):
             return path
         if not self.local_files_only:
             try:
+                if not path.is_symlink():  # the client would keep a copy that is no link
+                    path.unlink()
                 path = self._download(name, revision, again=True)
             except (ValueError, *BROKEN):  # there is no connection now
                 pass
@@ -162,12 +178,9 @@ class Repository:
                 f"expected a revision {self.revision!r} of {self.repo_id}, found none: name another"
             ) from error
         except LocalEntryNotFoundError as error:
+            reason = f" ({_first_line(error.__cause__)})" if error.__cause__ is not None else ""
             raise LoRunError(
-                f"expected to reach the Hub, or {name} in the cache, found neither: connect once to download it"
-            ) from error
-        except EntryNotFoundError as error:
-            raise LoRunError(
-                f"expected the files of an adapter in {name}, found one missing ({_first_line(error)})"
+                f"expected to reach the Hub, or {name} in the cache, found neither{reason}: connect once to download it"
             ) from error
         except HFValidationError as error:
             raise LoRunError(
@@ -175,6 +188,8 @@ class Repository:
             ) from error
         except BROKEN as error:
             raise LoRunError(f"expected an answer about {name}, found {_first_line(error)}: try again") from error
+        except ValueError as error:  # what the client, or the Hub, does not take: a subfolder, a token, a card
+            raise LoRunError(f"expected what the Hub takes for {name}, found {_one_line(error)}: change it") from error
 
 
 def _commit(path: Path, name: str) -> str:
@@ -184,7 +199,7 @@ def _commit(path: Path, name: str) -> str:
 
 def _has_its_name(path: Path) -> bool:
     """Whether a large file is what the cache names it after, its hash; of small ones that is not known."""
-    blob = path.resolve().name
+    blob = Path(os.readlink(path)).name if path.is_symlink() else path.name  # which may itself be a link
     return re.fullmatch("[0-9a-f]{64}", blob) is None or sha256(path) == blob
 
 
@@ -219,6 +234,10 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
 def push(
     folder: Path,
     repo_id: str,
@@ -236,14 +255,15 @@ def push(
             )
     api = HfApi(token=token, library_name="lorun-adapt")
     with Repository(repo_id, revision).errors():
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        if BASE not in description["files"] and api.file_exists(repo_id, BASE, revision=revision):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name
+        there = revision is None or api.revision_exists(repo_id, revision)
+        if BASE not in description["files"] and api.file_exists(repo_id, BASE, revision=revision if there else None):
             raise LoRunError(
                 f"expected a repository for adapters alone, found {BASE} in {repo_id}, which they need not fit: push "
                 "with the base, or to another repository"
             )
+        if revision is not None and not there:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=str(folder),
@@ -269,6 +289,8 @@ def pull(repository: Repository, out: Path) -> None:
 
     source = repository.fetch(everything)
     names = [CONFIG, *_description(source / CONFIG)["files"]]
+    if BASE not in names:
+        check_keeps_base(out)
 
     def fill(folder: Path) -> None:
         for name in names:

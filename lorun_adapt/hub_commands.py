@@ -47,6 +47,7 @@ def list_(source: str, revision: str | None) -> None:
     """Show the adapter sets of a conversion, here or on the Hub."""
     from . import hub
     from .noise import is_sigma
+    from .set_config import shortened
     from .tables import table
 
     description, configs = hub.listed(source, revision)
@@ -60,12 +61,13 @@ def list_(source: str, revision: str | None) -> None:
         noise = config.get("noise_schedule")
         noises = [sigma for sigma in (noise if isinstance(noise, list) else [noise]) if is_sigma(sigma)]
         shown = ", ".join(f"{sigma:g}" for sigma in noises)
-        rows.append((escape(name), shown, len(stages), ", ".join(map(str, ranks))))
+        rows.append((escape(shortened(name)), shown, len(stages), ", ".join(map(str, ranks))))
     base = "with its base" if hub.BASE in files else f"for the base {str(description.get('fingerprint'))[:12]}"
+    title = escape(shortened(f"{description.get('network')}, {base}"))
     show(
         [
             table(
-                f"{escape(str(description.get('network')))}, {escape(base)}",
+                title,
                 ("adapter set", "noise, sigma of 255", "stages>", "ranks of the first"),
                 rows,
             )

@@ -111,9 +111,15 @@ def _within(path: str, folder: Path, name: str, plain: set[str]) -> bool:
         return True  # opening it says what is wrong
     if real.startswith(home.rstrip(os.sep) + os.sep):
         return True
-    parts = Path(home).parts  # in huggingface_hub's cache, files in snapshots/ are links to blobs/ beside it
-    caches = [Path(*parts[:place]) for place, part in enumerate(parts) if part == "snapshots"]
-    return any(Path(real).parent == cache / "blobs" for cache in caches)
+    # In huggingface_hub's cache, files in snapshots/ are links to the repository's blobs/ beside it, and these may be
+    # links to blobs/ab/ab12... of the whole cache.
+    parts, blob = Path(home).parts, Path(real)
+    repositories = [Path(*parts[:place]) for place, part in enumerate(parts) if part == "snapshots"]
+    shared = re.fullmatch("[0-9a-f]{64}", blob.name) is not None and blob.parent.name == blob.name[:2]
+    return any(
+        blob.parent == repository / "blobs" or (shared and blob.parents[1] == repository.parent / "blobs")
+        for repository in repositories
+    )
 
 
 def _has_link(folder: Path, name: str, plain: set[str]) -> bool:

@@ -90,12 +90,15 @@ def read_set_config(content: bytes, stages: int, where: str) -> SetConfig:
 def _is_measured(row: Any) -> bool:
     if not isinstance(row, dict) or row.keys() != {field.name for field in dataclasses.fields(Measured)}:
         return False
-    numbers = [value for name, value in row.items() if name not in ("images", "count")]
+    numbers = {name: value for name, value in row.items() if name not in ("images", "count")}
     return (
         is_short(row["images"])
         and type(row["count"]) is int
         and 0 < row["count"] < 2**31
-        and all((n is None and i >= 3) or (type(n) in (int, float) and -MOST < n < MOST) for i, n in enumerate(numbers))
+        and all(
+            (n is None and name.endswith("_original")) or (type(n) in (int, float) and -MOST < n < MOST)
+            for name, n in numbers.items()
+        )
     )
 
 

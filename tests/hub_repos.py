@@ -42,6 +42,10 @@ class Stored(NamedTuple):
         return hashlib.sha256(self.data).hexdigest()
 
     @property
+    def xet_hash(self) -> str:
+        return hashlib.sha256(b"xet" + self.data).hexdigest()
+
+    @property
     def pointer(self) -> bytes:
         """What git itself holds in place of a large file."""
         return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n".encode()

@@ -82,6 +82,7 @@ class HubServer:
         self.downloads: list[str] = []  # files whose content was sent, also if a fault spoiled it
         self.ranges: list[str] = []  # the Range headers of these requests
         self.failures: list[str] = []  # tracebacks of the server's own mistakes
+        self.xet = False  # whether it says that large files are in Xet storage, which it does not speak itself
         self._faults: list[Fault] = []
         self._lock = threading.RLock()
         # The storage is another origin, as on the real Hub: new clients follow redirects within the Hub's own
@@ -328,6 +329,8 @@ class HubServer:
         if not stored.lfs:
             return Reply(200, stored.data, headers, is_file=True)
         headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(len(stored.data))}
+        if self.xet:
+            headers |= {"X-Xet-Hash": stored.xet_hash, "X-Xet-Refresh-Route": f"{self.endpoint}/xet"}
         return Reply(302, b"", {**headers, "Location": f"{self.storage}/cdn/{repo}/{commit.id}/{quote(file)}"})
 
     @route("GET", "/cdn/{repo}/{revision}/{file}")

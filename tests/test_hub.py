@@ -168,11 +168,30 @@ def test_adapters_without_their_base(hub: HubServer, lorun: LoRunModel, blocks: 
         lorun_adapt.from_pretrained(tmp_path / "alone", blocks.net)
 
 
-def test_a_base_is_not_lost(pushed: HubServer, lorun: LoRunModel) -> None:
+@pytest.mark.parametrize("revision", [None, "next"])
+def test_a_base_is_not_lost(pushed: HubServer, lorun: LoRunModel, revision: str | None) -> None:
     before = pushed.files("alice/net")
     with pytest.raises(LoRunError, match="for adapters alone, found base.safetensors"):
-        lorun.push_to_hub("alice/net", adapters_only=True, token="alice-token")
-    assert pushed.files("alice/net") == before
+        lorun.push_to_hub("alice/net", adapters_only=True, revision=revision, token="alice-token")
+    assert pushed.files("alice/net") == before and list(pushed.repos["alice/net"].branches) == ["main"]
+
+
+def test_a_name_alone_is_in_one_s_own_namespace(hub: HubServer, lorun: LoRunModel) -> None:
+    lorun.push_to_hub("net", token="alice-token")
+    assert list(hub.repos) == ["alice/net"] and "base.safetensors" in hub.files("alice/net")
+
+
+def test_a_stage_of_several_modules(hub: HubServer, tmp_path: Path) -> None:
+    case = ZOO["pair_blocks"]()
+    lorun = lorun_adapt.convert(case.net, rank=2)
+    lorun.push_to_hub("alice/pairs", token="alice-token")
+    expected = lorun(*case.inputs)
+    for subfolder in (None, SET, f"{SET}/stage_01"):
+        hub.forget()
+        lorun.load_adapter("alice/pairs", "one", stage=1, subfolder=subfolder, cache_dir=tmp_path / str(subfolder))
+        assert len(fetched(hub)) == 5 and all("stage_01" in name for name in fetched(hub) - {"lorun_config.json"})
+        lorun.set_adapter({1: "one"})
+        assert torch.equal(lorun(*case.inputs), expected)
 
 
 # --- what goes wrong -----------------------------------------------------------------------------
@@ -202,12 +221,50 @@ def test_who_may(pushed: HubServer, lorun: LoRunModel, blocks: Case) -> None:
 
 def test_files_that_are_missing(pushed: HubServer, lorun: LoRunModel, blocks: Case) -> None:
     pushed.add_commit("alice/net", {}, delete=[f"{SET}/stage_02/adapter_model.safetensors"])
-    unchanged(lorun, blocks, "one missing")
+    unchanged(lorun, blocks, "expected adapters/default/stage_02/adapter_model.safetensors in alice/net, found no such")
     lorun.load_adapter("alice/net", "one", stage=1)
     pushed.add_repo("alice/empty", {"README.md": b"# nothing"})
-    unchanged(lorun, blocks, "one missing", source="alice/empty")
+    unchanged(lorun, blocks, "with stage= whose", source="alice/empty")
     with pytest.raises(LoRunError, match="a conversion, found no lorun_config.json"):
         lorun_adapt.from_pretrained("alice/empty", blocks.net)
+
+
+def test_what_the_hub_or_its_client_does_not_take(hub: HubServer, lorun: LoRunModel, blocks: Case, monkeypatch) -> None:
+    unchanged(lorun, blocks, "expected what the Hub takes for alice/net|expected a repository", subfolder="..\\x")
+    unchanged(lorun, blocks, "expected", token="alïce")
+
+    def refuse(self, request):
+        return hub_server.Reply(400, {"errors": [{"message": '"license" must be one of'}, {"message": "or other"}]})
+
+    known = [(method, pattern, f) for method, pattern, f in ROUTES if "validate-yaml" not in pattern.pattern]
+    pattern = next(pattern for _, pattern, _ in ROUTES if "validate-yaml" in pattern.pattern)
+    monkeypatch.setattr(hub_server, "ROUTES", [*known, ("POST", pattern, refuse)])
+    with pytest.raises(LoRunError, match='found .*"license" must be one of.*or other: change it') as caught:
+        lorun.push_to_hub("alice/net", token="alice-token")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_refusal_is_not_taken_for_a_lost_connection(
+    pushed: HubServer, lorun: LoRunModel, blocks: Case, monkeypatch
+) -> None:
+    def refuse(self, request, repo, revision, file):
+        raise hub_server.HubError(403, None, "Your token may not read this")
+
+    routes = [(method, p, refuse if f is HubServer._resolve else f) for method, p, f in ROUTES]
+    monkeypatch.setattr(hub_server, "ROUTES", routes)
+    unchanged(lorun, blocks, "403")
+
+
+def test_peft_s_adapter_from_the_cache_without_a_connection(
+    hub: HubServer, lorun: LoRunModel, blocks: Case, tmp_path: Path, monkeypatch
+) -> None:
+    lorun.save_pretrained(tmp_path / "saved")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "saved" / SET / "stage_02").iterdir()}
+    hub.add_repo("bob/stage", files)
+    lorun.load_adapter("bob/stage", "bob", stage=2)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.fault("*", "error", method="*")
+    lorun.load_adapter("bob/stage", "bob_again", stage=2)
 
 
 @pytest.mark.parametrize("kind", ["drop", "short", "damage", "error"])
@@ -230,6 +287,59 @@ def test_damage_in_the_cache_is_mended(pushed: HubServer, lorun: LoRunModel, blo
     blob.write_bytes(data)
     unchanged(lorun, blocks, "another hash", stage=2, cache_dir=tmp_path / "cache", local_files_only=True)
     lorun.load_adapter("alice/net", "again", stage=2, cache_dir=tmp_path / "cache")
+
+
+def test_damage_in_a_cache_without_links_is_mended(
+    pushed: HubServer, lorun: LoRunModel, blocks: Case, tmp_path: Path, monkeypatch
+) -> None:
+    from huggingface_hub import file_download
+
+    monkeypatch.setattr(file_download, "are_symlinks_supported", lambda *_: False)
+    lorun.load_adapter("alice/net", "theirs", stage=2, cache_dir=tmp_path / "cache")
+    (held,) = (tmp_path / "cache").rglob("adapter_model.safetensors")
+    assert not held.is_symlink()
+    held.write_bytes(held.read_bytes()[:-1] + b"x")
+    lorun.load_adapter("alice/net", "again", stage=2, cache_dir=tmp_path / "cache")
+
+
+def test_files_in_xet_storage(pushed: HubServer, lorun: LoRunModel, blocks: Case, tmp_path: Path, monkeypatch) -> None:
+    """Which the client keeps once for all repositories, with links from each."""
+    from huggingface_hub import file_download
+
+    def xet_get(*, incomplete_path: Path, xet_file_data, **_: object) -> None:
+        stored = [file for repo in pushed.repos.values() for file in repo.find("main").files.values()]
+        incomplete_path.write_bytes(next(s.data for s in stored if s.xet_hash == xet_file_data.file_hash))
+
+    lorun.save_pretrained(tmp_path / "saved")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "saved" / SET / "stage_02").iterdir()}
+    pushed.add_repo("bob/stage", files)
+    pushed.xet = True
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False, raising=False)
+    monkeypatch.setattr(file_download, "xet_get", xet_get, raising=False)
+    expected, cache = lorun(*blocks.inputs), tmp_path / "cache"
+    for _ in range(2):
+        loaded = lorun_adapt.from_pretrained("alice/net", blocks.net, cache_dir=cache)
+        assert torch.equal(loaded(*blocks.inputs), expected)
+        loaded.load_adapter("alice/net", "theirs", stage=2, cache_dir=cache)
+        loaded.load_adapter("bob/stage", "bob", stage=2, cache_dir=cache)
+        (held, *_) = cache.rglob("stage_02/adapter_model.safetensors")
+        blob = held.resolve()
+        assert (blob.parents[2] == cache) == hasattr(file_download, "shared_blobs_enabled")
+        blob.chmod(0o600)
+        blob.write_bytes(blob.read_bytes()[:-1] + b"x")  # and once more, with damage
+
+
+@pytest.mark.parametrize("name", ["../../../../outside", "../../../../../../outside"])
+def test_other_links_out_of_a_cache_are_not_followed(
+    pushed: HubServer, lorun: LoRunModel, blocks: Case, tmp_path: Path, name: str
+) -> None:
+    lorun.load_adapter("alice/net", "theirs", stage=2, cache_dir=tmp_path / "cache")
+    (held,) = (tmp_path / "cache").rglob("adapter_model.safetensors")
+    content = held.read_bytes()
+    held.unlink()
+    held.symlink_to(name)
+    (held.parent / name).resolve().write_bytes(content)
+    unchanged(lorun, blocks, "leads out of it", stage=2, cache_dir=tmp_path / "cache", local_files_only=True)
 
 
 def test_a_damaged_description_is_mended(pushed: HubServer, lorun: LoRunModel, blocks: Case, tmp_path: Path) -> None:
@@ -261,10 +371,19 @@ def test_what_is_pulled_replaces_what_was_pulled(pushed: HubServer, lorun: LoRun
     assert (out / "base.safetensors").exists()
 
 
+def test_adapters_alone_do_not_replace_a_conversion(
+    pushed: HubServer, lorun: LoRunModel, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    lorun.push_to_hub("alice/adapters", adapters_only=True, token="alice-token")
+    lorun.save_pretrained(tmp_path / "out")
+    code, text = command(capsys, monkeypatch, "pull", "alice/adapters", "--out", tmp_path / "out")
+    assert code == 2 and "would be lost" in text and (tmp_path / "out/base.safetensors").exists()
+
+
 def test_a_hostile_list(pushed: HubServer, capsys, monkeypatch) -> None:
     described = json.loads(pushed.files("alice/net")["lorun_config.json"])
     described.pop("sha256")
-    described["network"] = "[/red]"
+    described["network"] = "[/red]\x1b[2J"
     config = json.loads(pushed.files("alice/net")[f"{SET}/stage_00/adapter_config.json"]) | {
         "r": [],
         "rank_pattern": {"a": {}},
@@ -273,7 +392,7 @@ def test_a_hostile_list(pushed: HubServer, capsys, monkeypatch) -> None:
     described["files"][name] = hashlib.sha256(content).hexdigest()
     pushed.add_commit("alice/net", {name: content, "lorun_config.json": as_text(described).encode()})
     code, text = command(capsys, monkeypatch, "list", "alice/net")
-    assert code == 0 and "[/red], with its base" in text
+    assert code == 0 and "[/red] [2J, with its base" in text and "\x1b" not in text
 
 
 def test_without_a_connection(pushed: HubServer, lorun: LoRunModel, blocks: Case, monkeypatch) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from dun_zoo import Block, Denoiser, ListOfBlocks
@@ -103,3 +107,28 @@ def test_convolutions_are_channels_last_while_they_train(denoiser, runs, steps) 
     assert distance(lorun, net) < 0.5 * before
     assert [p.data_ptr() for p in held] == places and all(p.is_contiguous() for p in held)
     assert all(torch.equal(p, old) for p, old in zip(net.parameters(), weights))
+
+
+FAULTS = """
+import sys, torch
+from resource import RUSAGE_SELF, getrusage
+from lorun_adapt import cli
+cli.cli = lambda **_: None
+if sys.argv[1] == "command":
+    cli.main()
+faults = []
+for _ in range(40):
+    torch.ones(10 << 20)
+    faults.append(getrusage(RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[-11])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keeps memory where the C library is GNU's")
+def test_commands_keep_the_memory_that_tensors_free() -> None:
+    """Ten tensors of 40 MB, each in the place of the one before."""
+    command, without = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, check=True).stdout)
+        for how in ("command", "without")
+    )
+    assert command < without / 10
