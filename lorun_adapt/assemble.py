@@ -19,6 +19,8 @@ from .errors import LoRunError
 from .lowrank import LowRank, add_term
 from .stages import Group, Site, StageMap, TensorSpec, tensors_of
 
+TWINS = "lorun_twins"  # of a network, those of its modules that run, in some stage, as a copy: with each of the copies
+
 
 class StageAdapter(nn.Module):
     """What one stage adds to the base: low-rank terms, and the stage's own private tensors.
@@ -106,17 +108,21 @@ def assemble(
     """
     network = copy_network(base, share_tensors=True)
     replace_parameters(network, outside or {})
+    twins: list[tuple[nn.Module, nn.Module]] = []
     for group in stage_map.groups:
-        _separate(network, group)
+        _separate(network, group, twins)
         looped: dict[str, list[nn.Module]] = {}
         for site in group.sites:
             module = network.get_submodule(site.module)
             if site.call is not None:
-                module = copy_network(module, share_tensors=True)
+                original, module = module, copy_network(module, share_tensors=True)
+                twins += zip(original.modules(), module.modules())
                 looped.setdefault(site.module, []).append(module)
             _install(module, group, choice[group.name, site])
         for name, copies in looped.items():
             tell_calls_apart(network.get_submodule(name), name, copies)
+    if twins:
+        vars(network)[TWINS] = twins
     return network
 
 
@@ -141,8 +147,11 @@ def _install(module: nn.Module, group: Group, adapter: StageAdapter) -> None:
             _put(module, spec, private[spec.name])
 
 
-def _separate(network: nn.Module, group: Group) -> None:
-    """Give each site modules of its own where several sites hold the same module object."""
+def _separate(network: nn.Module, group: Group, twins: list[tuple[nn.Module, nn.Module]]) -> None:
+    """Give each site modules of its own where several sites hold the same module object.
+
+    ``twins``: takes each such module together with its copy.
+    """
     owned: dict[int, Site | None] = _shared_with_the_outside(network, group)
     for site in group.sites:
         if site.call is not None:
@@ -157,7 +166,9 @@ def _separate(network: nn.Module, group: Group) -> None:
             if child is None:
                 continue
             if owned.setdefault(id(child), site) is not site:
-                child = holder._modules[name] = copy_network(child, share_tensors=True, memo=memo)
+                original, child = child, copy_network(child, share_tensors=True, memo=memo)
+                holder._modules[name] = child
+                twins += zip(original.modules(), child.modules())
                 owned[id(child)] = site
             if id(child) not in seen:
                 seen.add(id(child))

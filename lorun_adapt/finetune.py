@@ -60,6 +60,7 @@ def finetune(
     parts = [held[adapter_name] for held in (lorun.adapters, lorun.outside) if adapter_name in held]
     trained = [item for part in parts for item in trained_of(part, FACTORS)]
     check_any(trained)
+    begun = {f"{place}.{name}": t for place, part in enumerate(parts) for name, t in part.state_dict().items()}
     with ExitStack() as stack:
         stack.enter_context(evaluating(lorun))
         if teacher is None:
@@ -79,12 +80,13 @@ def finetune(
             budget,
             seed=seed,
             checkpoint=checkpoint,
-            kind=f"{adapter_name} on {fingerprint_of(distinct_tensors(lorun.base))}",
+            kind=f"{adapter_name} for {lorun.set_config[adapter_name].noise_schedule}, begun as "
+            f"{fingerprint_of(begun)}, on {fingerprint_of(distinct_tensors(lorun.base))}",
             spent=time.monotonic() - started,
             held_out=judged,
             patience=PATIENCE,
             doing=f"fine-tuning {adapter_name}",
-            others=[tensor for part in parts for tensor in part.state_dict().values()],
+            others=list(begun.values()),
         )
         finished = trainer.train(stop)
     if not finished:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -71,6 +72,18 @@ class NoiseLevels(AdapterSets):
             noise = None if noise_schedule is None else checked(noise_schedule, len(self.stage_map))
             held = self._held(adapter_name)
             self._run_with(adapter_name, held._replace(about=dataclasses.replace(held.about, noise_schedule=noise)))
+
+    @contextmanager
+    def taken_for(self, sigma: float) -> Iterator[None]:
+        """Within it, sets that run and whose noise is not known are for ``sigma``."""
+        unknown = [name for name in set(self.active_adapters.values()) if self.set_config[name].noise_schedule is None]
+        for name in unknown:
+            self.set_noise_schedule(name, sigma)
+        try:
+            yield
+        finally:
+            for name in unknown:
+                self.set_noise_schedule(name, None)
 
     def select_adapter(self, sigma: float | str, *arguments: Any) -> str:
         """Run with the set for a noise level: the one for it, or what is between the two around it, or the nearest.

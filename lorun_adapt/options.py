@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from .errors import LoRunError
+
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
@@ -83,7 +85,20 @@ BUDGET = click.option(
     help="Instead of a rank: parameters of the whole network, or the share (0 to 1) of those it has.",
 )
 CONVERTED = click.option("--converted", type=FILE, required=True, help="Folder of a conversion.")
-OUT = click.option("--out", type=FILE, required=True, help="Folder to save to.")
+
+
+def _out(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
+    from .description import CONFIG
+    from .folder import as_path, check_replaceable
+
+    try:
+        check_replaceable(as_path(value), CONFIG)  # before the work, not after
+    except OSError as error:
+        raise LoRunError(f"expected a folder to save to, found {error.strerror} at {value}: choose another") from error
+    return value
+
+
+OUT = click.option("--out", type=FILE, required=True, callback=_out, help="Folder to save to.")
 DTYPE = click.option(
     "--dtype",
     type=click.Choice(("float32", "float16", "bfloat16")),
@@ -116,7 +131,7 @@ def calibration_options(required: bool) -> Callable[[Function], Function]:
         noise = click.option(
             "--sigma",
             type=click.FloatRange(min=0),
-            help="Noise on the measurements, on a scale of 0 to 255.  [default: 0]",
+            help="Noise on the measurements, on a scale of 0 to 255.  [default: what the set is for, or 0]",
         )
         for option in reversed((folder, MINUTES, STEPS, TRUTH, BATCH, CHECKPOINT, noise)):
             command = option(command)

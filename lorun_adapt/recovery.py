@@ -64,6 +64,7 @@ def recover(
         )
     started = time.monotonic()
     check_teacher(teacher, lorun)
+    base, sets = _fingerprints(lorun)
     try:
         with evaluating(teacher), evaluating(lorun), trainable(lorun) as trained:
             observer = Observer(teacher, lorun.stage_map, calibration.first)
@@ -85,12 +86,19 @@ def recover(
                 )
                 finished = trainer.train(stop)
     finally:
-        lorun._fingerprint = None
-        # What was measured was so of other weights.
-        lorun.set_config = {n: dataclasses.replace(about, measured=()) for n, about in lorun.set_config.items()}
+        now = _fingerprints(lorun)
+        if now[0] != base:
+            lorun._fingerprint = None
+        if now != (base, sets):  # what was measured was so of other weights
+            lorun.set_config = {n: dataclasses.replace(about, measured=()) for n, about in lorun.set_config.items()}
     if not finished:
         warnings.warn("recovery was stopped: the network has the best weights so far", stacklevel=3)
     return finished
+
+
+def _fingerprints(lorun: LoRunModel) -> tuple[str, str]:
+    """Of the base as it is in memory, and of the sets."""
+    return fingerprint_of(distinct_tensors(lorun.base)), fingerprint_of(distinct_tensors(lorun.adapters))
 
 
 def start_near(

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .assemble import distinct_tensors
 from .errors import LoRunError
+from .fingerprint import fingerprint_of
 
 if TYPE_CHECKING:
     from .model import LoRunModel
@@ -53,13 +55,15 @@ def _before_load(lorun: LoRunModel, state_dict: dict[str, Any], prefix: str, *_:
                     f"expected zeros for {name!r}, which has no base here, found others in the state_dict: load it "
                     "into the conversion that it is of"
                 )
-    lorun._loading = [shared_places(lorun.base, lorun.adapters), lorun.network]
+    held = fingerprint_of(distinct_tensors(lorun.base))
+    lorun._loading = [shared_places(lorun.base, lorun.adapters), lorun.network, held]
     lorun.network = nn.Module()  # else it would be asked for, and given, tensors of its own
 
 
 def _after_load(lorun: LoRunModel, incompatible_keys: Any) -> None:
-    places, lorun.network = lorun._loading
+    places, lorun.network, held = lorun._loading
     del lorun._loading
-    lorun._fingerprint = None
     share_again(places)  # load_state_dict(assign=True) puts other tensors into each place
+    if fingerprint_of(distinct_tensors(lorun.base)) != held:
+        lorun._fingerprint = None
     lorun._assemble_again()

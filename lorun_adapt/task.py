@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .errors import LoRunError
+from .set_config import is_short
 
 IMAGES = {".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 STATE_KEYS = ("state_dict", "model", "net", "params", "params_ema")
@@ -222,8 +223,8 @@ def load_task(name: str) -> Task:
     for option in ("license", "base_model"):
         value = getattr(module, option, None)
         if value is not None:
-            if not isinstance(value, str):
-                raise LoRunError(f"expected {option} in {name} to be a name, found {value!r}: change it")
+            if not is_short(value):
+                raise LoRunError(f"expected {option} in {name} to be a name, found {str(value)[:300]!r}: change it")
             options[option] = value
     weights = getattr(module, "weights", None)
     if weights is not None:

@@ -123,8 +123,10 @@ def recover(
     from .checkpoint import from_pretrained, stored_dtype
 
     spec, net = trained_network(task, weights, seed)
-    crops = _crops(spec, calibration, seed, training)
     lorun = from_pretrained(converted, net.to(device))
+    if training["sigma"] is None:
+        training["sigma"] = lorun.set_config[lorun.adapter_names[0]].sigma  # that is kept, then
+    crops = _crops(spec, calibration, seed, training)
     stored = stored_dtype(lorun, converted)
     finished = _recover(lorun, spec, net, crops, seed, training)
     _save(lorun, spec, out, dtype or stored, finished)
@@ -225,7 +227,7 @@ def _show_gain(
     rows = []
     for which in (other, name):
         lorun.set_adapter(which)
-        with working(f"restoring {len(files)} images with {which}"), seeded(seed):
+        with working(f"restoring {len(files)} images with {which}"), seeded(seed), lorun.taken_for(sigma):
             result = evaluate(spec, files, None, lorun.eval(), sigma=sigma)
         mean = result.mean()
         rows.append((which, f"{mean['psnr_converted']:.2f}", f"{mean['ssim_converted']:.4f}"))
@@ -242,13 +244,16 @@ def _crops(spec: Task, folder: Path, seed: int, training: dict[str, Any]) -> Cro
 
 
 def _recover(lorun: LoRunModel, spec: Task, net: nn.Module, crops: Crops, seed: int, training: dict[str, Any]) -> bool:
-    """Recover, with both networks told of the noise where the task has a way to and ``--sigma`` was given."""
+    """Recover, with both networks told of the noise where the task has a way to, and it is known."""
+    from .noise import at_stage
+
     lorun.task = spec
     if training["sigma"] is not None or spec.schedule is None:
-        if spec.schedule is not None:
-            spec.schedule(net, [training["sigma"]] * len(lorun.stage_map))
         for name in lorun.adapter_names:
             lorun.set_noise_schedule(name, training["sigma"] or 0.0)
+    noise = lorun.set_config[lorun.adapter_names[0]].noise_schedule
+    if spec.schedule is not None and noise is not None:
+        spec.schedule(net, [at_stage(noise, stage) for stage in range(len(lorun.stage_map))])
     return lorun.recover(
         net,
         crops,

@@ -114,9 +114,11 @@ def _sum_of_terms(terms: Sequence[LowRank], weights: Sequence[float]) -> LowRank
 
 def _sum_of_tensors(base: Tensor, values: Sequence[Tensor], weights: Sequence[float], name: str) -> Tensor:
     """The base, and the weighted differences from it."""
-    if all(torch.equal(value, values[0]) for value in values) and math.isclose(sum(weights), 1.0):
+    counted = not (base.is_floating_point() or base.is_complex())
+    alike = all(torch.equal(value, values[0]) for value in values)
+    if alike and (counted or math.isclose(sum(weights), 1.0)):
         return values[0].clone()
-    if not (base.is_floating_point() or base.is_complex()):
+    if counted:
         raise LoRunError(
             f"expected whole numbers that are the same in all adapters, found different ones in {name!r}: these can't "
             "be weighted"

@@ -80,6 +80,19 @@ def test_smaller_files(lorun: LoRunModel, blocks: Case, tmp_path: Path) -> None:
         lorun.save_pretrained(tmp_path / "half", dtype=torch.int8)
 
 
+def test_a_base_that_stays_keeps_its_name(lorun: LoRunModel, blocks: Case, tmp_path: Path) -> None:
+    """A smaller file has the name of the base that it was rounded from."""
+    lorun.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    loaded = lorun_adapt.from_pretrained(tmp_path / "half", blocks.net)
+    with pytest.raises(LoRunError):
+        loaded.recover(blocks.net, [torch.zeros(1)], steps=3)
+    loaded.load_state_dict(loaded.state_dict())
+    assert loaded.fingerprint == lorun.fingerprint
+    loaded.load_adapter(tmp_path / "half", "again")
+    loaded.load_state_dict({name: 2 * tensor for name, tensor in loaded.state_dict().items()})
+    assert loaded.fingerprint != lorun.fingerprint
+
+
 def test_smaller_files_stay_the_same(case: Case, tmp_path: Path) -> None:
     lorun = lorun_adapt.convert(case.net, rank=1, **case.find())
     train_a_bit(lorun, case.inputs)

@@ -180,6 +180,32 @@ def test_runs_repeat_and_resume(tmp_path) -> None:
     assert same(run(checkpoint=state), whole) and not state.exists()
 
 
+def test_a_state_is_of_one_noise_and_one_start(tmp_path) -> None:
+    state = tmp_path / "state.safetensors"
+    seen: list[int] = []
+
+    def stopping(output: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+        seen.append(1)
+        if len(seen) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return to_truth(output, batch)
+
+    lorun, _ = converted()
+    lorun.copy_adapter("default", "other")
+    with torch.no_grad():
+        for parameter in lorun.adapters["other"].parameters():
+            parameter.mul_(1.1)
+    given = {"steps": 30, "loss": to_truth, "checkpoint": state}
+    with pytest.warns(UserWarning, match="fine-tuning was stopped"):
+        lorun.finetune(noisy(), "new", noise_schedule=5, **(given | {"loss": stopping}))
+    before = {name: tensor.clone() for name, tensor in lorun.state_dict().items()}
+    for start, noise in (("default", 250), ("other", 5)):
+        with pytest.raises(LoRunError, match="one of another run"):
+            lorun.finetune(noisy(), "new", start, noise_schedule=noise, **given)
+        assert same(lorun.state_dict(), before) and lorun.set_config["new"].sigma == 5 and state.exists()
+    assert lorun.finetune(noisy(), "new", noise_schedule=5, **given)
+
+
 def test_a_stopped_set_is_gone_on_with(tmp_path) -> None:
     def run(lorun: LoRunModel, loss=to_truth) -> None:
         lorun.finetune(noisy(), "new", steps=30, loss=loss, checkpoint=tmp_path / "state.safetensors")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from dun_zoo import Denoiser, ListOfDenoisers, Looped, gradient_step
+from dun_zoo import Block, Denoiser, ListOfBlocks, ListOfDenoisers, Looped, gradient_step
 from hub_server import HubServer
 from huggingface_hub import constants
 from PIL import Image
@@ -148,6 +148,7 @@ GOOD = {"noise_schedule": 25.0, "measured": [vars(Measured("a", 1, 0.0, 1.0, 1.0
         {**GOOD, "measured": [{**GOOD["measured"][0], "images": "x" * 201}]},
         {**GOOD, "measured": [{**GOOD["measured"][0], "count": 0}]},
         {**GOOD, "measured": [{**GOOD["measured"][0], "psnr": None}]},
+        {**GOOD, "measured": [dict(reversed(GOOD["measured"][0].items())) | {"psnr": None}]},
         {**GOOD, "measured": [{**GOOD["measured"][0], "psnr": "1"}]},
         {**GOOD, "measured": [{**GOOD["measured"][0], "psnr": 10**400}]},
         {**GOOD, "measured": [{**GOOD["measured"][0], "images": "\ud800"}]},
@@ -155,6 +156,8 @@ GOOD = {"noise_schedule": 25.0, "measured": [vars(Measured("a", 1, 0.0, 1.0, 1.0
 )
 def test_damage_is_refused(wrong) -> None:
     assert read_set_config(json.dumps(GOOD).encode(), 3, "here").noise_schedule == 25
+    backwards = {**GOOD, "measured": [dict(reversed(GOOD["measured"][0].items()))]}
+    assert read_set_config(json.dumps(backwards).encode(), 3, "here").measured == (Measured("a", 1, 0.0, 1.0, 1.0),)
     with pytest.raises(LoRunError, match="found wrong '.*' in here"):
         read_set_config(json.dumps(wrong).encode(), 3, "here")
 
@@ -480,6 +483,50 @@ def test_the_network_is_handed_the_schedule() -> None:
     assert torch.equal(lorun(*BATCH), bare)
 
 
+class Adjusted(Denoiser):
+    """Takes a sigma from an attribute and a gain from a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sigma = 0.0
+        self.register_buffer("gain", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * super().forward(x + self.sigma)
+
+
+def tell_in_place(net: nn.Module, sigmas: list[float]) -> None:
+    denoiser = net.p if hasattr(net, "p") else net.blocks[0].denoiser
+    denoiser.sigma = sigmas[0]
+    denoiser.gain.fill_(1 + sigmas[0])
+
+
+def tell_anew(net: nn.Module, sigmas: list[float]) -> None:
+    denoiser = net.p if hasattr(net, "p") else net.blocks[0].denoiser
+    denoiser.sigma, denoiser.gain = torch.tensor(sigmas[0]), torch.tensor(1 + sigmas[0])
+
+
+@pytest.mark.parametrize("schedule", [tell_in_place, tell_anew])
+@pytest.mark.parametrize("kind", ["looped", "many_parents"])
+def test_a_module_that_serves_all_stages_is_handed_the_schedule(kind: str, schedule) -> None:
+    torch.manual_seed(0)
+    denoiser = Adjusted()
+    net = (Looped() if kind == "looped" else ListOfBlocks([Block(denoiser) for _ in range(3)])).eval()
+    if kind == "looped":
+        net.p = denoiser
+    lorun = lorun_adapt.convert(net, rank=10_000, **({"example_inputs": BATCH} if kind == "looped" else {}))
+    lorun.task = SimpleNamespace(schedule=schedule)
+    bare = lorun(*BATCH)
+    torch.testing.assert_close(bare, net(*BATCH), rtol=1e-4, atol=1e-4)
+    lorun.set_noise_schedule("default", 0.5)
+    with torch.no_grad():
+        schedule(net, [0.5])
+    assert not torch.allclose(lorun(*BATCH), bare)
+    torch.testing.assert_close(lorun(*BATCH), net(*BATCH), rtol=1e-4, atol=1e-4)
+    lorun.set_noise_schedule("default", None)
+    assert torch.equal(lorun(*BATCH), bare)
+
+
 def test_a_schedule_that_fails_leaves_what_was() -> None:
     lorun, _ = converted()
     lorun.copy_adapter("default", "a")
@@ -634,6 +681,84 @@ def test_finetune_on_the_command_line(made, capsys, monkeypatch) -> None:
     assert again.set_config["default"].measured[0].psnr == json.loads(out)["mean"]["psnr_converted"]
     assert again.active_adapters == lorun_adapt.from_pretrained(made / "out", task.build()).active_adapters
     assert again.adapter_names == ["default", "sigma25"] and again.set_config["sigma25"] == about
+
+
+TOLD = """
+class Net(ListOfBlocks):
+    sigma = 0.0
+
+    def forward(self, y, mask):
+        return super().forward(y + self.sigma / 255, mask)
+
+def build():
+    torch.manual_seed(0)
+    return Net([Block(Denoiser()) for _ in range(3)])
+
+def schedule(net, sigmas):
+    net.sigma = sigmas[0]
+"""
+
+
+def test_original_and_conversion_are_told_the_same(made, capsys, monkeypatch) -> None:
+    file = made / "told.py"
+    file.write_text(TASK + TOLD)
+    task = load_task(str(file))
+    given = (file, "--weights", made / "net.pth")
+    images = ("--images", made / "images", "--json")
+
+    def scores(folder: Path, *options: object) -> tuple[float, float]:
+        code, out, err = call(capsys, monkeypatch, "eval", *given, "--converted", folder, *images, *options)
+        assert code == 0, err
+        mean = json.loads(out)["mean"]
+        return mean["psnr"], mean["psnr_converted"]
+
+    code, _, err = call(capsys, monkeypatch, "convert", *given, "--rank", 100, "--out", made / "exact")
+    assert code == 0, err
+    for sigma in (0, 25):
+        original, exact = scores(made / "exact", "--sigma", sigma, "--record")
+        assert original == pytest.approx(exact, abs=1e-3)
+    about = lorun_adapt.from_pretrained(made / "exact", task.build()).set_config["default"]
+    assert about.noise_schedule is None and {found.sigma for found in about.measured} == {0, 25}
+    training = ("--calibration", made / "images", "--steps", 10)
+    code, _, err = call(
+        capsys, monkeypatch, "convert", *given, "--rank", 100, *training, "--sigma", 25, "--out", made / "25"
+    )
+    assert code == 0, err
+    code, _, err = call(
+        capsys, monkeypatch, "recover", *given, "--converted", made / "25", *training, "--out", made / "again"
+    )
+    assert code == 0, err
+    assert lorun_adapt.from_pretrained(made / "again", task.build()).set_config["default"].sigma == 25
+    original, again = scores(made / "again", "--sigma", 25)
+    assert original == pytest.approx(again, abs=0.1)
+
+
+def test_where_to_save_is_looked_at_before_the_work(made, capsys, monkeypatch) -> None:
+    (made / "results").mkdir()
+    (made / "results/thesis.tex").write_text("years of work")
+    monkeypatch.setattr("lorun_adapt.training.Trainer.train", lambda *_: pytest.fail("it trains"))
+    for out in (made / "results", made / "my_task.py"):
+        code, _, err = finetune(made, capsys, monkeypatch, "--steps", 3, "--out", out)
+        assert code == 2 and "expected a" in err and "choose another" in err
+
+
+def test_what_was_judged_is_shown_even_where_it_cannot_be_noted(made, capsys, monkeypatch) -> None:
+    lorun = lorun_adapt.from_pretrained(made / "net", load_task(str(made / "my_task.py")).build())
+    lorun.copy_adapter("default", "other")
+    lorun.set_adapter({0: "other"})
+    lorun.save_pretrained(made / "net")
+    code, out, err = call(
+        capsys, monkeypatch, "eval", made / "my_task.py", "--converted", made / "net", "--images", made / "images",
+        "--record",
+    )  # fmt: skip
+    assert code == 2 and "mean" in out and "error: expected" in err
+
+
+def test_a_licence_that_no_card_can_hold(made, capsys, monkeypatch) -> None:
+    file = made / "my_task.py"
+    file.write_text(file.read_text() + "\nlicense = 'mit\\nmore'\n")
+    code, _, err = finetune(made, capsys, monkeypatch, "--steps", 3)
+    assert code == 2 and "expected license in" in err
 
 
 def test_a_folder_keeps_its_dtype(made, capsys, monkeypatch) -> None:

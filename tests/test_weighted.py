@@ -130,3 +130,15 @@ def test_whole_numbers_that_differ(tmp_path) -> None:
     lorun.adapter_of(group, group.sites[1], "b").count.fill_(9)
     with pytest.raises(LoRunError, match="whole numbers that are the same"):
         lorun.add_weighted_adapter(["a", "b"], [0.5, 0.5], "new")
+
+
+def test_counters_that_are_alike_need_no_weights() -> None:
+    case = ZOO["list_of_denoisers"]()
+    net = type(case.net)([torch.nn.Sequential(d, torch.nn.BatchNorm2d(1)) for d in case.net.denoisers]).eval()
+    lorun = lorun_adapt.convert(net, rank=2)
+    lorun.copy_adapter("default", "b")
+    lorun.add_weighted_adapter(["default", "b"], [1.0, 1.0], "sum")
+    own = {n: t for n, t in lorun.adapters["sum"].state_dict().items() if "num_batches_tracked" in n}
+    assert own and all(
+        torch.equal(tensor, lorun.adapters["default"].state_dict()[name]) for name, tensor in own.items()
+    )
