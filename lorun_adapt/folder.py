@@ -63,7 +63,7 @@ def replace_folder(
         target = Path(os.path.realpath(target))
         target.parent.mkdir(parents=True, exist_ok=True)
         put_back(target)
-        check_replaceable(target, marker)
+        _check_replaceable(target, marker)
         with _locked(target.parent) as alone:
             _remove_abandoned(target, alone)
             new = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=PARTIAL, dir=target.parent))
@@ -93,16 +93,23 @@ def replace_folder(
         _unlock(mine)
 
 
-def check_replaceable(target: Path, marker: str) -> None:
-    """Refuse what :func:`replace_folder` could not replace.
+def check_place(target: Path, marker: str) -> None:
+    """Refuse, before long work, what :func:`replace_folder` would refuse after it.
 
     Raises:
         LoRunError: as there.
     """
     target = Path(os.path.realpath(target))
-    above = next((path for path in target.parents if path.exists()), target)
+    try:
+        _check_replaceable(target, marker)
+        above = next(path for path in target.parents if path.exists())
+    except OSError as error:
+        raise LoRunError(f"expected to write {target}, found {_reason(error)}: choose another folder") from error
     if not target.exists() and not os.access(above, os.W_OK):
         raise LoRunError(f"expected to write {target}, found that nothing may be in {above}: choose another folder")
+
+
+def _check_replaceable(target: Path, marker: str) -> None:
     if target.exists() and not target.is_dir():
         raise LoRunError(f"expected a folder to save to, found a file at {target}: choose another place")
     here = Path(os.path.realpath(os.curdir))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter_sets import AdapterSets
 from .errors import LoRunError
@@ -26,7 +27,7 @@ class NoiseLevels(AdapterSets):
     """What of :class:`LoRunModel` knows of noise."""
 
     _task: Any = None
-    _interpolated_of: tuple[Any, ...] = ()  # what the set of that name was made of
+    _interpolated_of: tuple[Any, list[Tensor]] = (None, [])  # what the set of that name was made of
 
     @property
     def task(self) -> Any:
@@ -127,12 +128,15 @@ class NoiseLevels(AdapterSets):
     def _interpolate(self, weights: Mapping[str, float], sigma: float) -> None:
         """Make the set between others, where it is not there yet."""
         sets = [held[name] for name in weights for held in (self.adapters, self.outside) if name in held]
-        values = [(id(tensor), tensor._version) for held in sets for tensor in held.parameters()]
-        made_of = (sigma, weights, values)
-        if INTERPOLATED not in self.adapters or made_of != self._interpolated_of:
+        tensors = [tensor for held in sets for tensor in held.parameters()]
+        made_of = (sigma, dict(weights), [tensor._version for tensor in tensors])
+        known, before = self._interpolated_of
+        # The tensors are held, so that no others can be taken for them.
+        alike = known == made_of and all(map(operator.is_, tensors, before))
+        if INTERPOLATED not in self.adapters or not alike:
             found = weighted_set(self, list(weights), list(weights.values()))
             self._put_set(INTERPOLATED, dataclasses.replace(found, about=SetConfig(sigma)))
-            self._interpolated_of = made_of
+            self._interpolated_of = made_of, tensors
 
     def weights_for(self, sigma: float, among: Iterable[str] | None = None) -> dict[str, float]:
         """How much of which set stands for a noise level; ``among``: sets to choose from, by default all.

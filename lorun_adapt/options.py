@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from .errors import LoRunError
-
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
@@ -89,12 +87,9 @@ CONVERTED = click.option("--converted", type=FILE, required=True, help="Folder o
 
 def _out(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
     from .description import CONFIG
-    from .folder import as_path, check_replaceable
+    from .folder import as_path, check_place
 
-    try:
-        check_replaceable(as_path(value), CONFIG)  # before the work, not after
-    except OSError as error:
-        raise LoRunError(f"expected a folder to save to, found {error.strerror} at {value}: choose another") from error
+    check_place(as_path(value), CONFIG)
     return value
 
 
