@@ -12,10 +12,10 @@ import torch
 from rich.table import Table
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .errors import LoRunError
 from .nested import device_of, to_device
+from .progress import progress
 from .set_config import Measured, shortened
 from .tables import table
 from .task import Task
@@ -88,14 +88,15 @@ def evaluate(
     sigma: float = 0.0,
     parameters: int = 0,
     parameters_converted: int | None = None,
+    doing: str = "restoring",
 ) -> Evaluation:
-    """Restore each image with both networks, from the same measurements.
+    """Restore each image with both networks, from the same measurements; ``doing``: what the progress bar says.
 
     Raises:
         LoRunError: an image, or a function of the task, that fails.
     """
     scores = []
-    for path in tqdm(files, desc="restoring", unit="image", delay=2, disable=None, leave=False):
+    for path in progress(files, doing, "image", delay=2, leave=False):
         images = task.read(path)[None]
         check_size(images, task.border, path)
         arguments = task.measure(images, sigma)

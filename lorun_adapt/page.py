@@ -15,7 +15,6 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .assemble import lowrank_terms
 from .conversion import collapse
@@ -24,6 +23,7 @@ from .folder import write_file
 from .model import LoRunModel
 from .nested import device_of, replaced, to_device
 from .observe import Observer
+from .progress import progress
 from .ranks import config_of_ranks
 from .report import Report
 from .task import Task
@@ -86,7 +86,7 @@ def write_page(path: Path, task: Task, original: nn.Module, lorun: LoRunModel, f
     bare: list[tuple[float, float]] = []
     curves: dict[str, list[list[float]]] = {"original": [], "this conversion": []}
     pictures = []
-    for place, file in enumerate(tqdm(files, desc="restoring", unit="image", delay=2, disable=None, leave=False)):
+    for place, file in enumerate(progress(files, "restoring", "image", delay=2, leave=False)):
         truth = task.read(file)[None]
         check_size(truth, task.border, file)
         arguments = task.measure(truth)

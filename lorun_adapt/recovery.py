@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .assemble import StageAdapter, distinct_tensors, held_tensors, lowrank_terms
 from .budget import Budget
@@ -25,6 +24,7 @@ from .errors import LoRunError
 from .fingerprint import fingerprint_of
 from .lowrank import is_base
 from .observe import Observer
+from .progress import progress
 from .refit import refit
 from .seeds import seeded
 from .sensitivity import Sensitivity, sensitivities
@@ -142,7 +142,7 @@ def weigh(
 def _weighed(
     teacher: nn.Module, stage_map: StageMap, observer: Observer, probes: list[Batch], seed: int
 ) -> dict[tuple[str, str], Sensitivity]:
-    bar = tqdm(probes, desc="weighing tensors", unit="batch", leave=False, delay=2)
+    bar = progress(probes, "weighing tensors", "batch", delay=2, leave=False)
     return sensitivities(teacher, stage_map, lambda *arguments: observer.run(*arguments).final, bar, seed)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -26,6 +25,7 @@ from .distill import Distillation
 from .errors import LoRunError
 from .nested import to_device
 from .processes import agreed, make_accelerator
+from .progress import progress
 from .resume import read_state, write_state
 from .speed import MARGIN, bfloat16, rounding_psnr, runs_in_bfloat16
 from .supervised import Supervised
@@ -342,13 +342,13 @@ class Trainer:
     # --- what is seen ----------------------------------------------------------------------------
 
     def _bar(self) -> tqdm:
-        return tqdm(
-            desc=self.doing,
+        return progress(
+            None,
+            self.doing,
+            "step" if self.budget.steps else "s",
             total=_whole(self.budget, None),
             initial=_whole(self.budget, self.run),
-            unit="step" if self.budget.steps else "s",
             disable=not self.accelerator.is_main_process,
-            mininterval=0.5 if sys.stderr.isatty() else 20,  # lines in a log
         )
 
     def _show(self, bar: tqdm, **values: str) -> None:

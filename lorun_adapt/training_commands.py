@@ -227,8 +227,8 @@ def _show_gain(
     rows = []
     for which in (other, name):
         lorun.set_adapter(which)
-        with working(f"restoring {len(files)} images with {which}"), seeded(seed), lorun.taken_for(sigma):
-            result = evaluate(spec, files, None, lorun.eval(), sigma=sigma)
+        with seeded(seed), lorun.taken_for(sigma):
+            result = evaluate(spec, files, None, lorun.eval(), sigma=sigma, doing=f"restoring with {which}")
         mean = result.mean()
         rows.append((which, f"{mean['psnr_converted']:.2f}", f"{mean['ssim_converted']:.4f}"))
     lorun.note_quality(result.measured(f"{images.resolve().name}, held out", sigma))
