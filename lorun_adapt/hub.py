@@ -75,10 +75,11 @@ class Repository:
             for end in range(len(parts), max(-1, len(parts) - 4), -1):
                 root, key = "/".join(parts[:end]), "/".join(parts[end:])
                 if f"{key}/".startswith(("/", f"{ADAPTERS}/")):
+                    own = f"{root}/{CONFIG}".lstrip("/")
                     try:
-                        found = self._download(f"{root}/{CONFIG}".lstrip("/"), self.revision)
+                        found = self._download(own, self.revision)
                     except LocalEntryNotFoundError:
-                        if not (self.local_files_only or constants.HF_HUB_OFFLINE or self._is_known_to_lack(root)):
+                        if not (self.local_files_only or constants.HF_HUB_OFFLINE or self._is_known_to_lack(own)):
                             raise  # it may be there: without it nothing could be told from damage
                         continue
                     except EntryNotFoundError:
@@ -86,9 +87,8 @@ class Repository:
                     return self._fetch_described(found, root, key, needed)
             return self._fetch_others("/".join(parts), needed)
 
-    def _is_known_to_lack(self, root: str) -> bool:
-        """Whether there was no description when there was a connection."""
-        name = f"{root}/{CONFIG}".lstrip("/")
+    def _is_known_to_lack(self, name: str) -> bool:
+        """Whether there was no such file when there was a connection."""
         held = try_to_load_from_cache(self.repo_id, name, cache_dir=self.cache_dir, revision=self.revision)
         return held is _CACHED_NO_EXIST
 

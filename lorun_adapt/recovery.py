@@ -64,7 +64,7 @@ def recover(
         )
     started = time.monotonic()
     check_teacher(teacher, lorun)
-    base, sets = _fingerprints(lorun)
+    before = _fingerprints(lorun)
     try:
         with evaluating(teacher), evaluating(lorun), trainable(lorun) as trained:
             observer = Observer(teacher, lorun.stage_map, calibration.first)
@@ -87,9 +87,9 @@ def recover(
                 finished = trainer.train(stop)
     finally:
         now = _fingerprints(lorun)
-        if now[0] != base:
+        if now[0] != before[0]:
             lorun._fingerprint = None
-        if now != (base, sets):  # what was measured was so of other weights
+        if now != before:  # what was measured was so of other weights
             lorun.set_config = {n: dataclasses.replace(about, measured=()) for n, about in lorun.set_config.items()}
     if not finished:
         warnings.warn("recovery was stopped: the network has the best weights so far", stacklevel=3)
@@ -97,8 +97,8 @@ def recover(
 
 
 def _fingerprints(lorun: LoRunModel) -> tuple[str, str]:
-    """Of the base as it is in memory, and of the sets."""
-    return fingerprint_of(distinct_tensors(lorun.base)), fingerprint_of(distinct_tensors(lorun.adapters))
+    """Of the base as it is in memory, and of all of it: with the adapters, and what sets have outside the stages."""
+    return fingerprint_of(distinct_tensors(lorun.base)), fingerprint_of(lorun.state_dict())
 
 
 def start_near(

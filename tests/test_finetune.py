@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel
+from lorun_adapt.distill import Loss
 
 
 def converted() -> tuple[LoRunModel, nn.Module]:
@@ -180,16 +181,21 @@ def test_runs_repeat_and_resume(tmp_path) -> None:
     assert same(run(checkpoint=state), whole) and not state.exists()
 
 
-def test_a_state_is_of_one_noise_and_one_start(tmp_path) -> None:
-    state = tmp_path / "state.safetensors"
+def stopping() -> Loss:
+    """A loss that presses Ctrl-C when it is called the 20th time."""
     seen: list[int] = []
 
-    def stopping(output: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+    def loss(output: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
         seen.append(1)
         if len(seen) == 20:
             os.kill(os.getpid(), signal.SIGINT)
         return to_truth(output, batch)
 
+    return loss
+
+
+def test_a_state_is_of_one_noise_and_one_start(tmp_path) -> None:
+    state = tmp_path / "state.safetensors"
     lorun, _ = converted()
     lorun.copy_adapter("default", "other")
     with torch.no_grad():
@@ -197,7 +203,7 @@ def test_a_state_is_of_one_noise_and_one_start(tmp_path) -> None:
             parameter.mul_(1.1)
     given = {"steps": 30, "loss": to_truth, "checkpoint": state}
     with pytest.warns(UserWarning, match="fine-tuning was stopped"):
-        lorun.finetune(noisy(), "new", noise_schedule=5, **(given | {"loss": stopping}))
+        lorun.finetune(noisy(), "new", noise_schedule=5, **(given | {"loss": stopping()}))
     before = {name: tensor.clone() for name, tensor in lorun.state_dict().items()}
     for start, noise in (("default", 250), ("other", 5)):
         with pytest.raises(LoRunError, match="one of another run"):
@@ -210,17 +216,11 @@ def test_a_stopped_set_is_gone_on_with(tmp_path) -> None:
     def run(lorun: LoRunModel, loss=to_truth) -> None:
         lorun.finetune(noisy(), "new", steps=30, loss=loss, checkpoint=tmp_path / "state.safetensors")
 
-    def stopping(output: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
-        seen.append(1)
-        if len(seen) == 20:
-            os.kill(os.getpid(), signal.SIGINT)
-        return to_truth(output, batch)
-
-    whole, seen = converted()[0], []
+    whole = converted()[0]
     run(whole)
     lorun, net = converted()
     with pytest.warns(UserWarning, match="fine-tuning was stopped"):
-        run(lorun, stopping)
+        run(lorun, stopping())
     lorun.save_pretrained(tmp_path / "saved")
     with pytest.raises(LoRunError, match="a new name"):
         lorun.finetune(noisy(), "new", steps=30, loss=to_truth)

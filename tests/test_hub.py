@@ -36,6 +36,12 @@ def fetched(hub: HubServer) -> set[str]:
     return set(hub.downloads)
 
 
+def files_of_stage_2(lorun: LoRunModel, folder: Path) -> dict[str, bytes]:
+    """As PEFT writes them: of one adapter, without a description."""
+    lorun.save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in (folder / SET / "stage_02").iterdir()}
+
+
 # --- there and back ------------------------------------------------------------------------------
 
 
@@ -136,8 +142,7 @@ def test_a_conversion_in_a_subfolder(hub: HubServer, lorun: LoRunModel, blocks: 
 
 def test_an_adapter_of_peft_s(hub: HubServer, lorun: LoRunModel, blocks: Case, tmp_path: Path) -> None:
     expected = lorun(*blocks.inputs)
-    lorun.save_pretrained(tmp_path / "saved")
-    files = {p.name: p.read_bytes() for p in (tmp_path / "saved" / SET / "stage_02").iterdir()}
+    files = files_of_stage_2(lorun, tmp_path / "saved")
     hub.add_repo("bob/stage", files)
     hub.add_repo("bob/stages", {f"here/{name}": data for name, data in files.items()})
     lorun.load_adapter("bob/stage", "bob", stage=2)
@@ -258,8 +263,7 @@ def test_a_refusal_is_not_taken_for_a_lost_connection(
 def test_peft_s_adapter_from_the_cache_without_a_connection(
     hub: HubServer, lorun: LoRunModel, blocks: Case, tmp_path: Path, monkeypatch
 ) -> None:
-    lorun.save_pretrained(tmp_path / "saved")
-    files = {p.name: p.read_bytes() for p in (tmp_path / "saved" / SET / "stage_02").iterdir()}
+    files = files_of_stage_2(lorun, tmp_path / "saved")
     hub.add_repo("bob/stage", files)
     lorun.load_adapter("bob/stage", "bob", stage=2)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -310,8 +314,7 @@ def test_files_in_xet_storage(pushed: HubServer, lorun: LoRunModel, blocks: Case
         stored = [file for repo in pushed.repos.values() for file in repo.find("main").files.values()]
         incomplete_path.write_bytes(next(s.data for s in stored if s.xet_hash == xet_file_data.file_hash))
 
-    lorun.save_pretrained(tmp_path / "saved")
-    files = {p.name: p.read_bytes() for p in (tmp_path / "saved" / SET / "stage_02").iterdir()}
+    files = files_of_stage_2(lorun, tmp_path / "saved")
     pushed.add_repo("bob/stage", files)
     pushed.xet = True
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False, raising=False)
