@@ -25,21 +25,22 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import lorun_adapt
-from lorun_adapt import factorise
-from lorun_adapt.assemble import copy_network, distinct_tensors
-from lorun_adapt.budget import Budget
-from lorun_adapt.calibration import Batches, Crops
 from lorun_adapt.conversion import collapse
-from lorun_adapt.distill import Distillation
-from lorun_adapt.evaluate import evaluate
-from lorun_adapt.folder import tensor_bytes
-from lorun_adapt.observe import Observer
-from lorun_adapt.recovery import FACTORS, PRIVATE, trainable
-from lorun_adapt.seeds import seeded
-from lorun_adapt.speed import channels_last
-from lorun_adapt.stages import StageMap, TensorSpec
-from lorun_adapt.task import Task, load_task
-from lorun_adapt.training import Trained, Trainer, interruptible
+from lorun_adapt.disk.folder import tensor_bytes
+from lorun_adapt.network.batches import Batches
+from lorun_adapt.network.observe import Observer
+from lorun_adapt.stages.stage_map import StageMap, TensorSpec
+from lorun_adapt.task.crops import Crops
+from lorun_adapt.task.evaluate import evaluate
+from lorun_adapt.task.task import Task, load_task
+from lorun_adapt.terms import factors as factorise
+from lorun_adapt.training.distill import Distillation
+from lorun_adapt.training.duration import Budget
+from lorun_adapt.training.speed import channels_last
+from lorun_adapt.training.trained import FACTORS, PRIVATE, Trained, trainable
+from lorun_adapt.training.trainer import Trainer, interruptible
+from lorun_adapt.util.modules import copy_network, distinct_tensors
+from lorun_adapt.util.seeds import seeded
 
 DENSE = 0.02  # learning rate of dense weights, relative to their size
 PRUNED_BY = 0.6  # of the time, in which pruning comes to its end; the rest is fine-tuning

@@ -12,8 +12,8 @@ import torch
 from skimage.data import camera
 
 import lorun_adapt
-from lorun_adapt.evaluate import psnr
-from lorun_adapt.task import load_task
+from lorun_adapt.task.evaluate import psnr
+from lorun_adapt.task.task import load_task
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("repository", help="of the Hub, as user/name; or a folder")

@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 import lorun_adapt
-from lorun_adapt.calibration import Crops, held_out_of
-from lorun_adapt.task import load_task
+from lorun_adapt.task.crops import Crops, held_out_of
+from lorun_adapt.task.task import load_task
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("images", type=Path, help="folder of images")

@@ -18,18 +18,19 @@ import torch
 from torch import nn
 
 import lorun_adapt
-from lorun_adapt.assemble import copy_network
-from lorun_adapt.budget import Budget
-from lorun_adapt.calibration import Batches, Crops, held_out_of
-from lorun_adapt.evaluate import evaluate
-from lorun_adapt.finetune import PATIENCE
-from lorun_adapt.observe import Observer
-from lorun_adapt.recovery import PRIVATE
-from lorun_adapt.seeds import seeded
-from lorun_adapt.speed import channels_last
-from lorun_adapt.supervised import Supervised
-from lorun_adapt.task import Task, load_task
-from lorun_adapt.training import Trained, Trainer, interruptible
+from lorun_adapt.network.batches import Batches
+from lorun_adapt.network.observe import Observer
+from lorun_adapt.task.crops import Crops, held_out_of
+from lorun_adapt.task.evaluate import evaluate
+from lorun_adapt.task.task import Task, load_task
+from lorun_adapt.training.duration import Budget
+from lorun_adapt.training.finetune import PATIENCE
+from lorun_adapt.training.speed import channels_last
+from lorun_adapt.training.supervised import Supervised
+from lorun_adapt.training.trained import PRIVATE, Trained
+from lorun_adapt.training.trainer import Trainer, interruptible
+from lorun_adapt.util.modules import copy_network
+from lorun_adapt.util.seeds import seeded
 
 DENSE = 0.02  # learning rate of the original's kernels, relative to their size, as that of the factors
 

@@ -34,10 +34,11 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from lorun_adapt import LoRunError, LoRunModel, convert, from_pretrained
-from lorun_adapt.assemble import dense_tensors
-from lorun_adapt.demo import shipped
-from lorun_adapt.description import CONFIG, as_text
-from lorun_adapt.task import load_task
+from lorun_adapt.cli.demo import shipped
+from lorun_adapt.files.description import as_text
+from lorun_adapt.files.layout import CONFIG
+from lorun_adapt.network.assemble import dense_tensors
+from lorun_adapt.task.task import load_task
 
 MEMORY = 128 * 2**20  # bytes that no folder may make a process grow by
 Files = dict[str, "bytes | None"]  # None: no such file

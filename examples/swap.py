@@ -11,8 +11,8 @@ import torch
 from skimage.data import camera
 
 import lorun_adapt
-from lorun_adapt.evaluate import psnr
-from lorun_adapt.task import load_task
+from lorun_adapt.task.evaluate import psnr
+from lorun_adapt.task.task import load_task
 
 here = Path(__file__).parent
 task = load_task(str(here / "compressive_sensing.py"))

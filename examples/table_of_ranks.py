@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 
 from lorun_adapt import convert
-from lorun_adapt.evaluate import evaluate
-from lorun_adapt.folder import tensor_bytes
-from lorun_adapt.task import load_task
+from lorun_adapt.disk.folder import tensor_bytes
+from lorun_adapt.task.evaluate import evaluate
+from lorun_adapt.task.task import load_task
 
 
 def main() -> None:

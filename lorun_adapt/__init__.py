@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .card import Card
-    from .checkpoint import from_pretrained
     from .conversion import convert
     from .errors import LoRunError
-    from .find import find_stages
-    from .model import LoRunModel
-    from .report import Report
-    from .set_config import Measured
-    from .stages import StageMap
-    from .task import load_task
+    from .model.lorun_model import LoRunModel
+    from .model.pretrained import from_pretrained
+    from .network.converted import Card, Measured
+    from .network.report import Report
+    from .stages.find import find_stages
+    from .stages.stage_map import StageMap
+    from .task.task import load_task
 
 __all__ = [
     "Card",
@@ -35,16 +34,16 @@ __all__ = [
 
 # Imported when asked for: torch and PEFT take seconds, which `lorun-adapt --help` need not wait for.
 _HOMES = {
-    "Card": "card",
+    "Card": "network.converted",
     "LoRunError": "errors",
-    "LoRunModel": "model",
-    "Measured": "set_config",
-    "Report": "report",
-    "StageMap": "stages",
+    "LoRunModel": "model.lorun_model",
+    "Measured": "network.converted",
+    "Report": "network.report",
+    "StageMap": "stages.stage_map",
     "convert": "conversion",
-    "find_stages": "find",
-    "from_pretrained": "checkpoint",
-    "load_task": "task",
+    "find_stages": "stages.find",
+    "from_pretrained": "model.pretrained",
+    "load_task": "task.task",
 }
 
 

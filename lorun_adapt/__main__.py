@@ -1,5 +1,5 @@
 """``python -m lorun_adapt`` is ``lorun-adapt``."""
 
-from .cli import main
+from .cli.main import main
 
 main()

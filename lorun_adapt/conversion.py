@@ -10,27 +10,32 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from .adapter_files import AdapterSet
-from .align import align
-from .assemble import StageAdapter, copy_network, share, stage_values
-from .budget import Budget
-from .calibration import Batches
 from .errors import LoRunError
-from .factorise import factorise
-from .find import find_stages
-from .lowrank import DEFAULT_RANK, LowRank, untrained
-from .model import DEFAULT_SET, LoRunModel
-from .plain import check_dense, check_plain, check_reachable, check_sound
-from .plan import Plan, plan
-from .ranks import config_for_rank, config_of_ranks
-from .seeds import seeded
-from .spending import spend
-from .stages import Group
+from .factorise.align import align
+from .factorise.allocate import spend
+from .factorise.plan import Plan, plan
+from .factorise.ranks import config_for_rank
+from .model.lorun_model import DEFAULT_SET, LoRunModel
+from .network.adapter import StageAdapter
+from .network.assemble import share
+from .network.batches import Batches
+from .network.converted import AdapterSet
+from .peft_format.options import config_of_ranks
+from .stages.checks import check_dense, check_plain, check_reachable, check_sound
+from .stages.find import find_stages
+from .stages.fold import DEFAULT_RANK
+from .stages.stage_map import Group
+from .stages.tensors import stage_values
+from .terms.factors import factorise
+from .terms.lowrank import LowRank, untrained
+from .training.duration import Budget
+from .util.modules import copy_network
+from .util.seeds import seeded
 
 if TYPE_CHECKING:
     import os
 
-    from .distill import Loss
+    from .training.distill import Loss
 
 
 def convert(
@@ -128,12 +133,12 @@ def collapse(
     if budget is not None:
         sensitivity = None
         if calibration is not None:
-            from .recovery import weigh  # training needs libraries that conversion does not
+            from .factorise.weigh import weigh
 
             sensitivity = weigh(dun, stage_map, calibration, seed)
         spent = spend(dun, stage_map, budget, sensitivity)
         if calibration is not None:
-            from .processes import agreed
+            from .training.processes import agreed
 
             spent = agreed(spent)
         config, without_base = config_of_ranks(spent.ranks), spent.without_base

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 import lorun_adapt
-from lorun_adapt import speed
+from lorun_adapt.training import speed
 
 FULL = 10_000  # above any rank: clamped to the tensor's limit
 

@@ -16,7 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lorun_adapt
-from lorun_adapt import LoRunError, LoRunModel, checkpoint, folder
+from lorun_adapt import LoRunError, LoRunModel
+from lorun_adapt.disk import folder
+from lorun_adapt.files import save as checkpoint
 
 
 @pytest.fixture

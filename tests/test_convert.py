@@ -13,9 +13,9 @@ from torch import nn
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel, convert
-from lorun_adapt.align import align, hidden_channels
-from lorun_adapt.assemble import lowrank_terms, private_tensors
-from lorun_adapt.factorise import factorise, rank_for_energy
+from lorun_adapt.factorise.align import align, hidden_channels
+from lorun_adapt.network.adapter import lowrank_terms, private_tensors
+from lorun_adapt.terms.factors import factorise, rank_for_energy
 
 
 def adapted(lorun: LoRunModel, stage: int = 0) -> dict[str, int]:

@@ -17,9 +17,9 @@ from test_noise import TASK
 from test_task import call
 
 import lorun_adapt
-from lorun_adapt.demo import shipped
-from lorun_adapt.evaluate import evaluate
-from lorun_adapt.task import load_task
+from lorun_adapt.cli.demo import shipped
+from lorun_adapt.task.evaluate import evaluate
+from lorun_adapt.task.task import load_task
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS = ("linear estimate", "original", "rank 8, as converted", "rank 8, recovered")

@@ -20,9 +20,11 @@ from PIL import Image
 from safetensors.torch import load, save_file
 
 import lorun_adapt
-from lorun_adapt import LoRunError, LoRunModel, cli, folder
-from lorun_adapt.description import as_text
-from lorun_adapt.folder import sha256
+from lorun_adapt import LoRunError, LoRunModel
+from lorun_adapt.cli import main as cli
+from lorun_adapt.disk import folder
+from lorun_adapt.disk.folder import sha256
+from lorun_adapt.files.description import as_text
 
 STAGE = "adapters/default/stage_02"
 TENSORS, CONFIG = f"{STAGE}/adapter_model.safetensors", f"{STAGE}/adapter_config.json"

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel
-from lorun_adapt.distill import Loss
+from lorun_adapt.training.distill import Loss
 
 
 def converted() -> tuple[LoRunModel, nn.Module]:
@@ -308,7 +308,7 @@ def test_a_set_that_only_runs_stays_frozen_where_training_fails() -> None:
 LAUNCHED = """
 import sys
 from safetensors.torch import save_file
-from lorun_adapt.processes import process_state
+from lorun_adapt.training.processes import process_state
 from test_finetune import converted, noisy, to_truth
 
 lorun, _ = converted()

@@ -18,9 +18,11 @@ from huggingface_hub import constants, utils
 from test_swap import SET
 
 import lorun_adapt
-from lorun_adapt import LoRunError, LoRunModel, cli
-from lorun_adapt import hub as lorun_hub
-from lorun_adapt.description import as_text
+from lorun_adapt import LoRunError, LoRunModel
+from lorun_adapt.cli import main as cli
+from lorun_adapt.files.description import as_text
+from lorun_adapt.hub.repository import Repository
+from lorun_adapt.hub.transfer import pull
 
 STAGE_2 = {f"{SET}/stage_02/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")}
 
@@ -364,10 +366,10 @@ def test_nothing_is_taken_without_its_description(
 
 def test_what_is_pulled_replaces_what_was_pulled(pushed: HubServer, lorun: LoRunModel, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    lorun_hub.pull(lorun_hub.Repository("alice/net"), out)
+    pull(Repository("alice/net"), out)
     (out / "notes.txt").write_text("mine")
     shutil.copytree(out / SET, out / "adapters/mine")
-    lorun_hub.pull(lorun_hub.Repository("alice/net"), out)
+    pull(Repository("alice/net"), out)
     assert (out / "notes.txt").read_text() == "mine" and (out / "adapters/mine/stage_02").is_dir()
     with pytest.raises(LoRunError, match="found base.safetensors in .* which would be lost"):
         lorun.save_pretrained(out, adapters_only=True)

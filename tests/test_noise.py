@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel
-from lorun_adapt.description import as_text
-from lorun_adapt.noise import between, mixed
-from lorun_adapt.noise_levels import INTERPOLATED
-from lorun_adapt.set_config import Measured, SetConfig, read_set_config
-from lorun_adapt.task import load_task
+from lorun_adapt.files.adapter_info import read_set_config
+from lorun_adapt.files.description import as_text
+from lorun_adapt.model.noise_choice import INTERPOLATED
+from lorun_adapt.network.converted import Measured, SetConfig
+from lorun_adapt.network.noise import between, mixed
+from lorun_adapt.task.task import load_task
 
 BATCH = noisy(1)[0][:2]
 
@@ -736,7 +737,7 @@ def test_original_and_conversion_are_told_the_same(made, capsys, monkeypatch) ->
 def test_where_to_save_is_looked_at_before_the_work(made, capsys, monkeypatch) -> None:
     (made / "results").mkdir()
     (made / "results/thesis.tex").write_text("years of work")
-    monkeypatch.setattr("lorun_adapt.training.Trainer.train", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr("lorun_adapt.training.trainer.Trainer.train", lambda *_: pytest.fail("it trains"))
     for out in (made / "results", made / "my_task.py"):
         code, _, err = finetune(made, capsys, monkeypatch, "--steps", 3, "--out", out)
         assert code == 2 and "expected a" in err and "choose another" in err

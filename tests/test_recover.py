@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lorun_adapt
-from lorun_adapt import LoRunError, distill, recovery
-from lorun_adapt.demo import shipped
-from lorun_adapt.distill import Distillation
-from lorun_adapt.observe import Observer
-from lorun_adapt.task import load_task
+from lorun_adapt import LoRunError
+from lorun_adapt.cli.demo import shipped
+from lorun_adapt.factorise import weigh
+from lorun_adapt.network.observe import Observer
+from lorun_adapt.task.task import load_task
+from lorun_adapt.training import distill
+from lorun_adapt.training.distill import Distillation
 
 Batch = tuple[Tensor, Tensor]
 
@@ -381,11 +383,12 @@ import sys
 import torch
 from safetensors.torch import save_file
 import lorun_adapt
-from lorun_adapt import distill, recovery
-from lorun_adapt.processes import process_state
+from lorun_adapt.factorise import weigh
+from lorun_adapt.training import distill
+from lorun_adapt.training.processes import process_state
 from test_recover import mean_squared_error, measurements, teacher
 
-recovery.PROBES = 0  # these would be batches of another size
+weigh.PROBES = 0  # these would be batches of another size
 distill.relative_error = mean_squared_error
 lorun = lorun_adapt.convert(teacher(), rank=2)
 lorun.recover(teacher(), measurements(2 + 2 * 12), steps=12)
@@ -414,7 +417,7 @@ def launch(script: str, tmp_path: Path) -> dict[str, Tensor]:
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch) -> None:
     found = launch(LAUNCHED, tmp_path)
-    monkeypatch.setattr(recovery, "PROBES", 0)
+    monkeypatch.setattr(weigh, "PROBES", 0)
     monkeypatch.setattr(distill, "relative_error", mean_squared_error)
     batches = measurements(2 + 2 * 12)
     pairs = [(torch.cat([a[0], b[0]]), a[1]) for a, b in zip(batches[2::2], batches[3::2])]

@@ -21,7 +21,9 @@ import torch
 from dun_zoo import ZOO
 
 import lorun_adapt
-from lorun_adapt import LoRunError, LoRunModel, checkpoint, folder
+from lorun_adapt import LoRunError, LoRunModel
+from lorun_adapt.disk import folder
+from lorun_adapt.files import save as checkpoint
 
 
 def contents(path: Path) -> dict[str, bytes]:

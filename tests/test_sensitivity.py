@@ -8,9 +8,9 @@ from dun_zoo import Block, Denoiser, ListOfBlocks
 from torch import Tensor
 
 import lorun_adapt
-from lorun_adapt.factorise import factorise, factorise_weighted
-from lorun_adapt.observe import Observer
-from lorun_adapt.sensitivity import sensitivities
+from lorun_adapt.factorise.sensitivity import sensitivities
+from lorun_adapt.network.observe import Observer
+from lorun_adapt.terms.factors import factorise, factorise_weighted
 
 
 def weights(count: int, side: int) -> Tensor:

@@ -13,8 +13,9 @@ from test_recover import Stopping, distance, measurements, same, teacher, values
 from torch import Tensor, nn
 
 import lorun_adapt
-from lorun_adapt import speed, training
-from lorun_adapt.training import Trainer
+from lorun_adapt.training import speed
+from lorun_adapt.training import trainer as training
+from lorun_adapt.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_convolutions_are_channels_last_while_they_train(denoiser, runs, steps) 
 FAULTS = """
 import sys, torch
 from resource import RUSAGE_SELF, getrusage
-from lorun_adapt import cli
+from lorun_adapt.cli import main as cli
 cli.cli = lambda **_: None
 if sys.argv[1] == "command":
     cli.main()

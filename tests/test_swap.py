@@ -15,7 +15,7 @@ from dun_zoo import ZOO, Case
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel
-from lorun_adapt.ready import MOST_READY
+from lorun_adapt.model.ready import MOST_READY
 
 THREADS, SWAPS = 8, 10_000
 SET = "adapters/default"

@@ -17,10 +17,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from lorun_adapt import LoRunError, cli
-from lorun_adapt.evaluate import psnr, ssim
-from lorun_adapt.nested import to_device
-from lorun_adapt.task import load_task, read_state_dict
+from lorun_adapt import LoRunError
+from lorun_adapt.cli import main as cli
+from lorun_adapt.task.evaluate import psnr, ssim
+from lorun_adapt.task.task import load_task, read_state_dict
+from lorun_adapt.util.nested import to_device
 
 TASK = """
 import torch

@@ -13,7 +13,8 @@ from dun_zoo import ZOO, Case
 from torch import Tensor
 
 import lorun_adapt
-from lorun_adapt.assemble import dense_tensors, lowrank_terms
+from lorun_adapt.network.adapter import lowrank_terms
+from lorun_adapt.network.assemble import dense_tensors
 
 
 def stage_weights(lorun: lorun_adapt.LoRunModel) -> dict[tuple[str, int], dict[str, Tensor]]:

@@ -1,0 +1,69 @@
+"""The commands that send conversions to the Hub and bring them from there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.markup import escape
+
+from .options import FILE, show
+
+REVISION = click.option("--revision", help="Branch, tag or commit of the repository.  [default: main]")
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=FILE)
+@click.argument("repo", metavar="USER/NAME")
+@click.option("--private", is_flag=True, help="Make a new repository for yourself alone.")
+@REVISION
+def push(folder: Path, repo: str, private: bool, revision: str | None) -> None:
+    """Upload the conversion in DIR to a repository of the Hub, which is made where there is none.
+
+    Log in first with `hf auth login`, or set HF_TOKEN.
+    """
+    from ..hub import transfer
+
+    click.echo(f"uploaded: {transfer.push(folder, repo, private=private or None, revision=revision)}")
+
+
+@click.command()
+@click.argument("repo", metavar="USER/NAME")
+@click.option("--out", type=FILE, required=True, help="Folder to save to.")
+@REVISION
+@click.option("--subfolder", help="Where in the repository the conversion is.")
+def pull(repo: str, out: Path, revision: str | None, subfolder: str | None) -> None:
+    """Download the conversion, or the adapters, in a repository of the Hub."""
+    from ..hub.repository import Repository
+    from ..hub.transfer import pull as download
+
+    download(Repository(repo, revision, subfolder), out)
+    click.echo(f"saved to {out}")
+
+
+@click.command("list")
+@click.argument("source", metavar="DIR|USER/NAME")
+@REVISION
+def list_(source: str, revision: str | None) -> None:
+    """Show the adapter sets of a conversion, here or on the Hub."""
+    from ..files.layout import ADAPTERS, BASE
+    from ..hub.transfer import listed
+    from ..network.noise import is_sigma
+    from ..util.tables import table
+    from ..util.text import shortened
+
+    description, configs = listed(source, revision)
+    files = description["files"]
+    rows = []
+    for name, config in configs.items():
+        stages = {file.split("/")[2] for file in files if file.startswith(f"{ADAPTERS}/{name}/stage_")}
+        pattern = config.get("rank_pattern")
+        found = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+        ranks = sorted({rank for rank in found if isinstance(rank, int) and rank > 0})
+        noise = config.get("noise_schedule")
+        noises = [sigma for sigma in (noise if isinstance(noise, list) else [noise]) if is_sigma(sigma)]
+        shown = ", ".join(f"{sigma:g}" for sigma in noises)
+        rows.append((escape(shortened(name)), shown, len(stages), ", ".join(map(str, ranks))))
+    base = "with its base" if BASE in files else f"for the base {str(description.get('fingerprint'))[:12]}"
+    title = escape(shortened(f"{description.get('network')}, {base}"))
+    show([table(title, ("adapter set", "noise, sigma of 255", "stages>", "ranks of the first"), rows)])

@@ -1,0 +1,193 @@
+"""The command ``lorun-adapt``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .._version import __version__
+from ..errors import LoRunError
+from .hub import list_, pull, push
+from .memory import keep_freed_memory
+from .options import (
+    DEVICE,
+    FILE,
+    SEED,
+    SIGMA,
+    STAGES,
+    TASK,
+    WEIGHTS,
+    Command,
+    example_inputs,
+    show,
+    trained_network,
+    working,
+)
+from .training import convert_, finetune, recover
+
+if TYPE_CHECKING:
+    import torch
+
+# torch and PEFT take seconds to import: each command imports what it runs, so that --help is quick.
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="lorun-adapt")
+def cli() -> None:
+    """Collapse a trained deep unfolding network into one shared denoiser and a small adapter per stage.
+
+    TASK is a Python file (or package.module) that says how to build the network, how to make its
+    inputs from images, and which images its output holds: build(), measure() and restore().
+    """
+
+
+@cli.command(cls=Command)
+@TASK
+@WEIGHTS
+@STAGES
+@DEVICE
+@SEED
+def inspect(task: str, weights: Path | None, stages: tuple[str, ...], device: torch.device, seed: int) -> None:
+    """Show which stages are found, and what would be shared."""
+
+    from ..stages.find import find_stages
+    from ..task.task import load_task
+    from ..util.seeds import set_seed
+
+    set_seed(seed)
+    spec = load_task(task)
+    net = spec.build()
+    if weights is not None:
+        spec.load_weights(net, weights)
+    with working("looking for stages"):
+        found = find_stages(net.to(device), stages=stages or None, example_inputs=example_inputs(spec, device))
+    show(found.tables())
+
+
+@cli.command("eval")
+@TASK
+@click.option("--images", type=FILE, required=True, help="Folder of images.")
+@WEIGHTS
+@click.option("--converted", type=FILE, help="Folder of a conversion, shown beside the original.")
+@click.option("--adapter-name", metavar="NAME", help="Its set to judge.  [default: the one it was saved with]")
+@SIGMA
+@click.option("--record", is_flag=True, help="Note the result in the conversion and its cards.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@DEVICE
+@SEED
+def eval_(
+    task: str,
+    images: Path,
+    weights: Path | None,
+    converted: Path | None,
+    adapter_name: str | None,
+    sigma: float,
+    record: bool,
+    as_json: bool,
+    device: torch.device,
+    seed: int,
+) -> None:
+    """PSNR and SSIM over a folder of images."""
+
+    from ..files.save import write_words
+    from ..model.pretrained import from_pretrained
+    from ..task.evaluate import evaluate
+    from ..task.task import load_task
+    from ..util.seeds import set_seed
+
+    if converted is None and (adapter_name or record):
+        raise click.UsageError("--adapter-name and --record are about a conversion: give --converted")
+    set_seed(seed)
+    spec = load_task(task)
+    files = spec.images(images)
+    net = spec.build().to(device)
+    original = net if weights or spec.weights or converted is None else None
+    if original is not None:
+        spec.load_weights(original, weights)
+    lorun = from_pretrained(converted, net).eval() if converted is not None else None
+    before = {}
+    if lorun is not None:
+        lorun.task, before = spec, lorun.active_adapters
+        if adapter_name is not None:
+            lorun.set_adapter(adapter_name)
+        known = all(lorun.set_config[name].noise_schedule is not None for name in lorun.active_adapters.values())
+        if original is not None and (sigma or known) and spec.schedule is not None:
+            spec.schedule(original, [sigma] * len(lorun.stage_map))
+    with lorun.taken_for(sigma) if lorun is not None and sigma else contextlib.nullcontext():
+        result = evaluate(
+            spec,
+            files,
+            original,
+            lorun,
+            sigma=sigma,
+            parameters=sum(p.numel() for p in net.parameters()),
+            parameters_converted=lorun.report().network_after.parameters if lorun is not None else None,
+        )
+    if as_json:
+        click.echo(json.dumps(result.as_dict(), indent=2))
+    else:
+        show(result.tables())
+    if record and converted is not None and lorun is not None:
+        lorun.note_quality(result.measured(images.resolve().name, sigma))
+        lorun.set_adapter(before)
+        write_words(lorun, converted)
+
+
+@cli.command()
+@click.argument("converted", metavar="DIR", type=FILE)
+@click.option("--task", required=True, help="Task file, or package.module.")
+@WEIGHTS
+@click.option("--images", type=FILE, required=True, help="Folder of images to judge on.")
+@click.option("--out", type=FILE, default="report.html", show_default=True, help="The page to write.")
+@DEVICE
+@SEED
+def report(
+    converted: Path, task: str, weights: Path | None, images: Path, out: Path, device: torch.device, seed: int
+) -> None:
+    """Write a page with pictures about the conversion in DIR: what it saves, and what it costs where."""
+    from ..model.pretrained import from_pretrained
+    from .page import write_page
+
+    spec, net = trained_network(task, weights, seed)
+    lorun = from_pretrained(converted, net.to(device)).eval()
+    lorun.task = spec
+    write_page(out, spec, net, lorun, spec.images(images))
+    click.echo(f"page: {out}")
+
+
+@cli.command()
+@click.option("--out", type=FILE, default=".", show_default=True, help="Folder for demo.png.")
+@DEVICE
+@SEED
+def demo(out: Path, device: torch.device, seed: int) -> None:
+    """Restore a photograph with the network that comes with the package, as converted and as recovered."""
+
+    from ..util.seeds import set_seed
+    from .demo import run_demo
+
+    set_seed(seed)
+    with working("converting the reference network and restoring a photograph"):
+        lorun, tables, path = run_demo(out, device)
+    show([*lorun.stage_map.tables(), *lorun.report().tables(), *tables])
+    click.echo(f"picture: {path}")
+
+
+for command in (convert_, recover, finetune, push, pull, list_):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends with exit code 2 and one sentence."""
+    keep_freed_memory()
+    warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+    try:
+        cli(prog_name="lorun-adapt")
+    except LoRunError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)

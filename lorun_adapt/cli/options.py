@@ -1,0 +1,184 @@
+"""What commands share: their options, how they begin, and how they show what they do and find."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+    from torch import nn
+
+    from ..task.task import Task
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Number(click.ParamType):
+    """A whole number, or a share between 0 and 1."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        try:
+            return int(value)
+        except ValueError:
+            with contextlib.suppress(ValueError):
+                if 0 < float(value) < 1:
+                    return float(value)
+        self.fail(f"{value!r} is neither a whole number nor a share between 0 and 1", param, ctx)
+
+
+def _device(ctx: click.Context, param: click.Parameter, value: str | None) -> torch.device:
+    import torch
+
+    if value is None:
+        from ..training.processes import launched, process_state
+
+        return process_state().device if launched() else torch.device("cpu")
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise click.BadParameter(str(error).splitlines()[0]) from None
+    return device
+
+
+def _dtype(ctx: click.Context, param: click.Parameter, value: str | None) -> torch.dtype | None:
+    import torch
+
+    return None if value is None else getattr(torch, value)
+
+
+class Command(click.Command):
+    """A command that takes ``--stages A B`` for ``--stages A --stages B`` once its TASK is given."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--stages" in args and not args[0].startswith("-"):
+            place = args.index("--stages") + 2
+            while place < len(args) and not args[place].startswith("-"):
+                args = [*args[:place], "--stages", *args[place:]]
+                place += 2
+        return super().parse_args(ctx, args)
+
+
+FILE = click.Path(path_type=Path)
+TASK = click.argument("task", metavar="TASK")
+WEIGHTS = click.option("--weights", type=FILE, help="Checkpoint of the original network.  [default: the task's]")
+STAGES = click.option("--stages", multiple=True, metavar="PATTERN ...", help="Name the stages, as 'fcs.*'.")
+RANK = click.option(
+    "--rank",
+    type=Number(),
+    help="Rank of the adapters, or the share (0 to 1) of the residuals' energy to keep.  [default: 8]",
+)
+BUDGET = click.option(
+    "--budget",
+    type=Number(),
+    help="Instead of a rank: parameters of the whole network, or the share (0 to 1) of those it has.",
+)
+CONVERTED = click.option("--converted", type=FILE, required=True, help="Folder of a conversion.")
+
+
+def _out(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
+    from ..disk.folder import as_path, check_place
+    from ..files.layout import CONFIG
+
+    check_place(as_path(value), CONFIG)
+    return value
+
+
+OUT = click.option("--out", type=FILE, required=True, callback=_out, help="Folder to save to.")
+DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(("float32", "float16", "bfloat16")),
+    callback=_dtype,
+    help="Store numbers as this.  [default: as they were stored, or are]",
+)
+SIGMA = click.option(
+    "--sigma",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Noise on the measurements, on a scale of 0 to 255.",
+)
+
+
+MINUTES = click.option("--minutes", type=float, help="How long to train.")
+STEPS = click.option("--steps", type=int, help="Instead of minutes: how many steps, for runs that repeat.")
+BATCH = click.option("--batch", type=click.IntRange(min=1), help="Crops in a batch.  [default: 17,000 pixels]")
+CHECKPOINT = click.option("--checkpoint", type=FILE, help="File to keep the state in, and to go on from.")
+TRUTH = click.option("--truth", is_flag=True, help="Use the calibration images as ground truth as well.")
+
+
+def calibration_options(required: bool) -> Callable[[Function], Function]:
+    """The options of recovery."""
+
+    def decorate(command: Function) -> Function:
+        folder = click.option(
+            "--calibration", type=FILE, required=required, help="Folder of images to recover the quality on."
+        )
+        noise = click.option(
+            "--sigma",
+            type=click.FloatRange(min=0),
+            help="Noise on the measurements, on a scale of 0 to 255.  [default: what the set is for, or 0]",
+        )
+        for option in reversed((folder, MINUTES, STEPS, TRUTH, BATCH, CHECKPOINT, noise)):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+DEVICE = click.option(
+    "--device",
+    callback=_device,
+    help="Where to run: cpu, cuda, …  [default: cpu, or what `accelerate launch` gives the process]",
+)
+SEED = click.option("--seed", default=0, show_default=True, help="Seed of the random numbers.")
+
+
+def show(tables: list[Table]) -> None:
+    """Print tables, as wide as the terminal."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    for item in tables:
+        console.print(item)
+
+
+def trained_network(task: str, weights: Path | None, seed: int) -> tuple[Task, nn.Module]:
+    """The task and its network, with its weights."""
+    from ..task.task import load_task
+    from ..util.seeds import set_seed
+
+    set_seed(seed)
+    spec = load_task(task)
+    net = spec.build()
+    spec.load_weights(net, weights)
+    return spec, net
+
+
+def example_inputs(task: Task, device: torch.device) -> tuple[Any, ...]:
+    from ..util.nested import to_device
+
+    return to_device(task.example_inputs(), device)
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner on a terminal, one line elsewhere; on standard error."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(f"{what} …"):
+            yield
+    else:
+        click.echo(f"{what} …", err=True)
+        yield

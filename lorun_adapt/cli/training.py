@@ -1,0 +1,296 @@
+"""The commands that train: convert, recover and finetune."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import (
+    BATCH,
+    BUDGET,
+    CHECKPOINT,
+    CONVERTED,
+    DEVICE,
+    DTYPE,
+    FILE,
+    MINUTES,
+    OUT,
+    RANK,
+    SEED,
+    STAGES,
+    STEPS,
+    TASK,
+    WEIGHTS,
+    Command,
+    calibration_options,
+    example_inputs,
+    show,
+    trained_network,
+    working,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..model.lorun_model import LoRunModel
+    from ..task.crops import Crops
+    from ..task.task import Task
+
+
+@click.command("convert", cls=Command)
+@TASK
+@WEIGHTS
+@RANK
+@BUDGET
+@STAGES
+@OUT
+@DTYPE
+@calibration_options(required=False)
+@DEVICE
+@SEED
+def convert_(
+    task: str,
+    weights: Path | None,
+    rank: int | float | None,
+    budget: int | float | None,
+    stages: tuple[str, ...],
+    out: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    seed: int,
+    calibration: Path | None,
+    **training: Any,
+) -> None:
+    """Collapse the stages and save base and adapters; with --calibration, recover the quality.
+
+    Recovery distils the original network into the conversion on crops of the images, until --minutes
+    are over. Ctrl-C saves the best so far. `accelerate launch -m lorun_adapt convert …` spreads it
+    over processes and GPUs.
+    """
+    from ..conversion import collapse
+    from ..network.batches import Batches
+
+    if calibration is None and (given := [f"--{name}" for name, value in training.items() if value]):
+        raise click.UsageError(f"{' and '.join(given)} without --calibration: give the folder of images")
+    spec, net = trained_network(task, weights, seed)
+    crops = None if calibration is None else _crops(spec, calibration, seed, training)
+    weighed = None if crops is None or budget is None else Batches(crops)
+    with working("converting") if weighed is None else contextlib.nullcontext():  # that has a bar of its own
+        lorun = collapse(
+            net.to(device),
+            rank=rank,
+            budget=budget,
+            stages=stages or None,
+            example_inputs=example_inputs(spec, device),
+            calibration=weighed,
+            seed=seed,
+        )
+    finished = crops is None or _recover(lorun, spec, net, crops, seed, training)
+    _save(lorun, spec, out, dtype, finished)
+
+
+@click.command()
+@TASK
+@WEIGHTS
+@CONVERTED
+@OUT
+@DTYPE
+@calibration_options(required=True)
+@DEVICE
+@SEED
+def recover(
+    task: str,
+    weights: Path | None,
+    converted: Path,
+    out: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    seed: int,
+    calibration: Path,
+    **training: Any,
+) -> None:
+    """Recover the quality of a conversion, or what is still missing of it.
+
+    The original network is distilled into it on crops of the images, until --minutes are over. Ctrl-C
+    saves the best so far.
+    """
+    from ..files.load import stored_dtype
+    from ..model.pretrained import from_pretrained
+
+    spec, net = trained_network(task, weights, seed)
+    lorun = from_pretrained(converted, net.to(device))
+    if training["sigma"] is None:
+        training["sigma"] = lorun.set_config[lorun.adapter_names[0]].sigma  # that is kept, then
+    crops = _crops(spec, calibration, seed, training)
+    stored = stored_dtype(lorun, converted)
+    finished = _recover(lorun, spec, net, crops, seed, training)
+    _save(lorun, spec, out, dtype or stored, finished)
+
+
+@click.command()
+@TASK
+@CONVERTED
+@click.option("--sigma", type=click.FloatRange(min=0), required=True, help="Noise on the measurements, of 255.")
+@click.option("--adapter-name", required=True, metavar="NAME", help="What to call the new set.")
+@click.option(
+    "--start-from",
+    multiple=True,
+    metavar="NAME",
+    help="The set that it begins as; of several, what is between them.  [default: default]",
+)
+@click.option(
+    "--also", multiple=True, metavar="PATTERN", help="Parameters outside the stages that belong to the noise, too."
+)
+@click.option(
+    "--images", type=FILE, required=True, help="Folder of images to train on; a fifth, at most 20, is held out."
+)
+@MINUTES
+@STEPS
+@BATCH
+@CHECKPOINT
+@OUT
+@DTYPE
+@DEVICE
+@SEED
+def finetune(
+    task: str,
+    converted: Path,
+    sigma: float,
+    adapter_name: str,
+    start_from: tuple[str, ...],
+    also: tuple[str, ...],
+    images: Path,
+    minutes: float | None,
+    steps: int | None,
+    batch: int | None,
+    checkpoint: Path | None,
+    out: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    seed: int,
+) -> None:
+    """Train a new set of adapters for measurements with noise, beside those that there are.
+
+    The base and other sets stay as they are, and the same ones run. What does best on a fifth of the
+    images, at most 20, which it is not trained on, is kept, and its PSNR there shown. Ctrl-C saves the best so far.
+    """
+    from ..files.load import stored_dtype
+    from ..files.save import write_words
+    from ..model.lorun_model import DEFAULT_SET
+    from ..model.pretrained import from_pretrained
+    from ..task.crops import Crops, held_out_of
+    from ..task.task import load_task
+    from ..training.duration import Budget
+    from ..util.seeds import set_seed
+
+    Budget(minutes, steps)
+    set_seed(seed)
+    spec = load_task(task)
+    kept, files = held_out_of(spec.images(images))
+    crops, judged = (Crops(spec, part, sigma=sigma, seed=seed, size=batch) for part in (files, kept))
+    lorun = from_pretrained(converted, spec.build().to(device))
+    stored = stored_dtype(lorun, converted)
+    lorun.task = spec
+    before = lorun.active_adapters
+    finished = lorun.finetune(
+        crops,
+        adapter_name,
+        start_from or DEFAULT_SET,
+        noise_schedule=sigma,
+        also=also,
+        minutes=minutes,
+        steps=steps,
+        loss=crops.loss,
+        held_out=judged.some(),
+        checkpoint=checkpoint,
+        seed=seed,
+    )
+    lorun.set_adapter(before)
+    _save(lorun, spec, out, dtype or stored, finished, report=False)
+    if _is_main_process():
+        _show_gain(lorun, spec, kept, adapter_name, (start_from or (DEFAULT_SET,))[0], sigma, images, seed)
+        lorun.set_adapter(before)
+        write_words(lorun, out)
+
+
+def _show_gain(
+    lorun: LoRunModel, spec: Task, files: list[Path], name: str, other: str, sigma: float, images: Path, seed: int
+) -> None:
+    """Judge the new set beside the one that it began as, and note it in its card."""
+    from ..task.evaluate import evaluate
+    from ..util.seeds import seeded
+    from ..util.tables import table
+
+    rows = []
+    for which in (other, name):
+        lorun.set_adapter(which)
+        with seeded(seed), lorun.taken_for(sigma):
+            result = evaluate(spec, files, None, lorun.eval(), sigma=sigma, doing=f"restoring with {which}")
+        mean = result.mean()
+        rows.append((which, f"{mean['psnr_converted']:.2f}", f"{mean['ssim_converted']:.4f}"))
+    lorun.note_quality(result.measured(f"{images.resolve().name}, held out", sigma))
+    show([table(f"{len(files)} images held out, sigma {sigma:g}", ("adapter set", "PSNR (dB)>", "SSIM>"), rows)])
+
+
+def _crops(spec: Task, folder: Path, seed: int, training: dict[str, Any]) -> Crops:
+    from ..task.crops import Crops
+    from ..training.duration import Budget
+
+    Budget(training["minutes"], training["steps"])
+    return Crops(spec, spec.images(folder), sigma=training["sigma"] or 0.0, seed=seed, size=training["batch"])
+
+
+def _recover(lorun: LoRunModel, spec: Task, net: nn.Module, crops: Crops, seed: int, training: dict[str, Any]) -> bool:
+    """Recover, with both networks told of the noise where the task has a way to, and it is known."""
+    from ..network.noise import at_stage
+
+    lorun.task = spec
+    if training["sigma"] is not None or spec.schedule is None:
+        for name in lorun.adapter_names:
+            lorun.set_noise_schedule(name, training["sigma"] or 0.0)
+    noise = lorun.set_config[lorun.adapter_names[0]].noise_schedule
+    if spec.schedule is not None and noise is not None:
+        spec.schedule(net, [at_stage(noise, stage) for stage in range(len(lorun.stage_map))])
+    return lorun.recover(
+        net,
+        crops,
+        minutes=training["minutes"],
+        steps=training["steps"],
+        loss=crops.loss if training["truth"] else None,
+        checkpoint=training["checkpoint"],
+        seed=seed,
+    )
+
+
+def _save(
+    lorun: LoRunModel, spec: Task, out: Path, dtype: torch.dtype | None, finished: bool, *, report: bool = True
+) -> None:
+    """Save, and say what was; exit as shells expect it of what Ctrl-C has stopped."""
+    from ..disk.folder import tensor_bytes
+    from ..util.text import shortened
+
+    if _is_main_process():
+        lorun.card = dataclasses.replace(
+            lorun.card,
+            task=shortened(spec.title),
+            license=spec.license or lorun.card.license,
+            base_model=spec.base_model or lorun.card.base_model,
+        )
+        lorun.save_pretrained(out, dtype=dtype)
+        if report:
+            show(lorun.report().tables())
+        click.echo(f"saved to {out}: {tensor_bytes(out):,} bytes of safetensors")
+    if not finished:
+        sys.exit(130)
+
+
+def _is_main_process() -> bool:
+    from ..training.processes import launched, process_state
+
+    return not launched() or process_state().is_main_process

@@ -1,0 +1,236 @@
+"""Bring the hidden channels of separately trained stages into one order.
+
+Between a convolution, an elementwise activation and the next convolution the hidden channels can
+be permuted without changing what the stage computes. Stages that agree in their order lose less
+when they are collapsed (Git Re-Basin, arXiv:2209.04836, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, fx, nn
+
+from ..stages.stage_map import Group
+from ..terms.factors import factorise
+from ..util.modules import copy_network
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ACTIVATIONS = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Softplus,
+    nn.Hardswish,
+    nn.Identity,
+    nn.Dropout,
+)
+ACTIVATION_FUNCTIONS = {
+    F.relu,
+    F.relu6,
+    F.leaky_relu,
+    F.elu,
+    F.selu,
+    F.celu,
+    F.gelu,
+    F.silu,
+    F.mish,
+    F.softplus,
+    F.hardswish,
+    torch.relu,
+    torch.sigmoid,
+    torch.tanh,
+    F.sigmoid,
+    F.tanh,
+}
+CONVOLUTION_FUNCTIONS = {F.conv1d, F.conv2d, F.conv3d}
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True)
+class HiddenChannels:
+    """The tensors that change together when the channels between two layers are permuted."""
+
+    rows: tuple[str, ...]  # channels are the first dimension: the first layer, its bias, a batch norm
+    columns: str  # channels are the second dimension: the next layer's weight
+
+
+def hidden_channels(denoiser: nn.Module) -> list[HiddenChannels]:
+    """Where the structure allows a permutation; empty where the forward can't be traced by ``torch.fx``.
+
+    The whole denoiser is traced or nothing: what a part of it computes does not say what the rest
+    makes of its channels.
+    """
+    try:
+        twin = copy_network(denoiser, share_tensors=True).eval()
+        graph = fx.Tracer().trace(twin)
+    except Exception:  # a forward that depends on its data; torch.fx raises many kinds
+        return []
+    return _Reader(twin, graph).pairs()
+
+
+class _Reader:
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        self.root = root
+        self.nodes = list(graph.nodes)
+        self.uses: dict[str, list[fx.Node]] = {}  # weight -> the nodes that convolve with it
+        self.layers: dict[fx.Node, tuple[str, str | None]] = {}  # node -> weight, bias
+        spoiled: set[str] = set()
+        for node in self.nodes:
+            layer = self._layer(node)
+            if layer is not None:
+                self.layers[node] = layer
+                self.uses.setdefault(layer[0], []).append(node)
+            elif node.op == "get_attr" and not all(self._layer(user) for user in node.users):
+                spoiled.add(str(node.target))
+        self.spoiled = spoiled
+
+    def _layer(self, node: fx.Node) -> tuple[str, str | None] | None:
+        if node.op == "call_module":
+            module = self.root.get_submodule(str(node.target))
+            plain = isinstance(module, CONVOLUTIONS) and module.groups == 1
+            if plain or isinstance(module, nn.Linear):
+                return f"{node.target}.weight", f"{node.target}.bias" if module.bias is not None else None
+        if node.op == "call_function" and node.target in CONVOLUTION_FUNCTIONS:
+            weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+            bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+            groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+            is_name = isinstance(weight, fx.Node) and weight.op == "get_attr"
+            if is_name and groups == 1 and (bias is None or isinstance(bias, fx.Node) and bias.op == "get_attr"):
+                return str(weight.target), str(bias.target) if bias is not None else None
+        return None
+
+    def _norm(self, node: fx.Node) -> str | None:
+        if node.op == "call_module" and isinstance(self.root.get_submodule(str(node.target)), NORMS):
+            return str(node.target)
+        return None
+
+    def _elementwise(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self.root.get_submodule(str(node.target))
+            return isinstance(module, ACTIVATIONS) or isinstance(module, nn.PReLU) and module.num_parameters == 1
+        if node.op == "call_function":
+            return node.target in ACTIVATION_FUNCTIONS
+        return node.op == "call_method" and node.target in {"relu", "relu_", "sigmoid", "tanh"}
+
+    def _ends(self, node: fx.Node, norms: set[str], between: set[fx.Node]) -> set[fx.Node | None]:
+        """Where the output of ``node`` arrives through activations; None for anywhere else."""
+        ends: set[fx.Node | None] = set()
+        for user in node.users:
+            if user in self.layers:
+                ends.add(user if user.args and user.args[0] is node else None)
+            elif self._elementwise(user) or self._norm(user):
+                if (name := self._norm(user)) is not None:
+                    norms.add(name)
+                between.add(user)
+                ends |= self._ends(user, norms, between)
+            else:
+                ends.add(None)
+        return ends
+
+    def pairs(self) -> list[HiddenChannels]:
+        result = []
+        for weight, nodes in self.uses.items():
+            norms: set[str] = set()
+            between: set[fx.Node] = set()
+            ends = set().union(*(self._ends(node, norms, between) for node in nodes))
+            targets = {self.layers[end][0] for end in ends if end is not None}
+            if None in ends or len(targets) != 1:
+                continue
+            (target,) = targets
+            same_use = set(self.uses[target]) == ends
+            shared_norm = any(self._norm(node) in norms for node in self.nodes if node not in between)
+            if target == weight or not same_use or shared_norm or {weight, target} & self.spoiled:
+                continue
+            if not self._kind(nodes[0]) == self._kind(self.uses[target][0]):
+                continue
+            rows = [weight, *{self.layers[node][1] for node in nodes} - {None}]
+            for norm in sorted(norms):
+                module = self.root.get_submodule(norm)
+                rows += [f"{norm}.{name}" for name, t in module.state_dict().items() if t.ndim == 1]
+            result.append(HiddenChannels(tuple(rows), target))
+        return result
+
+    def _kind(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(self.root.get_submodule(str(node.target)), nn.Linear)
+
+
+def align(
+    group: Group,
+    denoisers: Sequence[nn.Module],
+    stacks: dict[str, Tensor],
+    ranks: Mapping[str, int],
+    kept: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """Permute hidden channels of ``stacks`` (name -> (N, *shape)) where that lowers the error.
+
+    ``ranks`` says at which rank each adapted tensor will be factorised; private tensors lose
+    nothing, and those in ``kept`` are not to be touched. Each place is judged by itself, on the two
+    tensors that it changes.
+    """
+    canonical = {alias: spec.name for spec in group.tensors if not spec.common for alias in spec.aliases}
+    specs = {spec.name: spec for spec in group.tensors}
+
+    def error(name: str, stack: Tensor) -> float:
+        if name not in ranks:
+            return 0.0
+        return float(factorise(stack.reshape(len(stack), *specs[name].matrix), ranks[name]).error.sum())
+
+    errors: dict[str, float] = {}
+    places = hidden_channels(denoisers[0])
+    for denoiser in denoisers[1:] if places else ():  # one class may still do different things with a flag
+        found = hidden_channels(denoiser)
+        places = [place for place in places if place in found]
+    for place in places:
+        names = (*place.rows, place.columns)
+        if not all(name in canonical for name in names):
+            continue
+        rows, columns = [canonical[name] for name in place.rows], canonical[place.columns]
+        if {*rows, columns} & set(kept) or not {rows[0], columns} & set(ranks) or len({*rows, columns}) < len(names):
+            continue
+        for name in (rows[0], columns):
+            if name not in errors:
+                errors[name] = error(name, stacks[name])
+        moved = _permuted(stacks, rows, columns)
+        after = {name: error(name, moved[name]) for name in (rows[0], columns)}
+        if sum(after.values()) < sum(errors[name] for name in after) * (1 - 1e-6):
+            stacks = {**stacks, **moved}
+            errors.update(after)
+    return stacks
+
+
+def _permuted(stacks: Mapping[str, Tensor], rows: list[str], columns: str) -> dict[str, Tensor]:
+    """Every stage's channels in the order that correlates best with the mean of all."""
+    features = torch.cat(
+        [
+            *(
+                stacks[name].double().flatten(2) if stacks[name].ndim > 2 else stacks[name].double()[..., None]
+                for name in rows
+                if stacks[name].dtype.is_floating_point
+            ),
+            stacks[columns].double().transpose(1, 2).flatten(2),
+        ],
+        dim=2,
+    )
+    orders = [torch.arange(features.shape[1])] * len(features)
+    reference = features[0]
+    for _ in range(3):
+        for stage, own in enumerate(features):
+            _, order = linear_sum_assignment((reference @ own.T).numpy(force=True), maximize=True)
+            orders[stage] = torch.from_numpy(order)
+        reference = torch.stack([own[order] for own, order in zip(features, orders)]).mean(0)
+    moved = {name: torch.stack([w[order] for w, order in zip(stacks[name], orders)]) for name in rows}
+    moved[columns] = torch.stack([w[:, order] for w, order in zip(stacks[columns], orders)])
+    return moved

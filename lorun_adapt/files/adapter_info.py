@@ -1,0 +1,54 @@
+"""``set_config.json``: what is known of a set of adapters beside its tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ..disk.reading import parse_json
+from ..errors import LoRunError
+from ..network.converted import MOST_MEASURED, Measured, SetConfig
+from ..network.noise import Noise, checked
+from ..util.text import is_short
+
+LONGEST = 1 << 19  # bytes of the file
+MOST = 1e12  # of a number
+
+
+def read_set_config(content: bytes, stages: int, where: str) -> SetConfig:
+    """What a file says.
+
+    Raises:
+        LoRunError: anything that has not the right form.
+    """
+    found = parse_json(content, where)
+    wrong = None
+    noise: Noise | None = None
+    if not isinstance(found, dict) or found.keys() != {"noise_schedule", "measured"}:
+        wrong = "keys"
+    else:
+        try:
+            noise = None if found["noise_schedule"] is None else checked(found["noise_schedule"], stages)
+        except LoRunError:
+            wrong = "noise_schedule"
+        rows = found["measured"]
+        if not isinstance(rows, list) or len(rows) > MOST_MEASURED or not all(map(_is_measured, rows)):
+            wrong = "measured"
+    if wrong is not None:
+        raise LoRunError(f"expected what is known of a set, found wrong {wrong!r} in {where}: download it again")
+    return SetConfig(noise, tuple(Measured(**row) for row in found["measured"]))
+
+
+def _is_measured(row: Any) -> bool:
+    if not isinstance(row, dict) or row.keys() != {field.name for field in dataclasses.fields(Measured)}:
+        return False
+    numbers = {name: value for name, value in row.items() if name not in ("images", "count")}
+    return (
+        is_short(row["images"])
+        and type(row["count"]) is int
+        and 0 < row["count"] < 2**31
+        and all(
+            (n is None and name.endswith("_original")) or (type(n) in (int, float) and -MOST < n < MOST)
+            for name, n in numbers.items()
+        )
+    )

@@ -1,0 +1,186 @@
+"""The cards: the README.md of a saved conversion, and that of each of its sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from ..disk.folder import tensor_bytes
+from ..network.adapter import lowrank_terms
+from ..network.converted import Measured
+from ..network.noise import Noise
+
+if TYPE_CHECKING:
+    from ..model.lorun_model import LoRunModel
+
+TAGS = ["lorun", "deep-unfolding", "lora", "image-restoration"]
+KIND = "image-to-image"  # of the tasks that the Hub knows
+
+
+def model_card(lorun: LoRunModel, problems: Mapping[str, str], folder: Path) -> str:
+    """What ``folder`` holds and how to load it; ``problems``: why PEFT can't read some stages."""
+    report, network = lorun.report(), lorun.stage_map.network
+    adapters_only = not (folder / "base.safetensors").exists()
+    before, after = report.network_before, report.network_after
+    measured = [(name, row) for name in lorun.adapter_names for row in lorun.set_config[name].measured]
+    lines = [
+        *_head(lorun, measured),
+        f"# {network}, one base and an adapter per stage",
+        "",
+        *([_plain(lorun.card.task), ""] if lorun.card.task else []),
+        f"The {len(lorun.stage_map)} denoisers of a trained deep unfolding network, collapsed into one base that they "
+        "share and a low-rank adapter for each, with "
+        "[LoRun](https://arxiv.org/abs/2602.18697)'s form and PEFT's files.",
+        "",
+    ]
+    if adapters_only:
+        lines += [f"The base is elsewhere: that of the fingerprint `{lorun.fingerprint}`.", ""]
+    else:
+        lines += [
+            "| | original | here, with one set |",
+            "| --- | ---: | ---: |",
+            f"| parameters | {before.parameters:,} | {after.parameters:,} |",
+            f"| bytes in memory | {before.bytes:,} | {after.bytes:,} |",
+            "",
+        ]
+    lines += [
+        "| adapter set | noise, sigma of 255 | stages | ranks | bytes on disk |",
+        "| --- | --- | ---: | --- | ---: |",
+    ]
+    for name in lorun.adapter_names:
+        noise = _noise(lorun.set_config[name].noise_schedule)
+        size = tensor_bytes(folder / "adapters" / name)
+        lines.append(f"| `{name}` | {noise} | {len(lorun.adapters[name])} | {_ranks(lorun, name)} | {size:,} |")
+    lines.append("")
+    lines += [*_table(measured), *_loading(lorun, adapters_only)]
+    if problems:
+        lines.append("`PeftModel.from_pretrained` refuses these adapters, because:")
+        lines += [f"- {problem} (first in `{where}`)" for problem, where in problems.items()]
+    else:
+        lines += _peft(lorun)
+    return "\n".join(lines) + "\n"
+
+
+def set_card(lorun: LoRunModel, name: str, folder: Path) -> str:
+    """What a set's folder holds and how to load it."""
+    about, network = lorun.set_config[name], lorun.stage_map.network
+    measured = [(name, row) for row in about.measured]
+    parameters = sum(parameter.numel() for parameter in lorun.adapters[name].parameters())
+    outside = lorun.outside_of(name)
+    lines = [
+        *_head(lorun, measured),
+        f"# {name}: adapters for {network}",
+        "",
+        *([_plain(lorun.card.task), ""] if lorun.card.task else []),
+        f"{len(lorun.adapters[name])} stages, ranks {_ranks(lorun, name)}, {parameters:,} parameters, "
+        f"{tensor_bytes(folder):,} bytes, for the base of the fingerprint `{lorun.fingerprint[:12]}`.",
+    ]
+    if about.noise_schedule is not None:
+        lines.append(f"Noise on the measurements, on a scale of 0 to 255: {_noise(about.noise_schedule)}.")
+    if outside:
+        lines.append(f"It brings its own {', '.join(f'`{key}`' for key in outside)}, which stand outside the stages.")
+    lines += [
+        "",
+        *_table(measured),
+        "```python",
+        "# lorun: the conversion that it is for, from lorun_adapt.from_pretrained(...)",
+        f'lorun.load_adapter("path or user/name of the conversion", "{name}")',
+        f'lorun.set_adapter("{name}")',
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _head(lorun: LoRunModel, measured: Iterable[tuple[str, Measured]]) -> list[str]:
+    """What the Hub reads."""
+    results = [
+        EvalResult(
+            task_type=KIND,
+            dataset_type=row.images,
+            dataset_name=f"{row.images}, sigma {row.sigma:g}",
+            metric_type=kind,
+            metric_name=f"{title}, adapter set {name}",
+            metric_value=round(value, 4),
+        )
+        for name, row in measured
+        for kind, title, value in (("psnr", "PSNR (dB)", row.psnr), ("ssim", "SSIM", row.ssim))
+    ]
+    data = ModelCardData(
+        library_name="lorun-adapt",
+        license=lorun.card.license,
+        base_model=lorun.card.base_model,
+        pipeline_tag=KIND,
+        tags=TAGS,
+        **({"model_name": lorun.stage_map.network, "eval_results": results} if results else {}),
+    )
+    return ["---", data.to_yaml(), "---", ""]
+
+
+def _table(measured: list[tuple[str, Measured]]) -> list[str]:
+    if not measured:
+        return []
+    lines = [
+        "| adapter set | images | sigma | PSNR (dB) | SSIM | original |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in measured:
+        images = f"{_plain(row.images)}, {row.count}"
+        original = "" if row.psnr_original is None else f"{row.psnr_original:.2f} dB"
+        lines.append(f"| `{name}` | {images} | {row.sigma:g} | {row.psnr:.2f} | {row.ssim:.4f} | {original} |")
+    return [*lines, ""]
+
+
+def _loading(lorun: LoRunModel, adapters_only: bool) -> list[str]:
+    network, name = lorun.stage_map.network, lorun.adapter_names[-1]
+    if adapters_only:
+        load = ['lorun = lorun_adapt.from_pretrained("path or user/name of the base", net)']
+        load.append(f'lorun.load_adapter("path or user/name of this", "{name}")')
+    else:
+        load = ['lorun = lorun_adapt.from_pretrained("path or user/name of this", net)']
+    return [
+        "```python",
+        "import lorun_adapt",
+        f"net = ...  # your {network}, with any weights",
+        *load,
+        f'lorun.set_adapter("{name}")',
+        "```",
+        "",
+    ]
+
+
+def _peft(lorun: LoRunModel) -> list[str]:
+    first, group = lorun.adapter_names[0], lorun.stage_map.groups[0].name
+    several = len(lorun.stage_map.groups) > 1
+    return [
+        "A stage in PEFT:",
+        "",
+        "```python",
+        f"denoiser = lorun.base_denoiser({group!r})" if several else "denoiser = lorun.base_denoiser()",
+        f'PeftModel.from_pretrained(denoiser, "adapters/{first}/stage_00{"/" + group if several else ""}")',
+        "```",
+    ]
+
+
+def _ranks(lorun: LoRunModel, name: str) -> str:
+    found = {
+        term.rank
+        for groups in lorun.adapters[name].values()
+        for adapter in groups.values()
+        for term in lowrank_terms(adapter).values()
+    }
+    return ", ".join(map(str, sorted(found))) or "none"
+
+
+def _noise(noise: Noise | None) -> str:
+    if noise is None:
+        return "not said"
+    return f"{noise:g}" if isinstance(noise, float) else ", ".join(f"{sigma:g}" for sigma in noise)
+
+
+def _plain(text: str) -> str:
+    """Words that came with a file, as one line without markup."""
+    line = " ".join(text.split())
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in line)

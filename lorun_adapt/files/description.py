@@ -1,0 +1,288 @@
+"""``lorun_config.json``: which network was converted, where its stages are, and the hash of every file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from ..disk.reading import parse_json, read_file
+from ..errors import LoRunError
+from ..network.converted import Card
+from ..stages.checks import check_plain
+from ..stages.find import check_alike, tensor_specs
+from ..stages.stage_map import Group, Site, StageMap, stage_key
+from ..util.text import is_short
+from .layout import CONFIG, NAMES, is_adapter_name
+
+if TYPE_CHECKING:
+    from ..model.lorun_model import LoRunModel
+
+FORMAT = 1
+MOST_SETS, MOST_STAGES = 100, 1000
+
+
+def describe(lorun: LoRunModel, files: Mapping[str, str]) -> dict[str, Any]:
+    """What is written of a converted network; ``files``: the SHA-256 of each, by its place in the folder."""
+    import peft
+
+    from .. import __version__
+
+    card = dataclasses.asdict(lorun.card)
+    if not is_card(card):
+        raise LoRunError(f"expected short lines of text in the card, found {card}: change lorun.card")
+    return {
+        "format": FORMAT,
+        "network": lorun.stage_map.network,
+        "groups": groups_of(lorun.stage_map),
+        "adapters": lorun.adapter_names,
+        "errors": lorun.errors,
+        "fingerprint": lorun.fingerprint,
+        "card": card,
+        "active": [lorun.active_adapters[stage] for stage in range(len(lorun.stage_map))],
+        "versions": {"lorun-adapt": __version__, "torch": torch.__version__, "peft": peft.__version__},
+        "files": dict(files),
+    }
+
+
+def groups_of(stage_map: StageMap) -> list[dict[str, Any]]:
+    """Where the stages are, as it is written."""
+    return [
+        {
+            "name": group.name,
+            "sites": [{"stage": s.stage, "module": s.module, "call": s.call} for s in group.sites],
+            "tensors": {spec.name: list(spec.shape) for spec in group.tensors},
+            "common": [spec.name for spec in group.tensors if spec.common],
+            "without_base": [spec.name for spec in group.tensors if spec.alone],
+        }
+        for group in stage_map.groups
+    ]
+
+
+def as_text(description: Mapping[str, Any]) -> str:
+    """The file's text: the description and a hash of it."""
+    return json.dumps({**description, "sha256": _digest(description)}, indent=2) + "\n"
+
+
+def read_description(folder: Path, tensors: int) -> dict[str, Any]:
+    """The description in ``folder``, of which everything has the right form.
+
+    Args:
+        tensors: how many the network's stages have.
+
+    Raises:
+        LoRunError: none, a damaged one, or one of a newer format.
+    """
+    return parse_description(description_bytes(folder, tensors), folder / CONFIG)
+
+
+def description_bytes(folder: Path, tensors: int) -> bytes:
+    file = folder / CONFIG
+    if not os.path.isfile(file):
+        raise LoRunError(f"expected {CONFIG} in {folder}, found none: give a folder that save_pretrained wrote")
+    return read_file(folder, CONFIG, 1_000_000 + 1000 * tensors)
+
+
+def parse_description(content: bytes, file: Path) -> dict[str, Any]:
+    description = parse_json(content, str(file))
+    version = description.get("format") if isinstance(description, dict) else None
+    if type(version) is int and version > FORMAT:
+        raise LoRunError(
+            f"expected format {FORMAT} in {file}, found {str(version)[:20]}, a newer one: update lorun-adapt"
+        )
+    wrong = None if type(version) is int and version == FORMAT else "format"
+    if wrong is None:
+        wrong = _wrong_part(description) if is_unchanged(description) else "sha256"
+    if wrong is not None:
+        raise LoRunError(
+            f"expected the description of a conversion, found a wrong {wrong!r} in {file}: save it anew or download it "
+            "again"
+        )
+    return description
+
+
+def is_unchanged(description: Mapping[str, Any]) -> bool:
+    """Whether it has the hash that it says."""
+    try:
+        return description.get("sha256") == _digest({k: value for k, value in description.items() if k != "sha256"})
+    except RecursionError:  # nested so deeply that it could just be read
+        return False
+
+
+def _digest(description: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def _wrong_part(description: Mapping[str, Any]) -> str | None:
+    """The key whose value is not what it must be."""
+    for key, right in (
+        ("network", _is_str),
+        ("groups", lambda v: isinstance(v, list) and bool(v) and all(map(_is_group, v))),
+        ("adapters", lambda v: _are(v, list, is_adapter_name) and 0 < len(v) == len(set(v)) <= MOST_SETS),
+        ("fingerprint", _is_digest),
+        ("card", is_card),
+        ("files", lambda v: _are(v, dict, _is_file) and all(map(_is_digest, v.values()))),
+        ("active", lambda v: _are(v, list, lambda name: name in description["adapters"])),
+        ("errors", lambda v: isinstance(v, dict) and v.keys() == {g["name"] for g in description["groups"]}),
+    ):
+        if key not in description or not right(description[key]):
+            return key
+    groups = description["groups"]
+    stages = [{site["stage"] for site in group["sites"]} for group in groups]
+    if any(len(found) < len(group["sites"]) for found, group in zip(stages, groups)):
+        return "groups"
+    every = set.union(*stages)
+    if len({group["name"] for group in groups}) < len(groups) or every != set(range(len(every))):
+        return "groups"
+    if len(description["active"]) != len(every):
+        return "active"
+    if not all(_are_errors(description["errors"][group["name"]], group) for group in groups):
+        return "errors"
+    held = {tuple(name.split("/")[1:3]) for name in description["files"]}
+    if any((name, stage_key(stage)) not in held for stage, name in enumerate(description["active"])):
+        return "active"
+    return None
+
+
+def _are(value: object, kind: type, right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, kind) and all(right(item) for item in value)  # type: ignore[attr-defined]
+
+
+def _is_str(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_file(value: object) -> bool:
+    return isinstance(value, str) and NAMES.fullmatch(value) is not None
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**48
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def _is_group(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and is_adapter_name(value.get("name"))
+        and isinstance(value.get("sites"), list)
+        and 1 < len(value["sites"]) <= MOST_STAGES
+        and all(map(_is_site, value["sites"]))
+        and isinstance(value.get("tensors"), dict)
+        and all(_are(shape, list, _is_count) for shape in value["tensors"].values())
+        and _are(value.get("common"), list, _is_str)
+        and _are(value.get("without_base"), list, lambda name: isinstance(name, str) and name in value["tensors"])
+    )
+
+
+def _is_site(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and _is_count(value.get("stage"))
+        and isinstance(value.get("module"), str)
+        and value["module"] != ""
+        and (value.get("call") is None or _is_count(value["call"]))
+    )
+
+
+def _are_errors(value: object, group: Mapping[str, Any]) -> bool:
+    def is_pair(pair: object) -> bool:
+        return _are(pair, list, lambda n: type(n) in (int, float) and 0 <= n < 1e100) and len(pair) == 2  # type: ignore[arg-type]
+
+    return (
+        isinstance(value, dict)
+        and value.keys() <= group["tensors"].keys()
+        and all(_are(rows, list, is_pair) and len(rows) == len(group["sites"]) for rows in value.values())
+    )
+
+
+# --- against the network -------------------------------------------------------------------------
+
+
+def stage_map_of(dun: nn.Module, description: Mapping[str, Any], file: Path) -> StageMap:
+    """The stages that the description names, in ``dun``.
+
+    Raises:
+        LoRunError: a network of another class, or with other stages.
+    """
+    network = type_before_parametrizations(dun).__name__
+    if description["network"] != network:
+        raise LoRunError(
+            f"expected the class {description['network'][:100]}, found {network} for {file}: build the network "
+            "that was converted"
+        )
+    modules = dict(dun.named_modules(remove_duplicate=False))
+    sites_of = [
+        tuple(Site(site["stage"], site["module"], site.get("call")) for site in entry["sites"])
+        for entry in description["groups"]
+    ]
+    # By name among those that the network lists: an attribute could be a property, which would run.
+    lacking = [site.module for sites in sites_of for site in sites if site.module not in modules]
+    if lacking:
+        raise LoRunError(
+            f"expected the stages that {file} names, found no {lacking[0][:100]!r} in {network}: build the network "
+            "that was converted, with as many stages"
+        )
+    _check_separate(modules, sites_of, file)
+    groups = []
+    for sites, entry in zip(sites_of, description["groups"]):
+        check_plain(dun, [site.module for site in sites])
+        check_alike(dun, [(site.module, site.call) for site in sites], str(file))
+        specs = tensor_specs(dun, sites, set(entry["common"]))
+        shapes = {spec.name: list(spec.shape) for spec in specs}
+        if shapes != entry["tensors"]:
+            name = next(n for n in {**shapes, **entry["tensors"]} if shapes.get(n) != entry["tensors"].get(n))
+            raise LoRunError(
+                f"expected {name[:200]!r} of shape {entry['tensors'].get(name)}, found {shapes.get(name)} in the "
+                f"stages of {network} for {file}: build the network that was converted"
+            )
+        odd = [spec.name for spec in specs if spec.name in entry["without_base"] and not spec.adaptable]
+        if odd:
+            raise LoRunError(
+                f"expected a base for {odd[0][:200]!r}, which no low-rank term can stand for, found none in {file}: "
+                "save it anew or download it again"
+            )
+        specs = tuple(dataclasses.replace(spec, alone=spec.name in entry["without_base"]) for spec in specs)
+        groups.append(Group(entry["name"], sites, specs))
+    return StageMap(network, tuple(groups))
+
+
+def _check_separate(modules: Mapping[str, nn.Module], groups: Sequence[Sequence[Site]], file: Path) -> None:
+    """Refuse stages that share a module, other than as one module with several parents or calls."""
+    objects: dict[int, list[tuple[int, Site]]] = {}
+    for index, sites in enumerate(groups):
+        for site in sites:
+            objects.setdefault(id(modules[site.module]), []).append((index, site))
+    for key, found in objects.items():
+        names, calls = {site.module for _, site in found}, sorted({-1 if s.call is None else s.call for _, s in found})
+        module = modules[found[0][1].module]
+        looped = calls[0] >= 0
+        right = calls == list(range(len(found))) and len(names) == 1 if looped else calls == [-1]
+        callable_ = type(module).forward is not nn.Module.forward
+        inside = any(id(child) != key and id(child) in objects for child in module.modules())
+        if len({index for index, _ in found}) > 1 or not right or (looped and not callable_) or inside:
+            raise LoRunError(
+                f"expected separate stages in {file}, found one twice or inside another at {found[0][1].module!r}: "
+                "save it anew or download it again"
+            )
+
+
+def is_card(value: object) -> bool:
+    """Whether a file's entry is one."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {field.name for field in dataclasses.fields(Card)}
+        and all(entry is None or is_short(entry) for entry in value.values())
+    )

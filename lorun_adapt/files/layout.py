@@ -1,0 +1,33 @@
+"""."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+CONFIG, BASE, CARD, ADAPTERS = "lorun_config.json", "base.safetensors", "README.md", "adapters"
+
+
+OUTSIDE, SET_CONFIG = "outside.safetensors", "set_config.json"  # of a set
+
+
+TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of a stage
+
+
+# What a saved conversion can hold beside its description.
+_TOP, _OF_SET, _OF_STAGE = (
+    "|".join(map(re.escape, names)) for names in ((BASE, CARD), (CARD, OUTSIDE, SET_CONFIG), (PEFT_CONFIG, TENSORS))
+)
+
+
+NAMES = re.compile(rf"{_TOP}|{ADAPTERS}/[\w-]+/({_OF_SET}|stage_\d+(/[\w-]+)?/({_OF_STAGE}))", re.ASCII)
+
+
+def is_adapter_name(name: object) -> bool:
+    """Whether it can name a set, or a group: names become folders and attributes."""
+    return (
+        isinstance(name, str)
+        and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name) is not None
+        and not hasattr(nn.ModuleDict(), name)
+    )

@@ -1,0 +1,58 @@
+"""."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..terms.lowrank import LowRank
+from .assemble import TWINS
+
+
+@torch.no_grad()
+def hand_over(network: nn.Module, schedule: Callable[[nn.Module, list[float]], object], sigmas: list[float]) -> None:
+    """Tell a network the noise of its stages, and leave other networks that share its tensors as they are.
+
+    What ``schedule`` changes in place becomes the network's own. What it tells a module that runs as copies, it tells
+    these as well, except for what it tells them itself.
+    """
+    held = [
+        (module, name, tensor)
+        for module in network.modules()
+        if not isinstance(module, LowRank)  # which other networks and the adapters hold as well
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
+    own: dict[int, Tensor] = {}
+    for module, name, tensor in held:
+        if id(tensor) not in own:
+            value = tensor.detach().clone()
+            own[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+        setattr(module, name, own[id(tensor)])
+    twins = vars(network).get(TWINS, ())
+    before = {id(module): dict(vars(module)) for pair in twins for module in pair}
+    schedule(network, sigmas)
+    unchanged = {id(tensor) for _, _, tensor in held if _same(own[id(tensor)], tensor)}
+    told = set()
+    for module, name, tensor in held:
+        now = module._parameters.get(name, module._buffers.get(name))
+        if id(tensor) in unchanged and now is own[id(tensor)]:
+            setattr(module, name, tensor)
+        else:
+            told.add((id(module), name))
+    for module, twin in twins:
+        first, second = before[id(module)], before[id(twin)]
+        for name, value in vars(module).items():
+            if first.get(name, first) is not value and vars(twin).get(name, second) is second.get(name, second):
+                vars(twin)[name] = value
+        for tensors, others in ((module._parameters, twin._parameters), (module._buffers, twin._buffers)):
+            for name in tensors.keys() & others.keys():
+                if (id(module), name) in told and (id(twin), name) not in told:
+                    others[name] = tensors[name]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a == b).logical_or(a.isnan() & b.isnan()).all())

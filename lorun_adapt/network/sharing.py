@@ -1,0 +1,31 @@
+"""Keep one tensor where several places hold it, whatever torch puts into these places."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    pass
+
+Places = list[list[tuple[dict[str, Any], str]]]  # for each tensor, the dicts that hold it, and under which name
+
+
+def shared_places(*roots: nn.Module) -> Places:
+    """The places within ``roots`` that hold the same tensor."""
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for root in roots:
+        for module in root.modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        places.setdefault(id(tensor), []).append((held, name))
+    return [group for group in places.values() if len(group) > 1]
+
+
+def share_again(places: Places) -> None:
+    """Put what the first of the places holds into the others."""
+    for (first, name), *others in places:
+        for held, other in others:
+            held[other] = first[name]

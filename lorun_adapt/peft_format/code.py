@@ -1,0 +1,148 @@
+"""What a denoiser's code does with its layers beside calling them, where PEFT's would not be theirs.
+
+PEFT puts a module of its own in the place of a layer. Code that reads the layer's weight itself, as
+``F.conv2d(x, self.conv.weight)``, or asks for its class, would go on without a word and without the
+adapter. Code is looked at, not run: what ``forward`` leads to by name.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import sys
+from collections.abc import Collection, Iterator
+from types import CodeType, FunctionType, MethodType, ModuleType
+
+from torch import nn
+
+from ..network.adapted import plain_class
+
+WEIGHTS = {"weight", "bias", "parameters", "named_parameters", "_parameters", "state_dict", "get_parameter"}
+CLASSES = {"isinstance", "issubclass", "type", "__class__"}
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+NOT_FOLLOWED = {"torch", "numpy", "einops", *sys.stdlib_module_names}
+
+Chain = tuple["str | None", ...]
+
+
+def reader_of_layers(denoiser: nn.Module, layers: Collection[str]) -> str | None:
+    """The class of a module whose code does more with one of ``layers`` than call it, as far as that shows."""
+    for path, module in denoiser.named_modules():
+        kind = plain_class(module)
+        if kind.__module__.startswith("torch."):
+            held = {f"{path}.{name}".lstrip(".") for name, _ in module.named_children()}
+            if held & set(layers) and kind not in CONTAINERS:  # as nn.TransformerEncoderLayer
+                return kind.__name__
+        elif any(_strays(code, own, denoiser, path, layers) for code, own in _code_of(module)):
+            return kind.__name__
+    return None
+
+
+def _strays(code: CodeType, own: str | None, denoiser: nn.Module, path: str, layers: Collection[str]) -> bool:
+    names = {*code.co_names, *(text for text in code.co_consts if isinstance(text, str))}
+    if names & CLASSES and any(isinstance(getattr(nn, name, None), type) for name in names):
+        return True
+    if WEIGHTS & {text for text in code.co_consts if isinstance(text, str)}:
+        return True
+    for chain in _chains(code, own):
+        if chain[0] is None:
+            if chain[-1] in WEIGHTS:
+                return True
+            continue
+        prefixes = [".".join(filter(None, [path, *chain[:end]])) for end in range(1, len(chain))]
+        if any(prefix in layers for prefix in prefixes):
+            return True
+        if chain[-1] in WEIGHTS and prefixes and not _is_leaf(denoiser, prefixes[-1]):
+            return True
+    return False
+
+
+def _is_leaf(denoiser: nn.Module, path: str) -> bool:
+    try:
+        module = denoiser.get_submodule(path)
+    except AttributeError:
+        return False
+    return not any(True for _ in module.children())
+
+
+@functools.lru_cache(maxsize=4096)
+def _chains(code: CodeType, own: str | None) -> tuple[Chain, ...]:
+    """Attributes read one of another: ``self.conv.weight`` as ("conv", "weight").
+
+    A chain that doesn't start at ``own``, the name of the module itself, starts with None.
+    """
+    found: list[Chain] = []
+    chain: Chain = (None,)
+    for instruction in dis.get_instructions(code):
+        if instruction.opname.startswith("LOAD_FAST"):
+            loaded = instruction.argval
+            last = loaded[-1] if isinstance(loaded, tuple) else loaded
+            chain = () if own is not None and last == own else (None,)
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            chain = (*chain, str(instruction.argval))
+            found.append(chain)
+        elif instruction.opname not in ("CACHE", "EXTENDED_ARG", "NOP"):
+            chain = (None,)
+    return tuple(found)
+
+
+def _code_of(module: nn.Module) -> Iterator[tuple[CodeType, str | None]]:
+    """The code that ``forward`` runs, as far as names lead, and what each calls the module itself."""
+    kinds = [kind for kind in plain_class(module).__mro__ if _is_followed(kind)]
+    pending: list[tuple[object, bool]] = [(kind.__dict__["forward"], True) for kind in kinds if "forward" in vars(kind)]
+    pending.append((vars(module).get("forward"), isinstance(vars(module).get("forward"), MethodType)))
+    seen: set[CodeType] = set()
+    while pending:
+        held, is_method = pending.pop()
+        if isinstance(held, property):
+            held = held.fget
+        if isinstance(held, (staticmethod, classmethod)):
+            held, is_method = held.__func__, False
+        while isinstance(held, (functools.partial, functools.partialmethod, MethodType)):
+            held = held.__func__ if isinstance(held, MethodType) else held.func
+        if isinstance(held, type):
+            pending += [(item, False) for item in vars(held).values() if isinstance(item, (FunctionType, staticmethod))]
+            continue
+        code = held if isinstance(held, CodeType) else getattr(held, "__code__", None)
+        if not isinstance(code, CodeType):
+            if not isinstance(held, nn.Module) and callable(held) and _is_followed(type(held)):
+                pending.append((type(held), False))
+            continue
+        if code in seen:
+            continue
+        seen.add(code)
+        yield code, code.co_varnames[0] if is_method and code.co_argcount else None
+        pending += [(constant, False) for constant in code.co_consts if isinstance(constant, CodeType)]
+        pending.append((getattr(held, "__wrapped__", None), is_method))
+        for cell in getattr(held, "__closure__", None) or ():
+            if not inspect.isclass(content := _content(cell)) and _is_followed(content):
+                pending.append((content, is_method))
+        around = getattr(held, "__globals__", {})
+        names = [*code.co_names, *(text for text in code.co_consts if isinstance(text, str))]
+        for name in names:
+            pending += [(vars(kind)[name], True) for kind in kinds if name in vars(kind)]
+            if name in vars(module):
+                pending.append((vars(module)[name], isinstance(vars(module)[name], MethodType)))
+            if name in around and _is_followed(around[name]):
+                pending.append((around[name], False))
+                if isinstance(around[name], ModuleType):
+                    inner = [getattr(around[name], other, None) for other in names]
+                    pending += [(item, False) for item in inner if _is_followed(item)]
+
+
+def _content(cell: object) -> object:
+    try:
+        return cell.cell_contents  # type: ignore[attr-defined]
+    except ValueError:  # a variable that has no value yet
+        return None
+
+
+def _is_followed(held: object) -> bool:
+    """Whether it is the authors' own, and code."""
+    if isinstance(held, ModuleType):
+        return held.__name__.split(".")[0] not in NOT_FOLLOWED
+    if isinstance(held, (functools.partial, FunctionType, MethodType)) or inspect.isclass(held):
+        return (getattr(held, "__module__", None) or "").split(".")[0] not in NOT_FOLLOWED
+    home = type(held).__module__.split(".")[0]
+    return home not in NOT_FOLLOWED and callable(held)

@@ -1,0 +1,178 @@
+"""What PEFT can represent of a stage, and why it can't where it can't."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..network.adapted import plain_class
+from ..network.adapter import StageAdapter, lowrank_terms, private_tensors
+from ..stages.stage_map import Group
+from .code import reader_of_layers
+
+PREFIX = "base_model.model."  # of a denoiser's names within a PeftModel
+WITHIN_PEFT = (  # the modules that PEFT's LoRA puts into a layer (PEFT 0.17 to 0.21)
+    "base_layer",
+    "lora_dropout",
+    "lora_dropout.default",
+    "lora_A",
+    "lora_A.default",
+    "lora_B",
+    "lora_B.default",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def peft_layer(denoiser: nn.Module, name: str) -> nn.Module | None:
+    """The layer whose weight the tensor ``name`` is, if PEFT's LoRA does to it what we do."""
+    module = denoiser.get_submodule(name.rpartition(".")[0])
+    return module if _why_not(denoiser, name) is None else None
+
+
+@dataclass(frozen=True)
+class PeftView:
+    """How PEFT is to see a stage; names are relative to the denoiser."""
+
+    targets: frozenset[str]  # layers with low-rank factors
+    full: frozenset[str]  # among them, the stage's own layers, as factors of full rank
+    whole: frozenset[str]  # adapted layers that PEFT takes whole
+    saved: tuple[str, ...]  # modules_to_save
+    problem: str | None = None  # why PEFT can't represent the stage
+
+
+def peft_view(denoiser: nn.Module, first: nn.Module, group: Group, adapter: StageAdapter) -> PeftView:
+    """How PEFT can represent the stage of ``denoiser`` on the base denoiser ``first``, or why it can't.
+
+    PEFT's ``modules_to_save`` finds modules by how their names end: ``0`` is ``10`` as well. Where
+    that would take an adapted layer, the stage's own layer travels as factors of full rank, or,
+    if it is a norm, the adapted layer travels whole.
+    """
+    terms, private = lowrank_terms(adapter), private_tensors(adapter)
+    layers = {name.rpartition(".")[0] for name in terms if _why_not(denoiser, name) is None}
+    owners = {name.rpartition(".")[0] for name in private} - layers
+    problem = _problem(denoiser, group, adapter, layers, owners)
+    if problem is not None:
+        return PeftView(frozenset(layers), frozenset(), frozenset(), (), problem)
+    names = {name for name, _ in denoiser.named_modules(remove_duplicate=False) if name}
+    within = {f"{layer}.{name}" for layer in layers for name in WITHIN_PEFT}
+    full, whole = set(), set()
+    for owner in owners:
+        if any(name.endswith(owner) for name in (layers | within) - {owner}):
+            if _why_not(denoiser, f"{owner}.weight") is None and not denoiser.get_submodule(owner)._buffers:
+                full.add(owner)
+    saved = tuple(sorted(owners - full))
+    for owner in saved:
+        met = {name for name in names if name.endswith(owner)} - {owner}
+        whole |= met & (layers | full)
+        inside = [name for name in within if name.endswith(owner)]
+        others = [n for n in met - owners - layers if any(True for _ in denoiser.get_submodule(n).state_dict())]
+        if others or inside:
+            problem = (
+                f"PEFT's modules_to_save can't name {owner} without {min(others or inside)}, whose name ends alike"
+            )
+    targets = (layers | full) - whole
+    for owner in saved:  # as in peft.tuners.tuners_utils.check_target_module_exists (PEFT 0.21)
+        try:
+            excluded = [name for name in targets if re.match(rf"(^|.*\.){owner}($|\..*)", name)]
+        except re.error:
+            excluded = [owner]
+        if excluded:
+            problem = f"PEFT's modules_to_save, which takes names for patterns, can't name {owner}"
+    if not targets:
+        problem = "every adapted layer has a name that PEFT's modules_to_save takes for one of the stage's own"
+    problem = problem or layer_problem(denoiser, first, targets)
+    if problem is not None:
+        return PeftView(frozenset(layers), frozenset(), frozenset(), (), problem)
+    return PeftView(frozenset(targets), frozenset(full - whole), frozenset(whole), saved)
+
+
+def layer_problem(denoiser: nn.Module, first: nn.Module, layers: Collection[str]) -> str | None:
+    """Why low-rank factors on ``layers`` of ``first`` would not do what they do to the weights of ``denoiser``."""
+    reader = reader_of_layers(denoiser, layers)
+    if reader is not None:
+        return f"the code of {reader} does more with its layers than call them, which PEFT's would not be there for"
+    if (name := _difference(denoiser, first)) is not None:
+        return f"the stages differ in {name}, which is no tensor that an adapter holds"
+    return None
+
+
+def _problem(
+    denoiser: nn.Module, group: Group, adapter: StageAdapter, layers: Collection[str], owners: Collection[str]
+) -> str | None:
+    terms, private = lowrank_terms(adapter), private_tensors(adapter)
+    for name in terms:
+        if (reason := _why_not(denoiser, name)) is not None:
+            return f"the tensor {name} is adapted, and {reason}"
+    if not terms:
+        return "the stage has no low-rank term, so that there is nothing for PEFT to target"
+    if any(len(spec.aliases) > 1 for spec in group.tensors):
+        return "the stage ties tensors within itself"
+    for owner in sorted(owners):
+        module = denoiser.get_submodule(owner)
+        own = next(name for name in private if name.rpartition(".")[0] == owner)
+        lists = isinstance(module, (nn.ParameterList, nn.ParameterDict))
+        if not owner or lists or any(True for _ in module.children()):
+            return f"the stage's own {own} is not in a layer, and PEFT's modules_to_save takes whole modules"
+        lacking = [name for name in module.state_dict() if f"{owner}.{name}" not in private]
+        if lacking:
+            return f"the stage's own {own} is in one module with {lacking[0]}, which all stages have in common"
+    for name in (*layers, *owners):
+        if any(part in name for part in ("lora_", "weight")):  # PEFT 0.17 looks for these anywhere in a name
+            return f"PEFT takes the name {name} for one of its own"
+    return None
+
+
+def _difference(denoiser: nn.Module, first: nn.Module) -> str | None:
+    """A number, a text or a constant that two modules of one class have differently."""
+    if denoiser is first:
+        return None
+    others = dict(first.named_modules(remove_duplicate=False))
+    for path, module in denoiser.named_modules(remove_duplicate=False):
+        mine, other = vars(module), vars(others[path])
+        for name in mine.keys() - {"training"}:
+            a, b = mine[name], other.get(name)
+            if isinstance(a, (int, float, str, tuple, list, type(None))) and _plain(a) and _plain(b) and a != b:
+                return f"{path}.{name}".lstrip(".")
+        for name in module._non_persistent_buffers_set:
+            a, b = module._buffers.get(name), others[path]._buffers.get(name)
+            if (a is None) != (b is None) or (a is not None and (a.shape != b.shape or not torch.equal(a, b))):
+                return f"{path}.{name}".lstrip(".")
+    return None
+
+
+def _plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_plain, value))
+    return isinstance(value, (int, float, str, type(None)))
+
+
+def _why_not(denoiser: nn.Module, name: str) -> str | None:
+    path, _, attribute = name.rpartition(".")
+    module = denoiser.get_submodule(path)
+    kind = plain_class(module)
+    if not path and attribute == "weight" and isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+        return "the denoiser is that one layer, which PEFT can't replace"
+    if attribute != "weight" or kind not in (nn.Linear, *CONVOLUTIONS):
+        return f"PEFT's LoRA has no layer that is right for the {attribute} of {kind.__name__}"
+    if not module._parameters["weight"].is_floating_point():
+        return "PEFT's LoRA is for real numbers"
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return "its layer has a hook or a forward of its own, which PEFT's LoRA runs before it adds its part"
+    if not {*module._parameters, *module._buffers} <= {"weight", "bias"}:
+        return "its layer holds more tensors than a weight and a bias"
+    if kind is nn.Linear:
+        return None
+    if module.groups != 1:
+        return f"its convolution has {module.groups} groups, for which PEFT's factors have another shape"
+    if module.padding_mode != "zeros":
+        return f"PEFT's LoRA of a convolution loses padding_mode={module.padding_mode!r}"
+    if any(step != 1 for step in module.dilation):
+        return f"PEFT's LoRA of a convolution loses dilation={module.dilation}"
+    return None

@@ -1,0 +1,46 @@
+"""."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..util.modules import distinct_tensors, tensor_of
+from .stage_map import Group, StageMap, TensorSpec
+
+
+def held_tensors(base: nn.Module, stage_map: StageMap) -> dict[str, Tensor]:
+    """Those that a base holds: all but the zeros that stand in for a base where a tensor has none."""
+    zeros = {
+        id(tensor)
+        for group in stage_map.groups
+        for spec in group.tensors
+        if spec.alone
+        for tensor in stage_parameters(base, group, spec)
+    }
+    return {name: tensor for name, tensor in distinct_tensors(base).items() if id(tensor) not in zeros}
+
+
+def outside_parameters(base: nn.Module, stage_map: StageMap) -> dict[str, nn.Parameter]:
+    """Those that are no stage's own: step sizes kept beside the stages, condition networks, heads and tails."""
+    inside = {
+        id(tensor)
+        for group in stage_map.groups
+        for spec in group.tensors
+        if not spec.common
+        for tensor in stage_parameters(base, group, spec)
+    }
+    return {
+        name: tensor
+        for name, tensor in distinct_tensors(base).items()
+        if isinstance(tensor, nn.Parameter) and id(tensor) not in inside
+    }
+
+
+def stage_values(dun: nn.Module, group: Group, spec: TensorSpec) -> list[Tensor]:
+    """The tensor of each site, in the order of the stages."""
+    return [tensor.detach() for tensor in stage_parameters(dun, group, spec)]
+
+
+def stage_parameters(network: nn.Module, group: Group, spec: TensorSpec) -> list[nn.Parameter]:
+    """The parameter itself at each site, in the order of the stages."""
+    return [tensor_of(network.get_submodule(site.module), spec.name) for site in group.sites]

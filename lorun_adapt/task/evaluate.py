@@ -1,0 +1,156 @@
+"""PSNR and SSIM of a network, and of its conversion, over a folder of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.table import Table
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor, nn
+
+from ..errors import LoRunError
+from ..network.converted import Measured
+from ..util.nested import device_of, to_device
+from ..util.progress import progress
+from ..util.tables import table
+from ..util.text import shortened
+from .task import Task
+
+PERFECT = 999.0  # dB, in a file: JSON has no infinity
+WINDOW = 11  # pixels: the side of SSIM's Gaussian window
+
+
+@dataclass(frozen=True)
+class Score:
+    """One image: PSNR in dB and SSIM, of the original network and of the converted one."""
+
+    name: str
+    psnr: float | None
+    ssim: float | None
+    psnr_converted: float | None
+    ssim_converted: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    images: tuple[Score, ...]
+    parameters: int
+    parameters_converted: int | None
+
+    def mean(self) -> dict[str, float | None]:
+        names = ("psnr", "ssim", "psnr_converted", "ssim_converted")
+        columns = {name: [getattr(score, name) for score in self.images] for name in names}
+        return {name: None if None in values else fmean(values) for name, values in columns.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "images": [asdict(score) for score in self.images],
+            "mean": self.mean(),
+            "parameters": self.parameters,
+            "parameters_converted": self.parameters_converted,
+        }
+
+    def measured(self, images: str, sigma: float) -> Measured:
+        """What the card says of the conversion; ``images``: what they are called."""
+        mean = {name: None if value is None else min(value, PERFECT) for name, value in self.mean().items()}
+        return Measured(
+            shortened(images),
+            len(self.images),
+            sigma,
+            psnr=mean["psnr_converted"],
+            ssim=mean["ssim_converted"],
+            psnr_original=mean["psnr"],
+            ssim_original=mean["ssim"],
+        )
+
+    def tables(self) -> list[Table]:
+        columns = ("image", "PSNR>", "SSIM>", "PSNR converted>", "SSIM converted>")
+        rows = [(s.name, *_cells(asdict(s))) for s in self.images]
+        sizes = table(
+            "",
+            ("", "original>", "converted>"),
+            [("parameters", f"{self.parameters:,}", f"{self.parameters_converted or 0:,}")],
+        )
+        result = [table("", columns, [*rows, ("mean", *_cells(self.mean()))])]
+        return result if self.parameters_converted is None else [*result, sizes]
+
+
+def evaluate(
+    task: Task,
+    files: Sequence[Path],
+    original: nn.Module | None,
+    converted: nn.Module | None,
+    *,
+    sigma: float = 0.0,
+    parameters: int = 0,
+    parameters_converted: int | None = None,
+    doing: str = "restoring",
+) -> Evaluation:
+    """Restore each image with both networks, from the same measurements; ``doing``: what the progress bar says.
+
+    Raises:
+        LoRunError: an image, or a function of the task, that fails.
+    """
+    scores = []
+    for path in progress(files, doing, "image", delay=2, leave=False):
+        images = task.read(path)[None]
+        check_size(images, task.border, path)
+        arguments = task.measure(images, sigma)
+        values: list[float | None] = []
+        for net in (original, converted):
+            if net is None:
+                values += [None, None]
+                continue
+            restored = task.run(net, to_device(arguments, device_of(net)), images)
+            values += [psnr(restored[0], images[0], task.border), ssim(restored[0], images[0], task.border)]
+        scores.append(Score(path.name, *values))
+    return Evaluation(tuple(scores), parameters, parameters_converted)
+
+
+def check_size(images: Tensor, border: int, path: Path) -> None:
+    """Refuse images (B, C, H, W) that are too small for SSIM.
+
+    Raises:
+        LoRunError: an image of ``path`` with less than 11 pixels a side within the border.
+    """
+    if min(images.shape[-2:]) - 2 * border < WINDOW:
+        raise LoRunError(
+            f"expected images of {WINDOW} pixels a side or more, found {tuple(images.shape[-2:])} in {path}: remove it"
+        )
+
+
+def psnr(image: Tensor, truth: Tensor, border: int = 0) -> float:
+    """Peak signal-to-noise ratio in dB of (C, H, W) images in [0, 1]."""
+    image, truth = _cut(image, border), _cut(truth, border)
+    if torch.equal(image, truth):
+        return float("inf")
+    return float(peak_signal_noise_ratio(truth.double().numpy(), image.double().numpy(), data_range=1.0))
+
+
+def ssim(image: Tensor, truth: Tensor, border: int = 0) -> float:
+    """Structural similarity of (C, H, W) images in [0, 1], with the window of Wang et al. (2004)."""
+    return float(
+        structural_similarity(
+            _cut(truth, border).double().numpy(),
+            _cut(image, border).double().numpy(),
+            data_range=1.0,
+            channel_axis=0,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+    )
+
+
+def _cut(image: Tensor, border: int) -> Tensor:
+    return image[:, border : image.shape[1] - border, border : image.shape[2] - border]
+
+
+def _cells(values: dict[str, Any]) -> tuple[str, ...]:
+    formats = {"psnr": "{:.2f}", "ssim": "{:.4f}", "psnr_converted": "{:.2f}", "ssim_converted": "{:.4f}"}
+    return tuple("-" if values[name] is None else form.format(values[name]) for name, form in formats.items())
