@@ -35,9 +35,9 @@ from lorun_adapt.task.evaluate import evaluate
 from lorun_adapt.task.task import Task, load_task
 from lorun_adapt.terms import factors as factorise
 from lorun_adapt.training.distill import Distillation
-from lorun_adapt.training.duration import Budget
+from lorun_adapt.training.duration import Duration
 from lorun_adapt.training.speed import channels_last
-from lorun_adapt.training.trained import FACTORS, PRIVATE, Trained, trainable
+from lorun_adapt.training.trained import FACTORS, PRIVATE, TrainedTensor, trainable
 from lorun_adapt.training.trainer import Trainer, interruptible
 from lorun_adapt.util.modules import copy_network, distinct_tensors
 from lorun_adapt.util.seeds import seeded
@@ -227,7 +227,7 @@ def saved_bytes(lorun: lorun_adapt.LoRunModel) -> int:
         return tensor_bytes(Path(folder))
 
 
-def train(student: nn.Module, teacher: nn.Module, rates: list[Trained], crops: Crops, minutes: float) -> None:
+def train(student: nn.Module, teacher: nn.Module, rates: list[TrainedTensor], crops: Crops, minutes: float) -> None:
     """As recovery does it, without its start."""
     student.eval()
     teacher.eval()
@@ -235,15 +235,15 @@ def train(student: nn.Module, teacher: nn.Module, rates: list[Trained], crops: C
         batches = Batches(crops)
         distillation = Distillation(student, teacher, Observer(teacher, student.stage_map, batches.first))
         with channels_last(distillation, batches.first, 0):
-            trainer = Trainer(distillation, rates, batches, Budget(minutes), seed=0, checkpoint=None, kind="")
+            trainer = Trainer(distillation, rates, batches, Duration(minutes), seed=0, resume_from=None, kind="")
             if not trainer.train(stop):
                 raise KeyboardInterrupt
 
 
-def rates_of(student: Built) -> list[Trained]:
+def rates_of(student: Built) -> list[TrainedTensor]:
     rates = {":a": FACTORS, ":b": FACTORS}
     return [
-        Trained(p, rates.get(name[-2:], DENSE if p.ndim > 1 and p.numel() > 1000 else PRIVATE))
+        TrainedTensor(p, rates.get(name[-2:], DENSE if p.ndim > 1 and p.numel() > 1000 else PRIVATE))
         for name, p in student.held.items()
     ]
 
@@ -281,7 +281,7 @@ class Comparison:
     def peft(self, limit: int) -> Made:
         rank, student = largest(lambda rank: Peft(copy_network(self.net), self.stage_map, rank), Peft.bytes, limit)
         rates = [
-            Trained(p, FACTORS if "lora_" in name else PRIVATE)
+            TrainedTensor(p, FACTORS if "lora_" in name else PRIVATE)
             for name, p in student.network.named_parameters()
             if p.requires_grad
         ]
@@ -328,7 +328,7 @@ def main() -> None:
     task.load_weights(net, args.weights)
     judged = task.images(args.judge)
     compared = Comparison(task, net, Crops(task, task.images(args.images)), args.minutes)
-    ways = [compared.pruned, compared.alone, compared.relaxed, compared.tied]
+    ways = [compared.pruned, compared.without_base, compared.relaxed, compared.tied]
     if all(
         isinstance(net.get_submodule(name.rpartition(".")[0]), (nn.Linear, nn.modules.conv._ConvNd))
         for spec, names in places(compared.stage_map)

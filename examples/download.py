@@ -28,4 +28,4 @@ measurements = task.measure(image)
 for name in lorun.adapter_names:
     lorun.set_adapter(name)
     restored = task.run(lorun, measurements, image)
-    print(f"{name}: {psnr(restored[0], image[0]):.2f} dB, for a sigma of {lorun.set_config[name].sigma}")
+    print(f"{name}: {psnr(restored[0], image[0]):.2f} dB, for a sigma of {lorun.adapter_info[name].sigma}")

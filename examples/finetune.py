@@ -25,7 +25,7 @@ lorun = lorun_adapt.from_pretrained(here.parent / "adapters/compressive_sensing"
 
 held_out, images = held_out_of(task.images(args.images))
 crops = Crops(task, images, sigma=args.sigma)  # or any iterable of the forward's arguments and what the loss needs
-known = [name for name in lorun.adapter_names if lorun.set_config[name].sigma is not None]
+known = [name for name in lorun.adapter_names if lorun.adapter_info[name].sigma is not None]
 lorun.finetune(
     crops,
     f"sigma{args.sigma:g}-own",

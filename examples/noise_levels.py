@@ -23,11 +23,11 @@ from lorun_adapt.network.observe import Observer
 from lorun_adapt.task.crops import Crops, held_out_of
 from lorun_adapt.task.evaluate import evaluate
 from lorun_adapt.task.task import Task, load_task
-from lorun_adapt.training.duration import Budget
+from lorun_adapt.training.duration import Duration
 from lorun_adapt.training.finetune import PATIENCE
 from lorun_adapt.training.speed import channels_last
 from lorun_adapt.training.supervised import Supervised
-from lorun_adapt.training.trained import PRIVATE, Trained
+from lorun_adapt.training.trained import PRIVATE, TrainedTensor
 from lorun_adapt.training.trainer import Trainer, interruptible
 from lorun_adapt.util.modules import copy_network
 from lorun_adapt.util.seeds import seeded
@@ -38,7 +38,7 @@ DENSE = 0.02  # learning rate of the original's kernels, relative to their size,
 def train_whole(net: nn.Module, crops: Crops, judged: Crops, minutes: float) -> nn.Module:
     """All of the original network, as ``finetune`` trains adapters."""
     net = copy_network(net).eval().requires_grad_(True)
-    rates = [Trained(p, DENSE if p.ndim > 1 and p.numel() > 1000 else PRIVATE) for p in net.parameters()]
+    rates = [TrainedTensor(p, DENSE if p.ndim > 1 and p.numel() > 1000 else PRIVATE) for p in net.parameters()]
     with seeded(0), interruptible() as stop:
         batches = Batches(crops)
         supervised = Supervised(net, Observer(net, lorun_adapt.find_stages(net), batches.first), crops.loss)
@@ -47,9 +47,9 @@ def train_whole(net: nn.Module, crops: Crops, judged: Crops, minutes: float) -> 
                 supervised,
                 rates,
                 batches,
-                Budget(minutes),
+                Duration(minutes),
                 seed=0,
-                checkpoint=None,
+                resume_from=None,
                 kind="",
                 held_out=judged.some(),
                 patience=PATIENCE,

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from lorun_adapt import LoRunError, LoRunModel, convert, from_pretrained
 from lorun_adapt.cli.demo import shipped
 from lorun_adapt.files.description import as_text
-from lorun_adapt.files.layout import CONFIG
+from lorun_adapt.files.layout import CONFIG_FILE
 from lorun_adapt.network.assemble import dense_tensors
 from lorun_adapt.task.task import load_task
 
@@ -290,12 +290,12 @@ def _mutated(original: Files, rng: random.Random) -> tuple[str, Files]:
 def rehash(files: Files, original: Files) -> None:
     """Make the hashes right again, as whoever means harm would, so that the checks behind them are met."""
     try:
-        description = json.loads(files[CONFIG] or b"")
+        description = json.loads(files[CONFIG_FILE] or b"")
         description.pop("sha256", None)
         for name, content in files.items():
             if content is not None and content is not original.get(name) and name in description["files"]:
                 description["files"][name] = hashlib.sha256(content).hexdigest()
-        files[CONFIG] = as_text(description).encode()
+        files[CONFIG_FILE] = as_text(description).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # the description itself is not to be read
 
@@ -309,7 +309,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def check_loaded(folder: Path, loaded: LoRunModel, shapes: dict[str, torch.Size], whole: bool) -> str | None:
     """What is wrong with something that loaded: None."""
-    description = json.loads((folder / CONFIG).read_text())
+    description = json.loads((folder / CONFIG_FILE).read_text())
     for name, digest in description["files"].items():
         needed = name.endswith((".safetensors", ".json")) and (whole or name != "base.safetensors")
         if needed and hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:

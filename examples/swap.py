@@ -28,5 +28,5 @@ for sigma in (0, 10, 20, 30, 40, 45):
     default = psnr(task.run(lorun, measurements, image)[0], image[0])
     chosen = lorun.select_adapter("auto", *measurements)  # or select_adapter(sigma), or set_adapter("sigma25")
     best = psnr(task.run(lorun, measurements, image)[0], image[0])
-    print(f"{sigma:5d} {default:7.2f} dB {best:7.2f} dB  {chosen} for {lorun.set_config[chosen].sigma:.1f}")
+    print(f"{sigma:5d} {default:7.2f} dB {best:7.2f} dB  {chosen} for {lorun.adapter_info[chosen].sigma:.1f}")
 lorun.set_adapter({0: "default", 8: "sigma25"})  # or another set in some of the stages

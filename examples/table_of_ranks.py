@@ -31,7 +31,7 @@ def main() -> None:
     psnr = evaluate(task, files, net, None).mean()["psnr"]
     print("| rank | parameters | bytes on disk | relative error | PSNR (dB) |")
     print("| ---: | ---: | ---: | ---: | ---: |")
-    print(f"| original | {before.parameters:,} | {before.bytes:,} | 0 | {psnr:.2f} |", flush=True)
+    print(f"| original | {before.num_parameters:,} | {before.num_bytes:,} | 0 | {psnr:.2f} |", flush=True)
     for rank in args.ranks:
         lorun = convert(net, rank=rank)
         report = lorun.report()
@@ -40,7 +40,8 @@ def main() -> None:
             size = tensor_bytes(Path(folder))
         psnr = evaluate(task, files, None, lorun).mean()["psnr_converted"]
         print(
-            f"| {rank} | {report.network_after.parameters:,} | {size:,} | {report.relative_error:.3f} | {psnr:.2f} |",
+            f"| {rank} | {report.network_after.num_parameters:,} | {size:,} "
+            f"| {report.relative_error:.3f} | {psnr:.2f} |",
             flush=True,
         )
 

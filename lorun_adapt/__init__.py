@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .errors import LoRunError
     from .model.lorun_model import LoRunModel
     from .model.pretrained import from_pretrained
-    from .network.converted import Card, Measured
+    from .network.converted import Card, Quality
     from .network.report import Report
     from .stages.find import find_stages
     from .stages.stage_map import StageMap
@@ -22,7 +22,7 @@ __all__ = [
     "Card",
     "LoRunError",
     "LoRunModel",
-    "Measured",
+    "Quality",
     "Report",
     "StageMap",
     "__version__",
@@ -37,7 +37,7 @@ _HOMES = {
     "Card": "network.converted",
     "LoRunError": "errors",
     "LoRunModel": "model.lorun_model",
-    "Measured": "network.converted",
+    "Quality": "network.converted",
     "Report": "network.report",
     "StageMap": "stages.stage_map",
     "convert": "conversion",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .errors import LoRunError
 from .factorise.align import align
-from .factorise.allocate import spend
+from .factorise.allocate import allocate
 from .factorise.plan import Plan, plan
 from .factorise.ranks import config_for_rank
 from .model.lorun_model import DEFAULT_SET, LoRunModel
@@ -21,14 +21,14 @@ from .network.assemble import share
 from .network.batches import Batches
 from .network.converted import AdapterSet
 from .peft_format.options import config_of_ranks
-from .stages.checks import check_dense, check_plain, check_reachable, check_sound
+from .stages.checks import check_dense, check_finite, check_parameters, check_reachable
 from .stages.find import find_stages
 from .stages.fold import DEFAULT_RANK
 from .stages.stage_map import Group
 from .stages.tensors import stage_values
 from .terms.factors import factorise
 from .terms.lowrank import LowRank, untrained
-from .training.duration import Budget
+from .training.duration import Duration
 from .util.modules import copy_network
 from .util.seeds import seeded
 
@@ -51,7 +51,7 @@ def convert(
     minutes: float | None = None,
     steps: int | None = None,
     loss: Loss | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    resume_from: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> LoRunModel:
     """Collapse the repeated denoisers of ``dun`` into one base and a low-rank adapter per stage.
@@ -72,7 +72,7 @@ def convert(
             part of what it has. Ranks, and the tensors that get no base, are chosen so as to keep most energy of
             the stages' weights and, with ``calibration``, of what these do to the output.
         stages, example_inputs, calls: as for :func:`find_stages`.
-        calibration, minutes, steps, loss, checkpoint, seed: distil ``dun`` into the conversion, as
+        calibration, minutes, steps, loss, resume_from, seed: distil ``dun`` into the conversion, as
             :meth:`LoRunModel.recover` does.
 
     Raises:
@@ -82,10 +82,10 @@ def convert(
     """
     batches = None
     if calibration is not None:
-        Budget(minutes, steps)
+        Duration(minutes, steps)
         with seeded(seed):
             batches = Batches(calibration)
-    elif any(value is not None for value in (minutes, steps, loss, checkpoint)):
+    elif any(value is not None for value in (minutes, steps, loss, resume_from)):
         raise LoRunError("expected calibration to recover with, found none: pass batches, or leave the rest out")
     lorun = collapse(
         dun,
@@ -99,7 +99,7 @@ def convert(
         seed=seed,
     )
     if batches is not None:
-        lorun.recover(dun, batches, minutes=minutes, steps=steps, loss=loss, checkpoint=checkpoint, seed=seed)
+        lorun.recover(dun, batches, minutes=minutes, steps=steps, loss=loss, resume_from=resume_from, seed=seed)
     return lorun
 
 
@@ -118,7 +118,7 @@ def collapse(
 ) -> LoRunModel:
     """:func:`convert` up to where recovery starts.
 
-    ``calibration`` says where a budget is best spent, and with it tensors get no base where that is not worth its
+    ``calibration`` says where a budget is best allocation, and with it tensors get no base where that is not worth its
     parameters; ``without_base`` names them for a config.
     """
     given = [name for name, value in (("config", config), ("rank", rank), ("budget", budget)) if value is not None]
@@ -126,27 +126,27 @@ def collapse(
         raise LoRunError(f"expected one of config, rank and budget, found {' and '.join(given)}: give one")
     stage_map = find_stages(dun, stages=stages, example_inputs=example_inputs, calls=calls)
     modules = [site.module for group in stage_map.groups for site in group.sites]
-    check_plain(dun, modules)
+    check_parameters(dun, modules)
     check_reachable(dun, modules)
     check_dense(dun)
-    check_sound(dun)
+    check_finite(dun)
     if budget is not None:
         sensitivity = None
         if calibration is not None:
             from .factorise.weigh import weigh
 
             sensitivity = weigh(dun, stage_map, calibration, seed)
-        spent = spend(dun, stage_map, budget, sensitivity)
+        allocation = allocate(dun, stage_map, budget, sensitivity)
         if calibration is not None:
             from .training.processes import agreed
 
-            spent = agreed(spent)
-        config, without_base = config_of_ranks(spent.ranks), spent.without_base
+            allocation = agreed(allocation)
+        config, without_base = config_of_ranks(allocation.ranks), allocation.without_base
     elif config is None:
         config = config_for_rank(dun, stage_map, DEFAULT_RANK if rank is None else rank)
     plans = plan(dun, stage_map, config)
     # Of a tensor without a low-rank term, which stays each stage's own, nothing else would be left.
-    stage_map = stage_map.without_base({name: set(without_base) & p.terms.keys() for name, p in plans.items()})
+    stage_map = stage_map.dropping_bases({name: set(without_base) & p.terms.keys() for name, p in plans.items()})
 
     base = copy_network(dun)
     factored = {group.name: _Factored(dun, group, plans[group.name]) for group in stage_map.groups}
@@ -157,13 +157,13 @@ def collapse(
         for group in stage_map.groups
         for i, site in enumerate(group.sites)
     }
-    errors = {group.name: factored[group.name].errors for group in stage_map.groups}
+    residuals = {group.name: factored[group.name].residuals for group in stage_map.groups}
     ranks = {name: {tensor: term.rank for tensor, term in planned.terms.items()} for name, planned in plans.items()}
     return LoRunModel(
         base,
         dataclasses.replace(stage_map, ranks=ranks),
         {DEFAULT_SET: AdapterSet(adapters, config)},
-        errors,
+        residuals,
         trainable={name for name, p in dun.named_parameters() if p.requires_grad},
     )
 
@@ -185,11 +185,15 @@ class _Factored:
                 group,
                 [dun.get_submodule(site.module) for site in group.sites],
                 stacks,
-                {spec.name: terms[spec.name].rank for spec in group.tensors if spec.name in terms and not spec.alone},
+                {
+                    spec.name: terms[spec.name].rank
+                    for spec in group.tensors
+                    if spec.name in terms and not spec.without_base
+                },
                 planned.kept,
             )
         self.base: dict[str, Tensor] = {}
-        self.errors: dict[str, list[tuple[float, float]]] = {}  # norm lost, norm
+        self.residuals: dict[str, list[tuple[float, float]]] = {}  # norm lost, norm
         self._terms: dict[str, list[LowRank]] = {}
         self._private: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(0)
@@ -202,10 +206,10 @@ class _Factored:
                 self.base[spec.name] = _mean(stack)
                 continue
             matrices = stack.reshape(len(stack), *spec.matrix)
-            factors, scaling = factorise(matrices, terms[spec.name].rank, spec.alone), terms[spec.name].scaling
+            factors, scaling = factorise(matrices, terms[spec.name].rank, spec.without_base), terms[spec.name].scaling
             self.base[spec.name] = factors.base.to(stack.dtype).reshape(spec.shape)
             norms = torch.linalg.matrix_norm(matrices.to(factors.base.dtype))
-            self.errors[spec.name] = list(zip(factors.error.sqrt().tolist(), norms.tolist()))
+            self.residuals[spec.name] = list(zip(factors.error.sqrt().tolist(), norms.tolist()))
             self._terms[spec.name] = [
                 LowRank(a.to(stack.dtype), (b / scaling).to(stack.dtype), scaling)
                 if bool((b @ a).any())

@@ -57,7 +57,7 @@ def test_the_folder(saved: Path, blocks: Case, lorun: LoRunModel) -> None:
     config = LoraConfig.from_pretrained(str(saved / "adapters/default/stage_02"))
     assert config.r == 2 and config.peft_type == "LORA"
     size = sum(len(content) for name, content in files(saved).items() if name.endswith(".safetensors"))
-    assert size < lorun.report().network_after.bytes + 9000  # headers
+    assert size < lorun.report().network_after.num_bytes + 9000  # headers
 
 
 def test_a_stage_of_several_modules_has_a_folder_for_each(tmp_path: Path) -> None:

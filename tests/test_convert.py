@@ -404,19 +404,19 @@ def test_aligning_never_raises_the_error() -> None:
 def test_report(net: nn.Module) -> None:
     lorun = convert(net, rank=2)
     report = lorun.report()
-    assert report.network_before.parameters == sum(p.numel() for p in net.parameters())
-    assert report.network_before.bytes == sum(t.numel() * t.element_size() for t in net.state_dict().values())
-    assert report.network_after.parameters == lorun.num_parameters()
-    assert report.denoisers_before.parameters == sum(p.numel() for p in net.denoisers.parameters())
-    assert sum(item.after.parameters for item in report.stages) + report.base.parameters == (
-        report.denoisers_after.parameters
+    assert report.network_before.num_parameters == sum(p.numel() for p in net.parameters())
+    assert report.network_before.num_bytes == sum(t.numel() * t.element_size() for t in net.state_dict().values())
+    assert report.network_after.num_parameters == lorun.num_parameters()
+    assert report.denoisers_before.num_parameters == sum(p.numel() for p in net.denoisers.parameters())
+    assert sum(item.after.num_parameters for item in report.stages) + report.base.num_parameters == (
+        report.denoisers_after.num_parameters
     )
     group = lorun.stage_map.groups[0]
     for item, denoiser in zip(report.stages, net.denoisers):
-        assert set(item.errors) == set(adapted(lorun))
+        assert set(item.residuals) == set(adapted(lorun))
         weight = lorun.merge_and_unload().denoisers[item.stage].layers[11].weight
         if not hidden_channels(denoiser):
-            assert item.errors["layers.11.weight"] == pytest.approx(
+            assert item.residuals["layers.11.weight"] == pytest.approx(
                 relative(weight, denoiser.layers[11].weight), rel=1e-3
             )
     assert "whole network" in str(report) and f"{lorun.num_parameters():,}" in str(report)
@@ -426,7 +426,7 @@ def test_report(net: nn.Module) -> None:
 def test_report_of_a_loop_counts_the_module_once() -> None:
     case = ZOO["looped"]()
     report = convert(case.net, rank=1, **case.find()).report()
-    assert report.network_before.parameters == sum(p.numel() for p in case.net.parameters())
+    assert report.network_before.num_parameters == sum(p.numel() for p in case.net.parameters())
     assert report.relative_error == 0
 
 

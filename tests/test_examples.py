@@ -141,7 +141,7 @@ def test_example_finetune(photographs, tmp_path, monkeypatch, capsys) -> None:
     out = tmp_path / "out"
     run_example("finetune.py", monkeypatch, capsys, photographs, "--sigma", 35, "--minutes", 0.05, "--out", out)
     lorun = reference(out)
-    assert lorun.adapter_names[-1] == "sigma35-own" and lorun.set_config["sigma35-own"].sigma == 35
+    assert lorun.adapter_names[-1] == "sigma35-own" and lorun.adapter_info["sigma35-own"].sigma == 35
     assert lorun.adapter_names[:-1] == reference(shipped("adapters/compressive_sensing")).adapter_names
 
 

@@ -176,9 +176,9 @@ def test_runs_repeat_and_resume(tmp_path) -> None:
         return to_truth(output, batch)
 
     with pytest.warns(UserWarning, match="fine-tuning was stopped"):
-        run(loss=interrupted, checkpoint=state)
+        run(loss=interrupted, resume_from=state)
     assert state.exists()
-    assert same(run(checkpoint=state), whole) and not state.exists()
+    assert same(run(resume_from=state), whole) and not state.exists()
 
 
 def stopping() -> Loss:
@@ -208,13 +208,13 @@ def test_a_state_is_of_one_noise_and_one_start(tmp_path) -> None:
     for start, noise in (("default", 250), ("other", 5)):
         with pytest.raises(LoRunError, match="one of another run"):
             lorun.finetune(noisy(), "new", start, noise_schedule=noise, **given)
-        assert same(lorun.state_dict(), before) and lorun.set_config["new"].sigma == 5 and state.exists()
+        assert same(lorun.state_dict(), before) and lorun.adapter_info["new"].sigma == 5 and state.exists()
     assert lorun.finetune(noisy(), "new", noise_schedule=5, **given)
 
 
 def test_a_stopped_set_is_gone_on_with(tmp_path) -> None:
     def run(lorun: LoRunModel, loss=to_truth) -> None:
-        lorun.finetune(noisy(), "new", steps=30, loss=loss, checkpoint=tmp_path / "state.safetensors")
+        lorun.finetune(noisy(), "new", steps=30, loss=loss, resume_from=tmp_path / "state.safetensors")
 
     whole = converted()[0]
     run(whole)
@@ -226,7 +226,7 @@ def test_a_stopped_set_is_gone_on_with(tmp_path) -> None:
         lorun.finetune(noisy(), "new", steps=30, loss=to_truth)
     before = {name: tensor.clone() for name, tensor in lorun.state_dict().items()}
     with pytest.raises(LoRunError, match="found 'nothing'"):
-        lorun.finetune(noisy(), "new", "nothing", steps=30, loss=to_truth, checkpoint=tmp_path / "state.safetensors")
+        lorun.finetune(noisy(), "new", "nothing", steps=30, loss=to_truth, resume_from=tmp_path / "state.safetensors")
     assert same(lorun.state_dict(), before) and set(lorun.active_adapters.values()) == {"new"}
     again = lorun_adapt.from_pretrained(tmp_path / "saved", net)
     run(again)
@@ -345,14 +345,14 @@ def test_resuming_leaves_other_sets_alone(tmp_path) -> None:
     lorun.copy_adapter("default", "a")
     lorun.save_pretrained(tmp_path / "saved")
     with pytest.warns(UserWarning, match="fine-tuning was stopped"):
-        lorun.finetune(noisy(), "new", steps=30, loss=interrupted, checkpoint=state)
+        lorun.finetune(noisy(), "new", steps=30, loss=interrupted, resume_from=state)
     again = lorun_adapt.from_pretrained(tmp_path / "saved", net)
     again.set_adapter("a")
     with torch.no_grad():
         for parameter in again.adapters["a"].parameters():
             parameter.mul_(2)
     before = frozen(again)
-    assert again.finetune(noisy(), "new", steps=30, loss=to_truth, checkpoint=state)
+    assert again.finetune(noisy(), "new", steps=30, loss=to_truth, resume_from=state)
     assert same(frozen(again), before)
 
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel
-from lorun_adapt.files.adapter_info import read_set_config
+from lorun_adapt.files.adapter_info import read_adapter_info
 from lorun_adapt.files.description import as_text
 from lorun_adapt.model.noise_choice import INTERPOLATED
-from lorun_adapt.network.converted import Measured, SetConfig
+from lorun_adapt.network.converted import AdapterInfo, Quality
 from lorun_adapt.network.noise import between, mixed
 from lorun_adapt.task.task import load_task
 
@@ -89,33 +89,33 @@ def test_it_is_saved_and_loaded(tmp_path) -> None:
     lorun, net = converted()
     assert lorun.finetune(noisy(), "sigma25", noise_schedule=25, steps=3, loss=to_truth)
     lorun.finetune(noisy(), "stages", noise_schedule=[30, 20, 10.5], steps=3, loss=to_truth)
-    measured = Measured("photographs", 8, 25.0, 30.5, 0.9)
+    measured = Quality("photographs", 8, 25.0, 30.5, 0.9)
     lorun.set_adapter("sigma25")
     lorun.note_quality(measured)
     lorun.save_pretrained(tmp_path / "saved")
     expected = {
-        "default": SetConfig(),
-        "sigma25": SetConfig(25.0, (measured,)),
-        "stages": SetConfig((30.0, 20.0, 10.5)),
+        "default": AdapterInfo(),
+        "sigma25": AdapterInfo(25.0, (measured,)),
+        "stages": AdapterInfo((30.0, 20.0, 10.5)),
     }
-    assert lorun_adapt.from_pretrained(tmp_path / "saved", net).set_config == expected
+    assert lorun_adapt.from_pretrained(tmp_path / "saved", net).adapter_info == expected
     lorun.load_adapter(tmp_path / "saved/adapters/stages", "again")
-    assert lorun.set_config["again"] == expected["stages"]
+    assert lorun.adapter_info["again"] == expected["stages"]
     (tmp_path / "saved/adapters/sigma25").rename(tmp_path / "alone")  # without the folder that knows of it
     lorun.load_adapter(tmp_path / "alone", "alone")
-    assert lorun.set_config["alone"] == expected["sigma25"]
+    assert lorun.adapter_info["alone"] == expected["sigma25"]
     assert not (tmp_path / "saved/adapters/default/set_config.json").exists()
     lorun.load_adapter(tmp_path / "alone/stage_00", "alone", stage=0)
-    assert lorun.set_config["alone"] == SetConfig(25.0)  # what was measured was so of other weights
+    assert lorun.adapter_info["alone"] == AdapterInfo(25.0)  # what was measured was so of other weights
 
 
 @pytest.mark.parametrize("noise", [np.float32(25), torch.tensor(25), 25, np.int64(25)])
 def test_what_is_one_sigma(noise) -> None:
     lorun, _ = converted()
     lorun.set_noise_schedule("default", noise)
-    assert lorun.set_config["default"].noise_schedule == 25.0
+    assert lorun.adapter_info["default"].noise_schedule == 25.0
     lorun.set_noise_schedule("default", torch.linspace(1, 3, 3))
-    assert lorun.set_config["default"].noise_schedule == (1, 2, 3)
+    assert lorun.adapter_info["default"].noise_schedule == (1, 2, 3)
 
 
 @pytest.mark.parametrize("noise", [-1, float("nan"), float("inf"), True, "25", [1, 2], [1, 2, 3, 4], [1, 2, -3], []])
@@ -126,12 +126,12 @@ def test_what_is_no_noise(noise) -> None:
         lorun.set_noise_schedule("default", noise)
     with pytest.raises(LoRunError, match="one sigma of 0 or more for the measurements, or 3"):
         lorun.finetune(noisy(), "new", noise_schedule=noise, steps=3, loss=to_truth)
-    assert lorun.set_config == {"default": SetConfig()} and same(frozen(lorun), before)
+    assert lorun.adapter_info == {"default": AdapterInfo()} and same(frozen(lorun), before)
     with pytest.raises(LoRunError, match="found 'other'"):
         lorun.set_noise_schedule("other", 1)
 
 
-GOOD = {"noise_schedule": 25.0, "measured": [vars(Measured("a", 1, 0.0, 1.0, 1.0))]}
+GOOD = {"noise_schedule": 25.0, "measured": [vars(Quality("a", 1, 0.0, 1.0, 1.0))]}
 
 
 @pytest.mark.parametrize(
@@ -156,18 +156,18 @@ GOOD = {"noise_schedule": 25.0, "measured": [vars(Measured("a", 1, 0.0, 1.0, 1.0
     ],
 )
 def test_damage_is_refused(wrong) -> None:
-    assert read_set_config(json.dumps(GOOD).encode(), 3, "here").noise_schedule == 25
+    assert read_adapter_info(json.dumps(GOOD).encode(), 3, "here").noise_schedule == 25
     backwards = {**GOOD, "measured": [dict(reversed(GOOD["measured"][0].items()))]}
-    assert read_set_config(json.dumps(backwards).encode(), 3, "here").measured == (Measured("a", 1, 0.0, 1.0, 1.0),)
+    assert read_adapter_info(json.dumps(backwards).encode(), 3, "here").measured == (Quality("a", 1, 0.0, 1.0, 1.0),)
     with pytest.raises(LoRunError, match="found wrong '.*' in here"):
-        read_set_config(json.dumps(wrong).encode(), 3, "here")
+        read_adapter_info(json.dumps(wrong).encode(), 3, "here")
 
 
 def test_a_measurement_takes_the_place_of_the_same() -> None:
-    about = SetConfig()
+    about = AdapterInfo()
     for psnr in (1.0, 2.0):
         for sigma in (0.0, 25.0):
-            about = about.with_measured(Measured("a", 8, sigma, psnr, 1.0))
+            about = about.with_quality(Quality("a", 8, sigma, psnr, 1.0))
     assert [(m.sigma, m.psnr) for m in about.measured] == [(0, 2), (25, 2)]
 
 
@@ -175,12 +175,12 @@ def test_all_that_is_noted_can_be_read(tmp_path) -> None:
     lorun, net = converted()
     lorun.set_noise_schedule("default", [1 / 3] * 3)
     for i in range(120):
-        lorun.note_quality(Measured(200 * "é", 8, i / 7, 1 / 3, 1 / 3, 1 / 3, 1 / 3))
+        lorun.note_quality(Quality(200 * "é", 8, i / 7, 1 / 3, 1 / 3, 1 / 3, 1 / 3))
     for psnr in (float("inf"), float("nan")):
         with pytest.raises(LoRunError, match="finite figures"):
-            lorun.note_quality(Measured("a", 8, 0.0, psnr, 1.0))
+            lorun.note_quality(Quality("a", 8, 0.0, psnr, 1.0))
     lorun.save_pretrained(tmp_path / "saved")
-    assert len(lorun_adapt.from_pretrained(tmp_path / "saved", net).set_config["default"].measured) == 100
+    assert len(lorun_adapt.from_pretrained(tmp_path / "saved", net).adapter_info["default"].measured) == 100
     lorun.card = lorun_adapt.Card(license="a\nb")
     with pytest.raises(LoRunError, match="short lines of text"):
         lorun.save_pretrained(tmp_path / "other")
@@ -189,9 +189,9 @@ def test_all_that_is_noted_can_be_read(tmp_path) -> None:
 
 def test_quality_is_that_of_the_weights() -> None:
     lorun, net = converted()
-    lorun.note_quality(Measured("a", 8, 0.0, 30.0, 1.0))
+    lorun.note_quality(Quality("a", 8, 0.0, 30.0, 1.0))
     lorun.recover(net, [batch[:2] for batch in noisy(4)], steps=1)
-    assert lorun.set_config["default"].measured == ()
+    assert lorun.adapter_info["default"].measured == ()
 
 
 def test_names_of_files_stay_inside(made, capsys, monkeypatch) -> None:
@@ -219,7 +219,7 @@ def test_the_set_for_a_noise_level() -> None:
     lorun.set_noise_schedule("expected", None)
     lorun.set_adapter("expected")
     expected = lorun(*BATCH)
-    assert lorun.select_adapter(25) == INTERPOLATED and lorun.set_config[INTERPOLATED].sigma == 25
+    assert lorun.select_adapter(25) == INTERPOLATED and lorun.adapter_info[INTERPOLATED].sigma == 25
     assert torch.equal(lorun(*BATCH), expected)
     first = lorun.adapters[INTERPOLATED]
     assert lorun.select_adapter(25) == INTERPOLATED and lorun.adapters[INTERPOLATED] is first
@@ -231,7 +231,7 @@ def test_the_set_for_a_noise_level() -> None:
     lorun.copy_adapter("expected", "sigma20")
     lorun.set_noise_schedule("sigma20", 20)
     expected = lorun(*BATCH)
-    assert lorun.select_adapter(30) == INTERPOLATED and lorun.set_config[INTERPOLATED].sigma == 30
+    assert lorun.select_adapter(30) == INTERPOLATED and lorun.adapter_info[INTERPOLATED].sigma == 30
     assert not torch.equal(lorun(*BATCH), expected)
     lorun.set_adapter("sigma10", inference_mode=True)
     lorun.select_adapter(50)
@@ -274,7 +274,7 @@ def test_a_set_begins_between_those_for_other_noise() -> None:
     expected = {name: tensor.clone() for name, tensor in lorun.adapters["expected"].state_dict().items()}
     nothing = {"steps": 1, "loss": lambda output, batch: 0 * output.sum()}
     lorun.finetune(noisy(), "new", ["sigma10", "sigma50", "sigma100"], noise_schedule=40, **nothing)
-    assert same(lorun.adapters["new"].state_dict(), expected) and lorun.set_config["new"] == SetConfig(40.0)
+    assert same(lorun.adapters["new"].state_dict(), expected) and lorun.adapter_info["new"] == AdapterInfo(40.0)
     lorun.finetune(noisy(), "there", ["sigma10", "sigma50"], noise_schedule=50, **nothing)
     assert same(lorun.adapters["there"].state_dict(), lorun.adapters["sigma50"].state_dict())
     lorun.finetune(noisy(), "mean", ["sigma10", "default"], noise_schedule=50, **nothing)
@@ -343,7 +343,7 @@ def test_it_comes_from_the_hub_without_the_base(hub: HubServer, capsys, monkeypa
     }
     fresh.load_adapter("alice/net", "new")
     fresh.set_adapter("new")
-    assert torch.equal(fresh(*BATCH), expected) and fresh.set_config["new"].sigma == 25
+    assert torch.equal(fresh(*BATCH), expected) and fresh.adapter_info["new"].sigma == 25
     names = {name.rpartition("/")[2] for name in hub.downloads}
     assert names >= {"outside.safetensors", "set_config.json"} and not names & {"base.safetensors", "README.md"}
     code, out, _ = call(capsys, monkeypatch, "list", "alice/net")
@@ -545,7 +545,7 @@ def test_a_schedule_that_fails_leaves_what_was() -> None:
     network = lorun.network
     with pytest.raises(RuntimeError, match="too noisy"):
         lorun.set_noise_schedule("a", 26)
-    assert lorun.set_config["a"].sigma == 25
+    assert lorun.adapter_info["a"].sigma == 25
     lorun(*BATCH)
     with pytest.raises(RuntimeError, match="too noisy"):
         lorun.finetune(noisy(), "new", noise_schedule=50, steps=3, loss=to_truth)
@@ -562,7 +562,7 @@ def test_a_schedule_that_fails_leaves_what_was() -> None:
     with pytest.raises(RuntimeError, match="too noisy"):
         lorun.set_noise_schedule("a", 22)
     lorun(*BATCH)
-    assert lorun.set_config["a"].sigma == 23
+    assert lorun.adapter_info["a"].sigma == 23
     assert [id(parameter) for parameter in lorun.adapters.parameters()] == parameters
 
 
@@ -581,7 +581,7 @@ def test_an_interpolation_that_fails_leaves_no_set() -> None:
     assert lorun.select_adapter(20) == INTERPOLATED
     with pytest.raises(RuntimeError, match="not this one"):
         lorun.select_adapter(30)
-    assert lorun.set_config[INTERPOLATED].sigma == 20
+    assert lorun.adapter_info[INTERPOLATED].sigma == 20
     lorun(*BATCH)
 
 
@@ -656,8 +656,8 @@ def test_finetune_on_the_command_line(made, capsys, monkeypatch) -> None:
     assert scores["sigma25"] > scores["default"] + 0.3
     task = load_task(str(made / "my_task.py"))
     lorun = lorun_adapt.from_pretrained(made / "out", task.build())
-    assert lorun.adapter_names == ["default", "sigma25"] and lorun.set_config["default"].sigma == 0
-    about = lorun.set_config["sigma25"]
+    assert lorun.adapter_names == ["default", "sigma25"] and lorun.adapter_info["default"].sigma == 0
+    about = lorun.adapter_info["sigma25"]
     assert about.sigma == 25 and about.measured[0].count == 1 and about.measured[0].images == "images, held out"
     before = lorun_adapt.from_pretrained(made / "net", task.build())
     for name, tensor in before.state_dict().items():
@@ -679,9 +679,9 @@ def test_finetune_on_the_command_line(made, capsys, monkeypatch) -> None:
     assert code == 0, err
     assert json.loads(out)["parameters_converted"] == before.num_parameters()  # with the set that ran
     again = lorun_adapt.from_pretrained(made / "out", task.build())
-    assert again.set_config["default"].measured[0].psnr == json.loads(out)["mean"]["psnr_converted"]
+    assert again.adapter_info["default"].measured[0].psnr == json.loads(out)["mean"]["psnr_converted"]
     assert again.active_adapters == lorun_adapt.from_pretrained(made / "out", task.build()).active_adapters
-    assert again.adapter_names == ["default", "sigma25"] and again.set_config["sigma25"] == about
+    assert again.adapter_names == ["default", "sigma25"] and again.adapter_info["sigma25"] == about
 
 
 TOLD = """
@@ -718,7 +718,7 @@ def test_original_and_conversion_are_told_the_same(made, capsys, monkeypatch) ->
     for sigma in (0, 25):
         original, exact = scores(made / "exact", "--sigma", sigma, "--record")
         assert original == pytest.approx(exact, abs=1e-3)
-    about = lorun_adapt.from_pretrained(made / "exact", task.build()).set_config["default"]
+    about = lorun_adapt.from_pretrained(made / "exact", task.build()).adapter_info["default"]
     assert about.noise_schedule is None and {found.sigma for found in about.measured} == {0, 25}
     training = ("--calibration", made / "images", "--steps", 10)
     code, _, err = call(
@@ -729,7 +729,7 @@ def test_original_and_conversion_are_told_the_same(made, capsys, monkeypatch) ->
         capsys, monkeypatch, "recover", *given, "--converted", made / "25", *training, "--out", made / "again"
     )
     assert code == 0, err
-    assert lorun_adapt.from_pretrained(made / "again", task.build()).set_config["default"].sigma == 25
+    assert lorun_adapt.from_pretrained(made / "again", task.build()).adapter_info["default"].sigma == 25
     original, again = scores(made / "again", "--sigma", 25)
     assert original == pytest.approx(again, abs=0.1)
 

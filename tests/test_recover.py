@@ -129,11 +129,11 @@ def test_ctrl_c_keeps_the_best_and_resumes_to_the_bit(how, tmp_path) -> None:
     lorun = lorun_adapt.convert(net, rank=2)
     before, handler = distance(lorun, net), signal.getsignal(signal.SIGINT)
     with pytest.warns(UserWarning, match="stopped"):
-        assert not lorun.recover(net, Stopping(37, how), steps=30, checkpoint=checkpoint)
+        assert not lorun.recover(net, Stopping(37, how), steps=30, resume_from=checkpoint)
     assert distance(lorun, net) < before and checkpoint.exists()
     assert signal.getsignal(signal.SIGINT) is handler
     lorun = lorun_adapt.convert(net, rank=2)  # as in another process
-    assert lorun.recover(net, Stopping(-1, how), steps=30, checkpoint=checkpoint)
+    assert lorun.recover(net, Stopping(-1, how), steps=30, resume_from=checkpoint)
     assert same(values(lorun), values(whole)) and not checkpoint.exists()
 
 
@@ -147,7 +147,7 @@ def test_ctrl_c_before_the_first_step(at, tmp_path) -> None:
             lorun.recover(net, Stopping(at, "exception"), steps=30)
     else:
         with pytest.warns(UserWarning, match="stopped"):
-            assert not lorun.recover(net, Stopping(at, "signal"), steps=30, checkpoint=tmp_path / "state")
+            assert not lorun.recover(net, Stopping(at, "signal"), steps=30, resume_from=tmp_path / "state")
     assert same(values(lorun), before)
 
 
@@ -177,22 +177,22 @@ def test_a_shuffled_loader_resumes_to_the_bit(tmp_path) -> None:
     torch.manual_seed(123)  # the caller's own random state is of no consequence
     assert same(run(loader()), whole)
     with pytest.warns(UserWarning, match="stopped"):
-        run(Interrupted(), checkpoint=checkpoint)
-    assert same(run(loader(), checkpoint=checkpoint), whole)
+        run(Interrupted(), resume_from=checkpoint)
+    assert same(run(loader(), resume_from=checkpoint), whole)
     assert not same(run(loader(), seed=1), whole)
 
 
 def test_a_state_of_another_run_is_refused(tmp_path) -> None:
     net, checkpoint = teacher(), tmp_path / "state.safetensors"
     with pytest.warns(UserWarning, match="stopped"):
-        lorun_adapt.convert(net, rank=2, calibration=Stopping(31, "exception"), steps=30, checkpoint=checkpoint)
+        lorun_adapt.convert(net, rank=2, calibration=Stopping(31, "exception"), steps=30, resume_from=checkpoint)
     lorun = lorun_adapt.convert(net, rank=1)
     before = values(lorun)
     with pytest.raises(LoRunError, match="one of another run"):
-        lorun.recover(net, measurements(), steps=30, checkpoint=checkpoint)
+        lorun.recover(net, measurements(), steps=30, resume_from=checkpoint)
     checkpoint.write_bytes(b"no such thing")
     with pytest.raises(LoRunError, match="training state"):
-        lorun.recover(net, measurements(), steps=30, checkpoint=checkpoint)
+        lorun.recover(net, measurements(), steps=30, resume_from=checkpoint)
     assert same(values(lorun), before)
 
 
@@ -582,8 +582,8 @@ def test_a_budget_goes_to_a_base_only_where_stages_have_much_in_common(tmp_path)
             kernel.copy_(net.blocks[0].get_parameter(body) + 0.05 * kernel)
     lorun = lorun_adapt.convert(net, budget=0.6)
     tensors = lorun.stage_map.groups[0].tensors
-    assert {spec.name: spec.alone for spec in tensors if spec.smaller(1)}[body] is False
-    without = [spec.name for spec in tensors if spec.alone]
+    assert {spec.name: spec.without_base for spec in tensors if spec.smaller(1)}[body] is False
+    without = [spec.name for spec in tensors if spec.without_base]
     assert without  # the other kernels are drawn anew for each stage
     for name in without:
         base = lorun.base.get_parameter(f"blocks.0.{name}")
@@ -598,6 +598,6 @@ def test_a_budget_goes_to_a_base_only_where_stages_have_much_in_common(tmp_path)
     batch = next(iter(measurements()))
     assert torch.equal(loaded(*batch), lorun(*batch))
     assert loaded.num_parameters() == lorun.num_parameters() <= 0.6 * sum(p.numel() for p in net.parameters())
-    assert loaded.report().network_after.parameters == loaded.num_parameters()
+    assert loaded.report().network_after.num_parameters == loaded.num_parameters()
     assert loaded.fingerprint == lorun.fingerprint
     torch.testing.assert_close(loaded.merge_and_unload()(*batch), lorun(*batch))

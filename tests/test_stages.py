@@ -39,7 +39,7 @@ def test_blocks_within_an_unequal_stage_are_not_stages() -> None:
     found = find_stages(net)
     assert names(found) == [["denoisers.1", "denoisers.2", "denoisers.3"]]
     listed = {item.modules: item for item in found.not_taken}
-    assert listed["denoisers.0",].parameters == sum(p.numel() for p in net.denoisers[0].parameters())
+    assert listed["denoisers.0",].num_parameters == sum(p.numel() for p in net.denoisers[0].parameters())
     assert "another shape" in listed["denoisers.0",].reason
     assert any(item.modules[0].startswith("denoisers.0.") for item in found.not_taken)
 
@@ -111,7 +111,7 @@ def test_numbers_in_the_map() -> None:
     net = ZOO["list_of_blocks"]().net
     found = find_stages(net)
     assert len(found) == 4
-    assert found.groups[0].parameters == sum(p.numel() for p in net.blocks[0].parameters())
+    assert found.groups[0].num_parameters == sum(p.numel() for p in net.blocks[0].parameters())
     lines = str(found).splitlines()
     assert "ListOfBlocks: 4 stages" in lines[0]
     assert "blocks.3" in str(found) and "\x1b" not in str(found)

@@ -43,7 +43,7 @@ def run_demo(out: Path, device: torch.device) -> tuple[LoRunModel, list[Table], 
     sizes = [None, report.network_before, report.network_after, report.network_after]
     rows = []
     for (name, image), size in zip({"linear estimate": estimate, **images}.items(), sizes):
-        cells = (f"{size.parameters:,}", kilobytes(size.bytes)) if size else ("-", "-")
+        cells = (f"{size.num_parameters:,}", kilobytes(size.num_bytes)) if size else ("-", "-")
         rows.append((name, *cells, f"{psnr(image[0], truth[0]):.2f}", f"{ssim(image[0], truth[0]):.4f}"))
     result = table(
         "compressive sensing of one photograph at 25 %", ("", "parameters>", "bytes>", "PSNR (dB)>", "SSIM>"), rows

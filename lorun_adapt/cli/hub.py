@@ -46,17 +46,17 @@ def pull(repo: str, out: Path, revision: str | None, subfolder: str | None) -> N
 @REVISION
 def list_(source: str, revision: str | None) -> None:
     """Show the adapter sets of a conversion, here or on the Hub."""
-    from ..files.layout import ADAPTERS, BASE
-    from ..hub.transfer import listed
+    from ..files.layout import ADAPTERS_FOLDER, BASE_FILE
+    from ..hub.transfer import list_adapters
     from ..network.noise import is_sigma
     from ..util.tables import table
     from ..util.text import shortened
 
-    description, configs = listed(source, revision)
+    description, configs = list_adapters(source, revision)
     files = description["files"]
     rows = []
     for name, config in configs.items():
-        stages = {file.split("/")[2] for file in files if file.startswith(f"{ADAPTERS}/{name}/stage_")}
+        stages = {file.split("/")[2] for file in files if file.startswith(f"{ADAPTERS_FOLDER}/{name}/stage_")}
         pattern = config.get("rank_pattern")
         found = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
         ranks = sorted({rank for rank in found if isinstance(rank, int) and rank > 0})
@@ -64,6 +64,6 @@ def list_(source: str, revision: str | None) -> None:
         noises = [sigma for sigma in (noise if isinstance(noise, list) else [noise]) if is_sigma(sigma)]
         shown = ", ".join(f"{sigma:g}" for sigma in noises)
         rows.append((escape(shortened(name)), shown, len(stages), ", ".join(map(str, ranks))))
-    base = "with its base" if BASE in files else f"for the base {str(description.get('fingerprint'))[:12]}"
+    base = "with its base" if BASE_FILE in files else f"for the base {str(description.get('fingerprint'))[:12]}"
     title = escape(shortened(f"{description.get('network')}, {base}"))
     show([table(title, ("adapter set", "noise, sigma of 255", "stages>", "ranks of the first"), rows)])

@@ -116,25 +116,25 @@ def eval_(
         lorun.task, before = spec, lorun.active_adapters
         if adapter_name is not None:
             lorun.set_adapter(adapter_name)
-        known = all(lorun.set_config[name].noise_schedule is not None for name in lorun.active_adapters.values())
+        known = all(lorun.adapter_info[name].noise_schedule is not None for name in lorun.active_adapters.values())
         if original is not None and (sigma or known) and spec.schedule is not None:
             spec.schedule(original, [sigma] * len(lorun.stage_map))
-    with lorun.taken_for(sigma) if lorun is not None and sigma else contextlib.nullcontext():
+    with lorun.assume_noise(sigma) if lorun is not None and sigma else contextlib.nullcontext():
         result = evaluate(
             spec,
             files,
             original,
             lorun,
             sigma=sigma,
-            parameters=sum(p.numel() for p in net.parameters()),
-            parameters_converted=lorun.report().network_after.parameters if lorun is not None else None,
+            num_parameters=sum(p.numel() for p in net.parameters()),
+            num_parameters_converted=lorun.report().network_after.num_parameters if lorun is not None else None,
         )
     if as_json:
         click.echo(json.dumps(result.as_dict(), indent=2))
     else:
         show(result.tables())
     if record and converted is not None and lorun is not None:
-        lorun.note_quality(result.measured(images.resolve().name, sigma))
+        lorun.note_quality(result.quality(images.resolve().name, sigma))
         lorun.set_adapter(before)
         write_words(lorun, converted)
 

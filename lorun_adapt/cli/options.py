@@ -87,9 +87,9 @@ CONVERTED = click.option("--converted", type=FILE, required=True, help="Folder o
 
 def _out(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
     from ..disk.folder import as_path, check_place
-    from ..files.layout import CONFIG
+    from ..files.layout import CONFIG_FILE
 
-    check_place(as_path(value), CONFIG)
+    check_place(as_path(value), CONFIG_FILE)
     return value
 
 
@@ -112,7 +112,7 @@ SIGMA = click.option(
 MINUTES = click.option("--minutes", type=float, help="How long to train.")
 STEPS = click.option("--steps", type=int, help="Instead of minutes: how many steps, for runs that repeat.")
 BATCH = click.option("--batch", type=click.IntRange(min=1), help="Crops in a batch.  [default: 17,000 pixels]")
-CHECKPOINT = click.option("--checkpoint", type=FILE, help="File to keep the state in, and to go on from.")
+RESUME_FROM = click.option("--resume-from", type=FILE, help="File to keep the state in, and to go on from.")
 TRUTH = click.option("--truth", is_flag=True, help="Use the calibration images as ground truth as well.")
 
 
@@ -128,7 +128,7 @@ def calibration_options(required: bool) -> Callable[[Function], Function]:
             type=click.FloatRange(min=0),
             help="Noise on the measurements, on a scale of 0 to 255.  [default: what the set is for, or 0]",
         )
-        for option in reversed((folder, MINUTES, STEPS, TRUTH, BATCH, CHECKPOINT, noise)):
+        for option in reversed((folder, MINUTES, STEPS, TRUTH, BATCH, RESUME_FROM, noise)):
             command = option(command)
         return command
 

@@ -63,7 +63,7 @@ class Alternative:
     """Another network of the same class, and what it restores."""
 
     name: str
-    parameters: int
+    num_parameters: int
     psnr: float
     ssim: float
 
@@ -75,11 +75,11 @@ def write_page(path: Path, task: Task, original: nn.Module, lorun: LoRunModel, f
         LoRunError: an image or a function of the task that fails, or a page that can't be written.
     """
     observer = Observer(original, lorun.stage_map, to_device(task.example_inputs(), device_of(original)))
-    without_base = {spec.name for group in lorun.stage_map.groups for spec in group.tensors if spec.alone}
+    without_base = {spec.name for group in lorun.stage_map.groups for spec in group.tensors if spec.without_base}
     unrecovered = collapse(original, _same_ranks(lorun), without_base=without_base, **_named_stages(lorun))
     networks = {
         "original": (original, sum(p.numel() for p in original.parameters())),
-        "this conversion": (lorun, lorun.report().network_after.parameters),
+        "this conversion": (lorun, lorun.report().network_after.num_parameters),
         "the same ranks, not recovered": (unrecovered, unrecovered.num_parameters()),
     }
     scores: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}
@@ -166,7 +166,7 @@ def _page(
     count: int,
 ) -> Iterator[str]:
     report, name = lorun.report(), html.escape(lorun.stage_map.network)
-    times = rows[0].parameters / rows[1].parameters
+    times = rows[0].num_parameters / rows[1].num_parameters
     drop = rows[0].psnr - rows[1].psnr
     yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}, converted</title>'
     yield f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
@@ -194,7 +194,7 @@ def _page(
 def _table(rows: Sequence[Alternative]) -> str:
     head = "<thead><tr><th></th><th>parameters</th><th>PSNR (dB)</th><th>SSIM</th></tr></thead>"
     body = "".join(
-        f"<tr><td>{html.escape(row.name)}</td><td>{row.parameters:,}</td><td>{row.psnr:.2f}</td>"
+        f"<tr><td>{html.escape(row.name)}</td><td>{row.num_parameters:,}</td><td>{row.psnr:.2f}</td>"
         f"<td>{row.ssim:.4f}</td></tr>"
         for row in rows
     )
@@ -203,10 +203,10 @@ def _table(rows: Sequence[Alternative]) -> str:
 
 def _sizes(report: Report) -> str:
     head = "<thead><tr><th>stage</th><th>before</th><th>after</th></tr></thead>"
-    rows = [(str(item.stage), item.before.parameters, item.after.parameters) for item in report.stages]
-    outside = report.network_after.parameters - report.denoisers_after.parameters
-    rows += [("shared base", 0, report.base.parameters), ("outside the stages", outside, outside)]
-    rows.append(("whole network", report.network_before.parameters, report.network_after.parameters))
+    rows = [(str(item.stage), item.before.num_parameters, item.after.num_parameters) for item in report.stages]
+    outside = report.network_after.num_parameters - report.denoisers_after.num_parameters
+    rows += [("shared base", 0, report.base.num_parameters), ("outside the stages", outside, outside)]
+    rows.append(("whole network", report.network_before.num_parameters, report.network_after.num_parameters))
     body = "".join(f"<tr><td>{name}</td><td>{before:,}</td><td>{after:,}</td></tr>" for name, before, after in rows)
     return f'<div class="wide"><table>{head}{body}</table></div>'
 
@@ -215,9 +215,9 @@ def _heat_map(lorun: LoRunModel) -> str:
     parts = []
     for group in lorun.stage_map.groups:
         ranks = lorun.stage_map.adapted(group)
-        errors = lorun.errors.get(group.name, {})
+        errors = lorun.residuals.get(group.name, {})
         names = [name for name in ranks if name in errors]
-        alone = {spec.name for spec in group.tensors if spec.alone}
+        alone = {spec.name for spec in group.tensors if spec.without_base}
         head = "".join(
             f"<th>{html.escape(name).replace('.', '.<wbr>')}{'<br>no base' if name in alone else ''}</th>"
             for name in names

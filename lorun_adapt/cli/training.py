@@ -13,7 +13,6 @@ import click
 from .options import (
     BATCH,
     BUDGET,
-    CHECKPOINT,
     CONVERTED,
     DEVICE,
     DTYPE,
@@ -21,6 +20,7 @@ from .options import (
     MINUTES,
     OUT,
     RANK,
+    RESUME_FROM,
     SEED,
     STAGES,
     STEPS,
@@ -126,7 +126,7 @@ def recover(
     spec, net = trained_network(task, weights, seed)
     lorun = from_pretrained(converted, net.to(device))
     if training["sigma"] is None:
-        training["sigma"] = lorun.set_config[lorun.adapter_names[0]].sigma  # that is kept, then
+        training["sigma"] = lorun.adapter_info[lorun.adapter_names[0]].sigma  # that is kept, then
     crops = _crops(spec, calibration, seed, training)
     stored = stored_dtype(lorun, converted)
     finished = _recover(lorun, spec, net, crops, seed, training)
@@ -153,7 +153,7 @@ def recover(
 @MINUTES
 @STEPS
 @BATCH
-@CHECKPOINT
+@RESUME_FROM
 @OUT
 @DTYPE
 @DEVICE
@@ -169,7 +169,7 @@ def finetune(
     minutes: float | None,
     steps: int | None,
     batch: int | None,
-    checkpoint: Path | None,
+    resume_from: Path | None,
     out: Path,
     dtype: torch.dtype | None,
     device: torch.device,
@@ -186,10 +186,10 @@ def finetune(
     from ..model.pretrained import from_pretrained
     from ..task.crops import Crops, held_out_of
     from ..task.task import load_task
-    from ..training.duration import Budget
+    from ..training.duration import Duration
     from ..util.seeds import set_seed
 
-    Budget(minutes, steps)
+    Duration(minutes, steps)
     set_seed(seed)
     spec = load_task(task)
     kept, files = held_out_of(spec.images(images))
@@ -208,7 +208,7 @@ def finetune(
         steps=steps,
         loss=crops.loss,
         held_out=judged.some(),
-        checkpoint=checkpoint,
+        resume_from=resume_from,
         seed=seed,
     )
     lorun.set_adapter(before)
@@ -230,19 +230,19 @@ def _show_gain(
     rows = []
     for which in (other, name):
         lorun.set_adapter(which)
-        with seeded(seed), lorun.taken_for(sigma):
+        with seeded(seed), lorun.assume_noise(sigma):
             result = evaluate(spec, files, None, lorun.eval(), sigma=sigma, doing=f"restoring with {which}")
         mean = result.mean()
         rows.append((which, f"{mean['psnr_converted']:.2f}", f"{mean['ssim_converted']:.4f}"))
-    lorun.note_quality(result.measured(f"{images.resolve().name}, held out", sigma))
+    lorun.note_quality(result.quality(f"{images.resolve().name}, held out", sigma))
     show([table(f"{len(files)} images held out, sigma {sigma:g}", ("adapter set", "PSNR (dB)>", "SSIM>"), rows)])
 
 
 def _crops(spec: Task, folder: Path, seed: int, training: dict[str, Any]) -> Crops:
     from ..task.crops import Crops
-    from ..training.duration import Budget
+    from ..training.duration import Duration
 
-    Budget(training["minutes"], training["steps"])
+    Duration(training["minutes"], training["steps"])
     return Crops(spec, spec.images(folder), sigma=training["sigma"] or 0.0, seed=seed, size=training["batch"])
 
 
@@ -254,7 +254,7 @@ def _recover(lorun: LoRunModel, spec: Task, net: nn.Module, crops: Crops, seed: 
     if training["sigma"] is not None or spec.schedule is None:
         for name in lorun.adapter_names:
             lorun.set_noise_schedule(name, training["sigma"] or 0.0)
-    noise = lorun.set_config[lorun.adapter_names[0]].noise_schedule
+    noise = lorun.adapter_info[lorun.adapter_names[0]].noise_schedule
     if spec.schedule is not None and noise is not None:
         spec.schedule(net, [at_stage(noise, stage) for stage in range(len(lorun.stage_map))])
     return lorun.recover(
@@ -263,7 +263,7 @@ def _recover(lorun: LoRunModel, spec: Task, net: nn.Module, crops: Crops, seed: 
         minutes=training["minutes"],
         steps=training["steps"],
         loss=crops.loss if training["truth"] else None,
-        checkpoint=training["checkpoint"],
+        resume_from=training["resume_from"],
         seed=seed,
     )
 

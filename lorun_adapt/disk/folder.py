@@ -62,7 +62,7 @@ def replace_folder(
     try:
         target = Path(os.path.realpath(target))
         target.parent.mkdir(parents=True, exist_ok=True)
-        put_back(target)
+        restore_interrupted_save(target)
         _check_replaceable(target, marker)
         with _locked(target.parent) as alone:
             _remove_abandoned(target, alone)
@@ -219,7 +219,7 @@ def _locked(folder: Path) -> Iterator[bool]:
         _unlock(handle)
 
 
-def put_back(target: Path) -> None:
+def restore_interrupted_save(target: Path) -> None:
     """Put the old folder back where a process was killed before it had put the new one into its place.
 
     That can only be where the system has no exchange of folders in one step, see :func:`_swap`.
@@ -232,7 +232,7 @@ def put_back(target: Path) -> None:
             os.rename(max(olds, key=lambda path: path.stat().st_ctime), target)
 
 
-def undisturbed(folder: Path, load: Callable[[], Loaded]) -> Loaded:
+def retry_if_replaced(folder: Path, load: Callable[[], Loaded]) -> Loaded:
     """What ``load`` returns, tried again where a save has put another folder in the place meanwhile."""
     for _ in range(RETRIES):
         before = _identity(folder)

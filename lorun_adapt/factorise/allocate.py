@@ -1,4 +1,4 @@
-"""Where a budget of parameters is best spent: the rank of each tensor, and which tensors are worth a base.
+"""Where a budget of parameters is best allocation: the rank of each tensor, and which tensors are worth a base.
 
 A base is worth its parameters where the stages have much in common. In many trained networks they have so
 little that a few more ranks in every stage keep more, and then the tensor goes without.
@@ -25,7 +25,7 @@ DAMPING = 0.1  # of the sensitivities: what is lost at the ranks of a budget is 
 
 
 @dataclass(frozen=True)
-class Spent:
+class Allocation:
     """A rank for each tensor by name, and the names of those without a base."""
 
     ranks: dict[str, int]
@@ -33,22 +33,22 @@ class Spent:
 
 
 @dataclass
-class _Way:
+class _Option:
     """A tensor with a base, or without: what each costs in parameters, and keeps of the stages."""
 
-    alone: bool
+    without_base: bool
     base_cost: int
     rank_cost: int
     base_gain: float
     gains: list[float]  # of rank 1, 2, …, as far as a pair is smaller than the tensor
 
 
-def spend(
+def allocate(
     dun: nn.Module,
     stage_map: StageMap,
     budget: int | float,
     sensitivity: Mapping[tuple[str, str], Sensitivity] | None = None,
-) -> Spent:
+) -> Allocation:
     """What keeps most of the stages at ``budget`` parameters of the whole network, or that share (0..1) of them.
 
     Kept is energy of the weights or, where it is known how sensitive the output is to them, the geometric mean of
@@ -64,46 +64,48 @@ def spend(
             f"expected a budget in parameters, or a share of them between 0 and 1, found {budget!r}: choose one"
         )
     limit = int(budget) if budget >= 1 else int(budget * before)
-    ways = _ways(dun, stage_map, sensitivity)
-    rest = _without(dun, stage_map, set(ways))
+    options = _options(dun, stage_map, sensitivity)
+    rest = _without(dun, stage_map, set(options))
     left = limit - rest
-    alone = {name: way for name, (_, way) in ways.items()}  # the cheapest
-    least = rest + sum(way.base_cost + way.rank_cost for way in alone.values())
+    alone = {name: option for name, (_, option) in options.items()}  # the cheapest
+    least = rest + sum(option.base_cost + option.rank_cost for option in alone.values())
     if limit < least:
         raise LoRunError(
             f"expected a budget of at least {least:,} parameters, which the network takes at rank 1, found {limit:,}: "
             "raise it"
         )
-    chosen = max((alone, {name: way for name, (way, _) in ways.items()}), key=lambda found: _fill(found, left)[0])
+    chosen = max(
+        (alone, {name: option for name, (option, _) in options.items()}), key=lambda found: _fill(found, left)[0]
+    )
     kept, ranks = _fill(chosen, left)
     better = True
     while better:
         better = False
-        for name, of_tensor in ways.items():
-            other = {**chosen, name: next(way for way in of_tensor if way is not chosen[name])}
+        for name, of_tensor in options.items():
+            other = {**chosen, name: next(option for option in of_tensor if option is not chosen[name])}
             found = _fill(other, left)
             if found[0] > kept:
                 chosen, (kept, ranks), better = other, found, True
-    return Spent(ranks, frozenset(name for name, way in chosen.items() if way.alone))
+    return Allocation(ranks, frozenset(name for name, option in chosen.items() if option.without_base))
 
 
-def _fill(ways: Mapping[str, _Way], left: int) -> tuple[float, dict[str, int]]:
-    """What these ways keep with ``left`` parameters, and the ranks: the next goes where it keeps most for its cost."""
-    left -= sum(way.base_cost + way.rank_cost for way in ways.values())
+def _fill(options: Mapping[str, _Option], left: int) -> tuple[float, dict[str, int]]:
+    """What these options keep with ``left`` parameters, and the rank of each: greedily, by what a rank keeps per cost."""
+    left -= sum(option.base_cost + option.rank_cost for option in options.values())
     if left < 0:
         return -math.inf, {}
-    ranks = dict.fromkeys(ways, 1)
-    kept = sum(way.base_gain + way.gains[0] for way in ways.values())
-    queue = [(-way.gains[1] / way.rank_cost, name) for name, way in ways.items() if len(way.gains) > 1]
+    ranks = dict.fromkeys(options, 1)
+    kept = sum(option.base_gain + option.gains[0] for option in options.values())
+    queue = [(-option.gains[1] / option.rank_cost, name) for name, option in options.items() if len(option.gains) > 1]
     heapq.heapify(queue)
     while queue:
         _, name = heapq.heappop(queue)
-        way, rank = ways[name], ranks[name]
-        if way.rank_cost > left:
+        option, rank = options[name], ranks[name]
+        if option.rank_cost > left:
             continue
-        left, kept, ranks[name] = left - way.rank_cost, kept + way.gains[rank], rank + 1
-        if rank + 1 < len(way.gains):
-            heapq.heappush(queue, (-way.gains[rank + 1] / way.rank_cost, name))
+        left, kept, ranks[name] = left - option.rank_cost, kept + option.gains[rank], rank + 1
+        if rank + 1 < len(option.gains):
+            heapq.heappush(queue, (-option.gains[rank + 1] / option.rank_cost, name))
     return kept, ranks
 
 
@@ -119,29 +121,31 @@ def _without(dun: nn.Module, stage_map: StageMap, adapted: Collection[str]) -> i
     return size
 
 
-def _ways(
+def _options(
     dun: nn.Module, stage_map: StageMap, sensitivity: Mapping[tuple[str, str], Sensitivity] | None
-) -> dict[str, list[_Way]]:
+) -> dict[str, list[_Option]]:
     places: dict[str, list[tuple[Group, TensorSpec]]] = {}
     for group, spec in adaptable(stage_map):
         places.setdefault(spec.name, []).append((group, spec))
     every = [place for found in places.values() for place in found]
     if not all((g.name, s.name) in (sensitivity or {}) or _alike(dun, g, s) for g, s in every):
         sensitivity = None  # what is known of some tensors alone can't be compared
-    ways: dict[str, list[_Way]] = {}
+    options: dict[str, list[_Option]] = {}
     for name, found in places.items():
         highest = min(sum(spec.smaller(rank) for rank in range(1, min(spec.matrix) + 1)) for _, spec in found)
         kept = [_kept(dun, g, s, (sensitivity or {}).get((g.name, s.name))) for g, s in found]
         for alone in (False, True):
-            way = _Way(
+            option = _Option(
                 alone,
                 base_cost=0 if alone else sum(spec.numel for _, spec in found),
                 rank_cost=sum(len(group.sites) * sum(spec.matrix) for group, spec in found),
                 base_gain=0.0 if alone else sum(item.base for item in kept),
-                gains=[sum(float((k.alone if alone else k.ranks)[rank]) for k in kept) for rank in range(highest)],
+                gains=[
+                    sum(float((k.without_base if alone else k.ranks)[rank]) for k in kept) for rank in range(highest)
+                ],
             )
-            ways.setdefault(name, []).append(way)
-    return ways
+            options.setdefault(name, []).append(option)
+    return options
 
 
 def _kept(dun: nn.Module, group: Group, spec: TensorSpec, known: Sensitivity | None) -> Energies:
@@ -152,7 +156,9 @@ def _kept(dun: nn.Module, group: Group, spec: TensorSpec, known: Sensitivity | N
         return plain
     seen = weighted_energies(matrices, known.rows, known.columns, DAMPING)
     return Energies(
-        (plain.base * seen.base) ** 0.5, (plain.ranks * seen.ranks).sqrt(), (plain.alone * seen.alone).sqrt()
+        (plain.base * seen.base) ** 0.5,
+        (plain.ranks * seen.ranks).sqrt(),
+        (plain.without_base * seen.without_base).sqrt(),
     )
 
 

@@ -36,7 +36,7 @@ def refit(
                         continue
                     stack = torch.stack([value.cpu() for value in values]).reshape(len(values), *spec.matrix)
                     found = factorise_weighted(
-                        stack, terms[0][spec.name].rank, known.rows, known.columns, damping, spec.alone
+                        stack, terms[0][spec.name].rank, known.rows, known.columns, damping, spec.without_base
                     )
                     stage_parameters(lorun.base, group, spec)[0].copy_(found.base.reshape(spec.shape))
                     for own, a, b in zip(terms, found.a, found.b):

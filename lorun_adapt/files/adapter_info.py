@@ -7,7 +7,7 @@ from typing import Any
 
 from ..disk.reading import parse_json
 from ..errors import LoRunError
-from ..network.converted import MOST_MEASURED, Measured, SetConfig
+from ..network.converted import MOST_QUALITIES, AdapterInfo, Quality
 from ..network.noise import Noise, checked
 from ..util.text import is_short
 
@@ -15,7 +15,7 @@ LONGEST = 1 << 19  # bytes of the file
 MOST = 1e12  # of a number
 
 
-def read_set_config(content: bytes, stages: int, where: str) -> SetConfig:
+def read_adapter_info(content: bytes, stages: int, where: str) -> AdapterInfo:
     """What a file says.
 
     Raises:
@@ -32,15 +32,15 @@ def read_set_config(content: bytes, stages: int, where: str) -> SetConfig:
         except LoRunError:
             wrong = "noise_schedule"
         rows = found["measured"]
-        if not isinstance(rows, list) or len(rows) > MOST_MEASURED or not all(map(_is_measured, rows)):
+        if not isinstance(rows, list) or len(rows) > MOST_QUALITIES or not all(map(_is_measured, rows)):
             wrong = "measured"
     if wrong is not None:
         raise LoRunError(f"expected what is known of a set, found wrong {wrong!r} in {where}: download it again")
-    return SetConfig(noise, tuple(Measured(**row) for row in found["measured"]))
+    return AdapterInfo(noise, tuple(Quality(**row) for row in found["measured"]))
 
 
 def _is_measured(row: Any) -> bool:
-    if not isinstance(row, dict) or row.keys() != {field.name for field in dataclasses.fields(Measured)}:
+    if not isinstance(row, dict) or row.keys() != {field.name for field in dataclasses.fields(Quality)}:
         return False
     numbers = {name: value for name, value in row.items() if name not in ("images", "count")}
     return (

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..disk.folder import tensor_bytes
 from ..network.adapter import lowrank_terms
-from ..network.converted import Measured
+from ..network.converted import Quality
 from ..network.noise import Noise
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def model_card(lorun: LoRunModel, problems: Mapping[str, str], folder: Path) -> 
     report, network = lorun.report(), lorun.stage_map.network
     adapters_only = not (folder / "base.safetensors").exists()
     before, after = report.network_before, report.network_after
-    measured = [(name, row) for name in lorun.adapter_names for row in lorun.set_config[name].measured]
+    measured = [(name, row) for name in lorun.adapter_names for row in lorun.adapter_info[name].measured]
     lines = [
         *_head(lorun, measured),
         f"# {network}, one base and an adapter per stage",
@@ -42,8 +42,8 @@ def model_card(lorun: LoRunModel, problems: Mapping[str, str], folder: Path) -> 
         lines += [
             "| | original | here, with one set |",
             "| --- | ---: | ---: |",
-            f"| parameters | {before.parameters:,} | {after.parameters:,} |",
-            f"| bytes in memory | {before.bytes:,} | {after.bytes:,} |",
+            f"| parameters | {before.num_parameters:,} | {after.num_parameters:,} |",
+            f"| bytes in memory | {before.num_bytes:,} | {after.num_bytes:,} |",
             "",
         ]
     lines += [
@@ -51,7 +51,7 @@ def model_card(lorun: LoRunModel, problems: Mapping[str, str], folder: Path) -> 
         "| --- | --- | ---: | --- | ---: |",
     ]
     for name in lorun.adapter_names:
-        noise = _noise(lorun.set_config[name].noise_schedule)
+        noise = _noise(lorun.adapter_info[name].noise_schedule)
         size = tensor_bytes(folder / "adapters" / name)
         lines.append(f"| `{name}` | {noise} | {len(lorun.adapters[name])} | {_ranks(lorun, name)} | {size:,} |")
     lines.append("")
@@ -66,7 +66,7 @@ def model_card(lorun: LoRunModel, problems: Mapping[str, str], folder: Path) -> 
 
 def set_card(lorun: LoRunModel, name: str, folder: Path) -> str:
     """What a set's folder holds and how to load it."""
-    about, network = lorun.set_config[name], lorun.stage_map.network
+    about, network = lorun.adapter_info[name], lorun.stage_map.network
     measured = [(name, row) for row in about.measured]
     parameters = sum(parameter.numel() for parameter in lorun.adapters[name].parameters())
     outside = lorun.outside_of(name)
@@ -94,7 +94,7 @@ def set_card(lorun: LoRunModel, name: str, folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _head(lorun: LoRunModel, measured: Iterable[tuple[str, Measured]]) -> list[str]:
+def _head(lorun: LoRunModel, measured: Iterable[tuple[str, Quality]]) -> list[str]:
     """What the Hub reads."""
     results = [
         EvalResult(
@@ -119,7 +119,7 @@ def _head(lorun: LoRunModel, measured: Iterable[tuple[str, Measured]]) -> list[s
     return ["---", data.to_yaml(), "---", ""]
 
 
-def _table(measured: list[tuple[str, Measured]]) -> list[str]:
+def _table(measured: list[tuple[str, Quality]]) -> list[str]:
     if not measured:
         return []
     lines = [

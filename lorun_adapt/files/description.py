@@ -18,11 +18,11 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from ..disk.reading import parse_json, read_file
 from ..errors import LoRunError
 from ..network.converted import Card
-from ..stages.checks import check_plain
+from ..stages.checks import check_parameters
 from ..stages.find import check_alike, tensor_specs
 from ..stages.stage_map import Group, Site, StageMap, stage_key
 from ..util.text import is_short
-from .layout import CONFIG, NAMES, is_adapter_name
+from .layout import CONFIG_FILE, NAMES, is_adapter_name
 
 if TYPE_CHECKING:
     from ..model.lorun_model import LoRunModel
@@ -45,7 +45,7 @@ def describe(lorun: LoRunModel, files: Mapping[str, str]) -> dict[str, Any]:
         "network": lorun.stage_map.network,
         "groups": groups_of(lorun.stage_map),
         "adapters": lorun.adapter_names,
-        "errors": lorun.errors,
+        "errors": lorun.residuals,
         "fingerprint": lorun.fingerprint,
         "card": card,
         "active": [lorun.active_adapters[stage] for stage in range(len(lorun.stage_map))],
@@ -62,7 +62,7 @@ def groups_of(stage_map: StageMap) -> list[dict[str, Any]]:
             "sites": [{"stage": s.stage, "module": s.module, "call": s.call} for s in group.sites],
             "tensors": {spec.name: list(spec.shape) for spec in group.tensors},
             "common": [spec.name for spec in group.tensors if spec.common],
-            "without_base": [spec.name for spec in group.tensors if spec.alone],
+            "without_base": [spec.name for spec in group.tensors if spec.without_base],
         }
         for group in stage_map.groups
     ]
@@ -82,14 +82,14 @@ def read_description(folder: Path, tensors: int) -> dict[str, Any]:
     Raises:
         LoRunError: none, a damaged one, or one of a newer format.
     """
-    return parse_description(description_bytes(folder, tensors), folder / CONFIG)
+    return parse_description(description_bytes(folder, tensors), folder / CONFIG_FILE)
 
 
 def description_bytes(folder: Path, tensors: int) -> bytes:
-    file = folder / CONFIG
+    file = folder / CONFIG_FILE
     if not os.path.isfile(file):
-        raise LoRunError(f"expected {CONFIG} in {folder}, found none: give a folder that save_pretrained wrote")
-    return read_file(folder, CONFIG, 1_000_000 + 1000 * tensors)
+        raise LoRunError(f"expected {CONFIG_FILE} in {folder}, found none: give a folder that save_pretrained wrote")
+    return read_file(folder, CONFIG_FILE, 1_000_000 + 1000 * tensors)
 
 
 def parse_description(content: bytes, file: Path) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def stage_map_of(dun: nn.Module, description: Mapping[str, Any], file: Path) -> 
     _check_separate(modules, sites_of, file)
     groups = []
     for sites, entry in zip(sites_of, description["groups"]):
-        check_plain(dun, [site.module for site in sites])
+        check_parameters(dun, [site.module for site in sites])
         check_alike(dun, [(site.module, site.call) for site in sites], str(file))
         specs = tensor_specs(dun, sites, set(entry["common"]))
         shapes = {spec.name: list(spec.shape) for spec in specs}
@@ -254,7 +254,7 @@ def stage_map_of(dun: nn.Module, description: Mapping[str, Any], file: Path) -> 
                 f"expected a base for {odd[0][:200]!r}, which no low-rank term can stand for, found none in {file}: "
                 "save it anew or download it again"
             )
-        specs = tuple(dataclasses.replace(spec, alone=spec.name in entry["without_base"]) for spec in specs)
+        specs = tuple(dataclasses.replace(spec, without_base=spec.name in entry["without_base"]) for spec in specs)
         groups.append(Group(entry["name"], sites, specs))
     return StageMap(network, tuple(groups))
 

@@ -6,22 +6,23 @@ import re
 
 from torch import nn
 
-CONFIG, BASE, CARD, ADAPTERS = "lorun_config.json", "base.safetensors", "README.md", "adapters"
+CONFIG_FILE, BASE_FILE, CARD_FILE, ADAPTERS_FOLDER = "lorun_config.json", "base.safetensors", "README.md", "adapters"
 
 
-OUTSIDE, SET_CONFIG = "outside.safetensors", "set_config.json"  # of a set
+OUTSIDE_FILE, SET_CONFIG_FILE = "outside.safetensors", "set_config.json"  # of a set
 
 
-TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of a stage
+TENSORS_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # of a stage
 
 
 # What a saved conversion can hold beside its description.
 _TOP, _OF_SET, _OF_STAGE = (
-    "|".join(map(re.escape, names)) for names in ((BASE, CARD), (CARD, OUTSIDE, SET_CONFIG), (PEFT_CONFIG, TENSORS))
+    "|".join(map(re.escape, names))
+    for names in ((BASE_FILE, CARD_FILE), (CARD_FILE, OUTSIDE_FILE, SET_CONFIG_FILE), (PEFT_CONFIG_FILE, TENSORS_FILE))
 )
 
 
-NAMES = re.compile(rf"{_TOP}|{ADAPTERS}/[\w-]+/({_OF_SET}|stage_\d+(/[\w-]+)?/({_OF_STAGE}))", re.ASCII)
+NAMES = re.compile(rf"{_TOP}|{ADAPTERS_FOLDER}/[\w-]+/({_OF_SET}|stage_\d+(/[\w-]+)?/({_OF_STAGE}))", re.ASCII)
 
 
 def is_adapter_name(name: object) -> bool:

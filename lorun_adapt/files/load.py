@@ -19,12 +19,12 @@ from ..network.converted import Card
 from ..peft_format.reader import readers_of
 from ..stages.checks import check_dense
 from ..stages.stage_map import StageMap
-from ..stages.tensors import held_tensors, stage_values
+from ..stages.tensors import base_tensors, stage_values
 from ..util.modules import buffer_names as _buffers
-from ..util.modules import copy_network, is_sound, tensors_of
+from ..util.modules import copy_network, has_valid_values, tensors_of
 from .description import read_description, stage_map_of
-from .layout import ADAPTERS, BASE, CONFIG
-from .saved import Saved
+from .layout import ADAPTERS_FOLDER, BASE_FILE, CONFIG_FILE
+from .saved import SavedFolder
 from .sets import read_set
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 def stored_dtype(lorun: LoRunModel, path: Path) -> torch.dtype | None:
     """What the folder that ``lorun`` was loaded from stores its numbers as; None if they differ, or are as loaded."""
     found = set()
-    for name in read_description(path, lorun.stage_map.tensors)["files"]:
-        if name.endswith(Path(BASE).suffix):
+    for name in read_description(path, lorun.stage_map.num_tensors)["files"]:
+        if name.endswith(Path(BASE_FILE).suffix):
             with safe_open(path / name, "pt") as file:
                 found |= {DTYPES[file.get_slice(key).get_dtype()] for key in file.keys()}
     stored = {dtype for dtype in found if dtype.is_floating_point}
@@ -44,7 +44,7 @@ def stored_dtype(lorun: LoRunModel, path: Path) -> torch.dtype | None:
 
 
 def _check_base(description: Mapping[str, Any], where: object) -> None:
-    if BASE not in description["files"]:
+    if BASE_FILE not in description["files"]:
         raise LoRunError(
             f"expected a conversion with its base, found adapters alone in {where}: load the base "
             f"{str(description.get('fingerprint'))[:12]} that they name, and these with load_adapter"
@@ -56,19 +56,21 @@ def _load(folder: Path, dun: nn.Module) -> LoRunModel:
 
     description = read_description(folder, len(tensors_of(dun)))
     _check_base(description, folder)
-    stage_map = stage_map_of(dun, description, folder / CONFIG)
+    stage_map = stage_map_of(dun, description, folder / CONFIG_FILE)
     check_dense(dun)
-    saved = Saved(folder, description)
+    saved = SavedFolder(folder, description)
     of_dun = {name: Slot(tuple(tensor.shape), tensor.dtype) for name, tensor, _ in tensors_of(dun)}
-    content = saved.content(BASE, file_limit(of_dun))
+    content = saved.content(BASE_FILE, file_limit(of_dun))
     base = copy_network(dun)
     for group in stage_map.groups:
         firsts = {spec.name: stage_values(dun, group, spec)[0].clone() for spec in group.tensors}
-        share(base, group, {s.name: firsts[s.name].zero_() if s.alone else firsts[s.name] for s in group.tensors})
-    _fill_base(base, stage_map, content, folder / BASE)
+        share(
+            base, group, {s.name: firsts[s.name].zero_() if s.without_base else firsts[s.name] for s in group.tensors}
+        )
+    _fill_base(base, stage_map, content, folder / BASE_FILE)
     readers = readers_of(base, stage_map)
     sets = {
-        name: read_set(saved, f"{ADAPTERS}/{name}", readers, base, stage_map, description["fingerprint"])
+        name: read_set(saved, f"{ADAPTERS_FOLDER}/{name}", readers, base, stage_map, description["fingerprint"])
         for name in description["adapters"]
     }
     ranks: dict[str, dict[str, int]] = {}
@@ -87,7 +89,7 @@ def _load(folder: Path, dun: nn.Module) -> LoRunModel:
 
 
 def _fill_base(base: nn.Module, stage_map: StageMap, content: bytes, file: Path) -> None:
-    places, buffers = held_tensors(base, stage_map), _buffers(base)
+    places, buffers = base_tensors(base, stage_map), _buffers(base)
     slots = {name: Slot(tuple(tensor.shape), tensor.dtype) for name, tensor in places.items()}
     tensors, _ = parse_tensors(content, slots, str(file))
     for name, place in places.items():
@@ -97,7 +99,7 @@ def _fill_base(base: nn.Module, stage_map: StageMap, content: bytes, file: Path)
                 "converted, or download the file again"
             )
         value = tensors[name].to(place)
-        if not is_sound(value, name in buffers):
+        if not has_valid_values(value, name in buffers):
             raise LoRunError(
                 f"expected finite numbers in {name!r}, found NaN or Inf in {file}: download it again, or save one from "
                 "before training diverged"

@@ -26,17 +26,17 @@ from ..disk.folder import replace_folder, sha256
 from ..disk.reading import DTYPES
 from ..errors import LoRunError
 from ..network.adapter import StageAdapter
-from ..network.converted import SetConfig
+from ..network.converted import AdapterInfo
 from ..peft_format import writer as peft_format
 from ..peft_format.limits import peft_view
 from ..stages.stage_map import Group, stage_key
-from ..stages.tensors import held_tensors
+from ..stages.tensors import base_tensors
 from ..util.modules import buffer_names as _buffers
-from ..util.modules import is_sound
+from ..util.modules import has_valid_values
 from .card import model_card, set_card
 from .description import as_text, describe, read_description
-from .layout import ADAPTERS, BASE, CARD, CONFIG, OUTSIDE, SET_CONFIG, TENSORS
-from .saved import BASE_KEY, Saved, stage_folder
+from .layout import ADAPTERS_FOLDER, BASE_FILE, CARD_FILE, CONFIG_FILE, OUTSIDE_FILE, SET_CONFIG_FILE, TENSORS_FILE
+from .saved import BASE_KEY, SavedFolder, stage_folder
 
 if TYPE_CHECKING:
     from ..model.lorun_model import LoRunModel
@@ -54,7 +54,9 @@ def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None, adapters_only
 
     def fill(folder: Path) -> None:
         if not adapters_only:
-            _write_tensors(folder / BASE, held_tensors(lorun.base, lorun.stage_map), dtype, about, _buffers(lorun.base))
+            _write_tensors(
+                folder / BASE_FILE, base_tensors(lorun.base, lorun.stage_map), dtype, about, _buffers(lorun.base)
+            )
         problems: dict[str, str] = {}
         for name in lorun.adapter_names:
             for part, group, adapter, denoisers in _adapters(lorun, name):
@@ -63,20 +65,21 @@ def save(lorun: LoRunModel, path: Path, dtype: torch.dtype | None, adapters_only
                     problems.setdefault(written.problem, part)
                 (folder / part).mkdir(parents=True)
                 buffers = {peft_format.PREFIX + spec.name for spec in group.tensors if spec.buffer}
-                _write_tensors(folder / part / TENSORS, written.tensors, dtype, about, buffers, written.exact)
+                _write_tensors(folder / part / TENSORS_FILE, written.tensors, dtype, about, buffers, written.exact)
                 written.config.save_pretrained(str(folder / part))
             if outside := lorun.outside_of(name):
-                _write_tensors(folder / ADAPTERS / name / OUTSIDE, outside, dtype, about, ())
+                _write_tensors(folder / ADAPTERS_FOLDER / name / OUTSIDE_FILE, outside, dtype, about, ())
         _write_words(lorun, folder, problems)
 
-    replace_folder(path, foreign, CONFIG, fill)
+    replace_folder(path, foreign_entries, CONFIG_FILE, fill)
 
 
 def check_keeps_base(path: Path) -> None:
     """Refuse to put adapters alone in the place of a conversion with its base."""
-    if (path / BASE).is_file():
+    if (path / BASE_FILE).is_file():
         raise LoRunError(
-            f"expected a folder for adapters alone, found {BASE} in {path}, which would be lost: choose another folder"
+            f"expected a folder for adapters alone, found {BASE_FILE} in {path}, which would be lost: choose "
+            "another folder"
         )
 
 
@@ -85,45 +88,51 @@ def write_words(lorun: LoRunModel, path: Path) -> None:
 
     ``lorun`` is what was loaded from it.
     """
-    description = read_description(path, lorun.stage_map.tensors)
+    description = read_description(path, lorun.stage_map.num_tensors)
     if description["adapters"] != lorun.adapter_names or description["fingerprint"] != lorun.fingerprint:
         raise LoRunError(f"expected {path} as it was loaded, found other sets or another base: load it again")
 
     def fill(folder: Path) -> None:
-        saved = Saved(path, description)
+        saved = SavedFolder(path, description)
         problems: dict[str, str] = {}
         for name in lorun.adapter_names:
             for part, group, adapter, denoisers in _adapters(lorun, name):
                 if problem := peft_view(*denoisers, group, adapter).problem:
                     problems.setdefault(problem, part)
         for name in description["files"]:
-            if os.path.basename(name) not in (CARD, SET_CONFIG):
+            if os.path.basename(name) not in (CARD_FILE, SET_CONFIG_FILE):
                 content = saved.content(name, LARGEST)
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes(content)
         _write_words(lorun, folder, problems)
 
-    replace_folder(path, foreign, CONFIG, fill)
+    replace_folder(path, foreign_entries, CONFIG_FILE, fill)
 
 
 def _write_words(lorun: LoRunModel, folder: Path, problems: Mapping[str, str]) -> None:
     for name in lorun.adapter_names:
-        place = folder / ADAPTERS / name
-        if lorun.set_config[name] != SetConfig():
-            (place / SET_CONFIG).write_text(lorun.set_config[name].as_text(), encoding="utf-8")
-        (place / CARD).write_text(set_card(lorun, name, place), encoding="utf-8")
-    (folder / CARD).write_text(model_card(lorun, problems, folder), encoding="utf-8")
+        place = folder / ADAPTERS_FOLDER / name
+        if lorun.adapter_info[name] != AdapterInfo():
+            (place / SET_CONFIG_FILE).write_text(lorun.adapter_info[name].as_text(), encoding="utf-8")
+        (place / CARD_FILE).write_text(set_card(lorun, name, place), encoding="utf-8")
+    (folder / CARD_FILE).write_text(model_card(lorun, problems, folder), encoding="utf-8")
     files = {str(p.relative_to(folder).as_posix()): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-    (folder / CONFIG).write_text(as_text(describe(lorun, files)), encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(as_text(describe(lorun, files)), encoding="utf-8")
 
 
-def foreign(folder: Path) -> list[str]:
+def foreign_entries(folder: Path) -> list[str]:
     """What someone has put into a saved folder: files beside ours, and sets that it knows nothing of."""
-    found = [entry.name for entry in folder.iterdir() if entry.name not in (CONFIG, BASE, ADAPTERS, CARD)]
-    if (folder / ADAPTERS).is_dir():
+    found = [
+        entry.name
+        for entry in folder.iterdir()
+        if entry.name not in (CONFIG_FILE, BASE_FILE, ADAPTERS_FOLDER, CARD_FILE)
+    ]
+    if (folder / ADAPTERS_FOLDER).is_dir():
         try:
-            known = json.loads((folder / CONFIG).read_bytes())["adapters"]
-            found += [f"{ADAPTERS}/{e.name}" for e in (folder / ADAPTERS).iterdir() if e.name not in known]
+            known = json.loads((folder / CONFIG_FILE).read_bytes())["adapters"]
+            found += [
+                f"{ADAPTERS_FOLDER}/{e.name}" for e in (folder / ADAPTERS_FOLDER).iterdir() if e.name not in known
+            ]
         except (ValueError, KeyError, TypeError, RecursionError):
             pass  # nobody knows what is whose
     return found
@@ -137,7 +146,7 @@ def _adapters(lorun: LoRunModel, name: str) -> Iterator[tuple[str, Group, StageA
     for group in lorun.stage_map.groups:
         for site in group.sites:
             if stage_key(site.stage) in lorun.adapters[name]:
-                part = f"{ADAPTERS}/{name}/{stage_folder(lorun.stage_map, group, site)}"
+                part = f"{ADAPTERS_FOLDER}/{name}/{stage_folder(lorun.stage_map, group, site)}"
                 denoiser, first = (lorun.base.get_submodule(s.module) for s in (site, group.sites[0]))
                 yield part, group, lorun.adapter_of(group, site, name), (denoiser, first)
 
@@ -157,8 +166,12 @@ def _write_tensors(
             tensor = tensor.to(dtype)
         if tensor.dtype not in DTYPES.values():
             raise LoRunError(f"expected a dtype that safetensors has, found {tensor.dtype} in {name!r}: change it")
-        if not is_sound(tensor, name in buffers):
-            reason = "NaN or Inf" if not is_sound(held.detach(), name in buffers) else f"numbers too large for {dtype}"
+        if not has_valid_values(tensor, name in buffers):
+            reason = (
+                "NaN or Inf"
+                if not has_valid_values(held.detach(), name in buffers)
+                else f"numbers too large for {dtype}"
+            )
             raise LoRunError(
                 f"expected finite numbers to save, found {reason} in {name!r}: go back to weights from before training "
                 "diverged, or save with a wider dtype; nothing was written"

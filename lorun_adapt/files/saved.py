@@ -12,7 +12,7 @@ from typing import Any
 from ..disk.reading import read_file
 from ..errors import LoRunError
 from ..stages.stage_map import Group, Site, StageMap, stage_key
-from .layout import CONFIG
+from .layout import CONFIG_FILE
 
 BASE_KEY = "lorun_base"  # the fingerprint of the base, in the metadata of a safetensors file
 
@@ -23,7 +23,7 @@ def stage_folder(stage_map: StageMap, group: Group, site: Site) -> str:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedFolder:
     """A folder to read from, and the description that has its files' hashes, if there is one."""
 
     folder: Path
@@ -34,8 +34,8 @@ class Saved:
         known = self.description["files"].get(name) if self.description is not None else None
         if self.description is not None and known is None:
             raise LoRunError(
-                f"expected a hash of {name!r}, found none in {self.folder / CONFIG}: it was put there later, or the "
-                "folder is damaged; download it again"
+                f"expected a hash of {name!r}, found none in {self.folder / CONFIG_FILE}: it was put there later, or "
+                "the folder is damaged; download it again"
             )
         content = read_file(self.folder, name, limit, self.plain)
         if known is not None and hashlib.sha256(content).hexdigest() != known:

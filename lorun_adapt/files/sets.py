@@ -20,20 +20,20 @@ from typing import TYPE_CHECKING, Any
 from peft import LoraConfig
 from torch import Tensor
 
-from ..disk.folder import undisturbed
+from ..disk.folder import retry_if_replaced
 from ..disk.reading import Slot, file_limit, parse_tensors
 from ..errors import LoRunError
 from ..hub.source import _needed, local
 from ..network.adapter import StageAdapter
-from ..network.converted import AdapterSet, SetConfig
+from ..network.converted import AdapterInfo, AdapterSet
 from ..peft_format.reader import Reader
 from ..stages.stage_map import Site, StageMap, stage_key
 from ..stages.tensors import outside_parameters
-from ..util.modules import is_sound
-from .adapter_info import LONGEST, read_set_config
+from ..util.modules import has_valid_values
+from .adapter_info import LONGEST, read_adapter_info
 from .description import description_bytes, groups_of, parse_description, stage_map_of
-from .layout import ADAPTERS, CONFIG, OUTSIDE, PEFT_CONFIG, SET_CONFIG, TENSORS
-from .saved import BASE_KEY, Saved, chosen_set, other_base, stage_folder
+from .layout import ADAPTERS_FOLDER, CONFIG_FILE, OUTSIDE_FILE, PEFT_CONFIG_FILE, SET_CONFIG_FILE, TENSORS_FILE
+from .saved import BASE_KEY, SavedFolder, chosen_set, other_base, stage_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,12 +54,12 @@ def load_set(
             f"expected a stage in 0..{len(lorun.stage_map) - 1}, found {stage!r}: see print(lorun.stage_map)"
         )
     path = local(source, lambda description, key: _needed(lorun.stage_map, description, key, name, stage), **hub)
-    return undisturbed(path, lambda: _load_set(lorun, path, name, stage))
+    return retry_if_replaced(path, lambda: _load_set(lorun, path, name, stage))
 
 
 def _load_set(lorun: AdapterSets, path: Path, name: str, stage: int | None) -> AdapterSet:
     stage_map, fingerprint = lorun.stage_map, lorun.fingerprint
-    file = TENSORS
+    file = TENSORS_FILE
     if path.suffix == ".safetensors" and os.path.isfile(path):
         path, file = path.parent, path.name
         named = re.fullmatch(r"stage_(\d+)", path.name)
@@ -73,7 +73,7 @@ def _load_set(lorun: AdapterSets, path: Path, name: str, stage: int | None) -> A
         raise LoRunError(f"expected a folder with an adapter, found none at {path}: give a saved folder or a set's")
     saved, key = _place_of(path, lorun, fingerprint)
     if saved.description is not None and key == "":
-        key = f"{ADAPTERS}/{chosen_set(saved.description, name, path)}"
+        key = f"{ADAPTERS_FOLDER}/{chosen_set(saved.description, name, path)}"
     if stage is None:
         return read_set(saved, key, lorun.readers, lorun.base, stage_map, fingerprint)
     if os.path.isdir(saved.folder / key / stage_key(stage)):
@@ -88,7 +88,7 @@ def _load_set(lorun: AdapterSets, path: Path, name: str, stage: int | None) -> A
     return AdapterSet(*_together(found))
 
 
-def _place_of(path: Path, lorun: AdapterSets, fingerprint: str) -> tuple[Saved, str]:
+def _place_of(path: Path, lorun: AdapterSets, fingerprint: str) -> tuple[SavedFolder, str]:
     """The saved folder that ``path`` is or lies in, if it knows of it, and the place within."""
     try:
         path = Path(os.path.abspath(path))
@@ -98,20 +98,22 @@ def _place_of(path: Path, lorun: AdapterSets, fingerprint: str) -> tuple[Saved, 
         ) from error
     for root in (path, *path.parents[1:4]):  # adapters/<set>, adapters/<set>/stage_00, or a denoiser's folder in that
         key = "" if root == path else path.relative_to(root).as_posix()
-        if not f"{key}/".startswith(("/", f"{ADAPTERS}/")) or not os.path.lexists(os.path.join(root, CONFIG)):
+        if not f"{key}/".startswith(("/", f"{ADAPTERS_FOLDER}/")) or not os.path.lexists(
+            os.path.join(root, CONFIG_FILE)
+        ):
             continue
-        content = description_bytes(root, lorun.stage_map.tensors)
+        content = description_bytes(root, lorun.stage_map.num_tensors)
         known = lorun.descriptions.get(content)
-        description = known or parse_description(content, root / CONFIG)
+        description = known or parse_description(content, root / CONFIG_FILE)
         if key and not any(name.startswith(f"{key}/") for name in description["files"]):
             break  # something that was put there later
         if known is None:
-            _check_fits(description, root / CONFIG, lorun, fingerprint)
+            _check_fits(description, root / CONFIG_FILE, lorun, fingerprint)
             if len(lorun.descriptions) >= MOST_KNOWN:
                 lorun.descriptions.clear()
             lorun.descriptions[content] = description
-        return Saved(root, description), key
-    return Saved(path, None), ""
+        return SavedFolder(root, description), key
+    return SavedFolder(path, None), ""
 
 
 def _check_fits(description: Mapping[str, Any], file: Path, lorun: AdapterSets, fingerprint: str) -> None:
@@ -128,7 +130,7 @@ def _check_fits(description: Mapping[str, Any], file: Path, lorun: AdapterSets, 
 
 
 def read_set(
-    saved: Saved,
+    saved: SavedFolder,
     key: str,
     readers: Mapping[tuple[str, str], Reader],
     base: nn.Module,
@@ -158,13 +160,13 @@ def read_set(
         if part.partition("/")[0] in held:
             place = f"{key}/{part}".lstrip("/")
             found[group.name, site] = _read_adapter(saved, place, readers[group.name, site.module], site, fingerprint)
-    outside, about = (f"{key}/{name}".lstrip("/") for name in (OUTSIDE, SET_CONFIG))
+    outside, about = (f"{key}/{name}".lstrip("/") for name in (OUTSIDE_FILE, SET_CONFIG_FILE))
     return AdapterSet(
         *_together(found),
         _read_outside(saved, outside, base, stage_map, fingerprint) if saved.holds(outside) else {},
-        read_set_config(saved.content(about, LONGEST), len(stage_map), str(saved.folder / about))
+        read_adapter_info(saved.content(about, LONGEST), len(stage_map), str(saved.folder / about))
         if saved.holds(about)
-        else SetConfig(),
+        else AdapterInfo(),
     )
 
 
@@ -178,7 +180,9 @@ def _together(
     return {place: adapter for place, (adapter, _) in found.items()}, config
 
 
-def _read_outside(saved: Saved, name: str, base: nn.Module, stage_map: StageMap, fingerprint: str) -> dict[str, Tensor]:
+def _read_outside(
+    saved: SavedFolder, name: str, base: nn.Module, stage_map: StageMap, fingerprint: str
+) -> dict[str, Tensor]:
     """The parameters outside the stages that a file holds: some of the base's, in their shapes."""
     places, where = outside_parameters(base, stage_map), str(saved.folder / name)
     slots = {name: Slot(tuple(tensor.shape), tensor.dtype) for name, tensor in places.items()}
@@ -186,7 +190,7 @@ def _read_outside(saved: Saved, name: str, base: nn.Module, stage_map: StageMap,
     if about.get(BASE_KEY, fingerprint) != fingerprint:
         raise other_base(fingerprint, about[BASE_KEY], where)
     found = {name: tensor.to(places[name]) for name, tensor in tensors.items()}
-    if unsound := [name for name, tensor in found.items() if not is_sound(tensor, False)]:
+    if unsound := [name for name, tensor in found.items() if not has_valid_values(tensor, False)]:
         raise LoRunError(
             f"expected finite numbers in {unsound[0]!r}, found NaN or Inf in {where}: download it again, or save one "
             "from before training diverged"
@@ -195,18 +199,18 @@ def _read_outside(saved: Saved, name: str, base: nn.Module, stage_map: StageMap,
 
 
 def _read_adapter(
-    saved: Saved, key: str, reader: Reader, site: Site, fingerprint: str, file: str = TENSORS
+    saved: SavedFolder, key: str, reader: Reader, site: Site, fingerprint: str, file: str = TENSORS_FILE
 ) -> tuple[StageAdapter, LoraConfig]:
-    names = [f"{key}/{name}".lstrip("/") for name in (PEFT_CONFIG, file)]
+    names = [f"{key}/{name}".lstrip("/") for name in (PEFT_CONFIG_FILE, file)]
     where = [f"{saved.folder}{os.sep}{name}" for name in names]
     pickle = where[1].removesuffix(file) + "adapter_model.bin"
     if not os.path.exists(where[1]) and os.path.exists(pickle):
         raise LoRunError(
-            f"expected {TENSORS}, found a pickle at {pickle}: pickles can run code and are never read; save the "
+            f"expected {TENSORS_FILE}, found a pickle at {pickle}: pickles can run code and are never read; save the "
             "adapter with safe_serialization=True"
         )
     config = saved.content(names[0], 65_536 + 600 * len(reader.slots))
-    adapter, told, about = reader.read(config, saved.content(names[1], reader.bytes), site, where)
+    adapter, told, about = reader.read(config, saved.content(names[1], reader.num_bytes), site, where)
     if about.get(BASE_KEY, fingerprint) != fingerprint:
         raise other_base(fingerprint, about[BASE_KEY], where[1])
     return adapter, told

@@ -29,7 +29,7 @@ from ..disk.folder import sha256
 from ..disk.reading import parse_json, read_file
 from ..errors import LoRunError
 from ..files.description import is_unchanged
-from ..files.layout import ADAPTERS, CONFIG, NAMES
+from ..files.layout import ADAPTERS_FOLDER, CONFIG_FILE, NAMES
 
 LARGEST = 64 << 20  # of a description
 # With some versions, what is raised for a broken connection is no OSError but what the library for HTTP raises.
@@ -69,11 +69,11 @@ class Repository:
             raise LoRunError(
                 f"expected a folder within {self.repo_id}, found {self.subfolder!r}: name one without '..'"
             )
-        with self.errors():
+        with self.translating_errors():
             for end in range(len(parts), max(-1, len(parts) - 4), -1):
                 root, key = "/".join(parts[:end]), "/".join(parts[end:])
-                if f"{key}/".startswith(("/", f"{ADAPTERS}/")):
-                    own = f"{root}/{CONFIG}".lstrip("/")
+                if f"{key}/".startswith(("/", f"{ADAPTERS_FOLDER}/")):
+                    own = f"{root}/{CONFIG_FILE}".lstrip("/")
                     try:
                         found = self._download(own, self.revision)
                     except LocalEntryNotFoundError:
@@ -92,7 +92,7 @@ class Repository:
 
     def _fetch_described(self, found: Path, root: str, key: str, needed: Needed) -> Path:
         """Files that a description names, all of the commit that it is from."""
-        own = f"{root}/{CONFIG}".lstrip("/")
+        own = f"{root}/{CONFIG_FILE}".lstrip("/")
         commit = _commit(found, own)
         description = _description(self._whole(own, commit, _is_whole_description))
         for name in needed(description, key):
@@ -155,7 +155,7 @@ class Repository:
         )
 
     @contextmanager
-    def errors(self) -> Iterator[None]:
+    def translating_errors(self) -> Iterator[None]:
         """One sentence for whatever the Hub or the way there has to say."""
         name = f"{self.repo_id} at {self.revision}" if self.revision else self.repo_id
         try:

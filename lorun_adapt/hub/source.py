@@ -10,7 +10,7 @@ from typing import Any
 
 from ..disk.folder import as_path
 from ..errors import LoRunError
-from ..files.layout import ADAPTERS, OUTSIDE, PEFT_CONFIG, SET_CONFIG, TENSORS
+from ..files.layout import ADAPTERS_FOLDER, OUTSIDE_FILE, PEFT_CONFIG_FILE, SET_CONFIG_FILE, TENSORS_FILE
 from ..files.saved import chosen_set, stage_folder
 from ..stages.stage_map import StageMap
 
@@ -38,12 +38,18 @@ def _needed(
     parts = [stage_folder(stage_map, g, s) for g in stage_map.groups for s in g.sites if stage in (None, s.stage)]
     if description is None:
         single = stage is not None and len(parts) == 1
-        return [f"{part}/{file}".lstrip("/") for part in ([""] if single else parts) for file in (PEFT_CONFIG, TENSORS)]
-    key = key or f"{ADAPTERS}/{chosen_set(description, name, 'the repository')}"
+        return [
+            f"{part}/{file}".lstrip("/")
+            for part in ([""] if single else parts)
+            for file in (PEFT_CONFIG_FILE, TENSORS_FILE)
+        ]
+    key = key or f"{ADAPTERS_FOLDER}/{chosen_set(description, name, 'the repository')}"
     whole = {f"{key}/{part}" for part in parts}
     if stage is not None:  # where key is the folder of a stage with several denoisers
         whole |= {f"{key}/{group.name}" for group in stage_map.groups}
-    beside = (OUTSIDE, SET_CONFIG) if stage is None else (PEFT_CONFIG, TENSORS)  # where key is a stage's own folder
+    beside = (
+        (OUTSIDE_FILE, SET_CONFIG_FILE) if stage is None else (PEFT_CONFIG_FILE, TENSORS_FILE)
+    )  # where key is a stage's own folder
     return [
         file
         for file in description["files"]

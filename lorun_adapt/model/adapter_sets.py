@@ -23,7 +23,7 @@ from ..files.sets import load_set
 from ..network.adapter import StageAdapter, private_tensors
 from ..network.assemble import assemble
 from ..network.calls import count_while_compiling, counting
-from ..network.converted import AdapterSet, Card, SetConfig
+from ..network.converted import AdapterInfo, AdapterSet, Card
 from ..network.sharing import share_again, shared_places
 from ..peft_format.reader import Reader, readers_of
 from ..stages.stage_map import Group, Site, StageMap, stage_key
@@ -45,7 +45,7 @@ class _Held(NamedTuple):
     adapters: nn.ModuleDict
     outside: StageAdapter | None
     config: LoraConfig
-    about: SetConfig
+    info: AdapterInfo
 
 
 class AdapterSets(nn.Module):
@@ -56,7 +56,7 @@ class AdapterSets(nn.Module):
         base: nn.Module,
         stage_map: StageMap,
         sets: Mapping[str, AdapterSet],
-        errors: Mapping[str, Mapping[str, list[tuple[float, float]]]],
+        residuals: Mapping[str, Mapping[str, list[tuple[float, float]]]],
         *,
         trainable: set[str],
         active: Mapping[int, str] | None = None,
@@ -70,8 +70,8 @@ class AdapterSets(nn.Module):
         self.outside = nn.ModuleDict()
         self.stage_map = stage_map
         self.peft_config: dict[str, LoraConfig] = {}
-        self.set_config: dict[str, SetConfig] = {}
-        self.errors = {group: dict(tensors) for group, tensors in errors.items()}
+        self.adapter_info: dict[str, AdapterInfo] = {}
+        self.residuals = {group: dict(tensors) for group, tensors in residuals.items()}
         self.trainable = set(trainable)
         self.card = card or Card()
         self._looped = any(site.call is not None for group in stage_map.groups for site in group.sites)
@@ -214,9 +214,9 @@ class AdapterSets(nn.Module):
         with self._swapping:
             if stage is not None and adapter_name in self.adapters:
                 before = self._set(adapter_name)
-                about = dataclasses.replace(before.about, measured=())
+                about = dataclasses.replace(before.info, measured=())
                 adapters = {**before.adapters, **found.adapters}
-                found = dataclasses.replace(before, adapters=adapters, config=found.config, about=about)
+                found = dataclasses.replace(before, adapters=adapters, config=found.config, info=about)
             self._put_set(adapter_name, found)
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
@@ -335,16 +335,16 @@ class AdapterSets(nn.Module):
                 key: v if isinstance(v, nn.Parameter) else nn.Parameter(v, False) for key, v in found.outside.items()
             }
             outside = StageAdapter({}, own, frozen)
-        self._run_with(name, _Held(new, outside, found.config, found.about))
+        self._run_with(name, _Held(new, outside, found.config, found.info))
 
     def _held(self, name: str) -> _Held | None:
         if name not in self.adapters:
             return None
         outside = self.outside[name] if name in self.outside else None
-        return _Held(self.adapters[name], outside, self.peft_config[name], self.set_config[name])
+        return _Held(self.adapters[name], outside, self.peft_config[name], self.adapter_info[name])
 
     def _hold(self, name: str, found: _Held | None) -> None:
-        places = (self.adapters, self.outside, self.peft_config, self.set_config)
+        places = (self.adapters, self.outside, self.peft_config, self.adapter_info)
         for place, value in zip(places, found or (None,) * len(places)):
             if value is not None:
                 place[name] = value
@@ -382,7 +382,7 @@ class AdapterSets(nn.Module):
             for site in group.sites
             if stage_key(site.stage) in self.adapters[name]
         }
-        return AdapterSet(adapters, self.peft_config[name], self.outside_of(name), self.set_config[name])
+        return AdapterSet(adapters, self.peft_config[name], self.outside_of(name), self.adapter_info[name])
 
     def _choice(self, active: Mapping[int, str]) -> dict[tuple[str, Site], StageAdapter]:
         return {

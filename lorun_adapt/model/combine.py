@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ..errors import LoRunError
 from ..network.adapter import StageAdapter, lowrank_terms
 from ..network.assemble import dense_tensors
-from ..network.converted import AdapterSet, SetConfig
+from ..network.converted import AdapterInfo, AdapterSet
 from ..network.noise import mixed
 from ..peft_format.options import config_of_ranks
 from ..stages.stage_map import Group, stage_key
 from ..stages.tensors import outside_parameters
 from ..terms.lowrank import LowRank
-from ..util.modules import is_sound, tensor_of
+from ..util.modules import has_valid_values, tensor_of
 
 if TYPE_CHECKING:
     from .adapter_sets import AdapterSets
@@ -50,8 +50,8 @@ def weighted_set(lorun: AdapterSets, names: Sequence[str], weights: Sequence[flo
     for adapter in found.values():
         for name, term in lowrank_terms(adapter).items():
             ranks[name] = max(term.rank, ranks.get(name, 1))
-    noise = mixed([lorun.set_config[name].noise_schedule for name in names], weights)
-    return AdapterSet(found, config_of_ranks(ranks), _outside(lorun, names, weights), SetConfig(noise))
+    noise = mixed([lorun.adapter_info[name].noise_schedule for name in names], weights)
+    return AdapterSet(found, config_of_ranks(ranks), _outside(lorun, names, weights), AdapterInfo(noise))
 
 
 @torch.no_grad()
@@ -63,12 +63,12 @@ def _outside(lorun: AdapterSets, names: Sequence[str], weights: Sequence[float])
     for name in dict.fromkeys(name for tensors in own for name in tensors):
         values = [tensors.get(name, base[name]).detach() for tensors in own]
         found[name] = _sum_of_tensors(base[name].detach(), values, weights, name)
-        _check_sound(found[name], False, name, weights)
+        _check_values(found[name], False, name, weights)
     return found
 
 
-def _check_sound(value: Tensor, buffer: bool, name: str, weights: Sequence[float]) -> None:
-    if not is_sound(value, buffer):
+def _check_values(value: Tensor, buffer: bool, name: str, weights: Sequence[float]) -> None:
+    if not has_valid_values(value, buffer):
         raise LoRunError(
             f"expected finite sums, found NaN or Inf in {name!r} for the weights {list(weights)}: choose smaller ones"
         )
@@ -88,13 +88,13 @@ def _weighted(
         if all(spec.name in own for own in terms):
             lowrank[spec.name] = _sum_of_terms([own[spec.name] for own in terms], weights)
             for factor in lowrank[spec.name].parameters():
-                _check_sound(factor, False, spec.name, weights)
+                _check_values(factor, False, spec.name, weights)
         else:
             base = tensor_of(denoiser, spec.name)
             value = _sum_of_tensors(base, [own[spec.name] for own in dense], weights, spec.name)
             trains = not spec.buffer and (value.is_floating_point() or value.is_complex())
             private[spec.name] = value if spec.buffer else nn.Parameter(value, requires_grad=trains)
-            _check_sound(value, spec.buffer, spec.name, weights)
+            _check_values(value, spec.buffer, spec.name, weights)
     return StageAdapter(lowrank, private, [spec.name for spec in group.tensors if spec.frozen])
 
 

@@ -14,13 +14,13 @@ from torch import nn
 from ..disk.folder import as_path
 from ..errors import LoRunError
 from ..files import save as checkpoint
-from ..files.adapter_info import read_set_config
+from ..files.adapter_info import read_adapter_info
 from ..network.assemble import merge
 from ..network.batches import Batches
-from ..network.converted import Measured, SetConfig
+from ..network.converted import AdapterInfo, Quality
 from ..network.report import Report, make_report
-from ..stages.tensors import held_tensors
-from ..training.duration import Budget
+from ..stages.tensors import base_tensors
+from ..training.duration import Duration
 from ..util.modules import copy_network
 from ..util.seeds import seeded
 from .noise_choice import NoiseLevels
@@ -60,7 +60,7 @@ class LoRunModel(NoiseLevels):
                 its stages differ, and the original class has one module for them all.
         """
         network = merge(self.base, self.stage_map, self._choice(self._active), self.outside_that_runs())
-        self._hand_over(network, self._active)
+        self._apply_schedule(network, self._active)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name in self.trainable)
         return network.train(self.training)
@@ -94,7 +94,7 @@ class LoRunModel(NoiseLevels):
         minutes: float | None = None,
         steps: int | None = None,
         loss: Loss | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
+        resume_from: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ) -> bool:
         """Distil the original network into this one, until ``minutes`` or ``steps`` are used up.
@@ -111,7 +111,7 @@ class LoRunModel(NoiseLevels):
             loss: where there is ground truth, a callable on output and batch, to minimise instead of the
                 distance to the teacher's output. What a batch holds beyond the arguments that the forward
                 takes by position is for this alone.
-            checkpoint: a file to keep the state in, and to go on from where it exists; removed at the end.
+            resume_from: a file to keep the state in, and to go on from where it exists; removed at the end.
             seed: of all random numbers. The same seed and ``steps`` give the same weights on a CPU.
 
         Returns:
@@ -123,11 +123,11 @@ class LoRunModel(NoiseLevels):
         """
         from ..training.recovery import recover
 
-        budget = Budget(minutes, steps)
-        path = None if checkpoint is None else as_path(checkpoint)
+        duration = Duration(minutes, steps)
+        path = None if resume_from is None else as_path(resume_from)
         with seeded(seed):
             batches = Batches(calibration)
-        return recover(self, teacher, batches, budget, loss=loss, checkpoint=path, seed=seed)
+        return recover(self, teacher, batches, duration, loss=loss, resume_from=path, seed=seed)
 
     def finetune(
         self,
@@ -142,7 +142,7 @@ class LoRunModel(NoiseLevels):
         loss: Loss | None = None,
         teacher: nn.Module | None = None,
         held_out: Iterable[Any] | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
+        resume_from: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ) -> bool:
         """Train a new set, for measurements with other noise, until ``minutes`` or ``steps`` are used up.
@@ -166,7 +166,7 @@ class LoRunModel(NoiseLevels):
             teacher: a network of the original class to distil instead, or besides.
             held_out: batches to judge by, of images that ``batches`` has not. By default the first two of
                 ``batches``, which are not trained on where these are a list of more than three.
-            checkpoint, seed: as for :meth:`recover`. Where the checkpoint is there, a set of that name, which was
+            resume_from, seed: as for :meth:`recover`. Where the resume_from is there, a set of that name, which was
                 stopped, is gone on with.
 
         Returns:
@@ -179,8 +179,8 @@ class LoRunModel(NoiseLevels):
         """
         from ..training.finetune import finetune, matching
 
-        budget = Budget(minutes, steps)
-        path = None if checkpoint is None else as_path(checkpoint)
+        duration = Duration(minutes, steps)
+        path = None if resume_from is None else as_path(resume_from)
         before = self.active_adapters, self._inference_mode
         starts = [start_from] if isinstance(start_from, str) else list(start_from)
         stopped = self._held(adapter_name)
@@ -188,23 +188,23 @@ class LoRunModel(NoiseLevels):
             raise LoRunError(f"expected a new name for the set, found {adapter_name!r}: choose another, or delete it")
         own = matching(self, [also] if isinstance(also, str) else also)
         try:
-            if stopped is not None:  # it begins as it began then, before the checkpoint is read
+            if stopped is not None:  # it begins as it began then, before the resume_from is read
                 self.set_adapter(starts[0])
                 self.delete_adapter(adapter_name)
             self._begin_set(adapter_name, starts, noise_schedule)
             begun = self._set(adapter_name)
-            about = SetConfig(self.set_config[adapter_name].noise_schedule)
-            self._put_set(adapter_name, dataclasses.replace(begun, outside={**own, **begun.outside}, about=about))
+            about = AdapterInfo(self.adapter_info[adapter_name].noise_schedule)
+            self._put_set(adapter_name, dataclasses.replace(begun, outside={**own, **begun.outside}, info=about))
             self.set_adapter(adapter_name)
             return finetune(
                 self,
                 batches,
                 adapter_name,
-                budget,
+                duration,
                 loss=loss,
                 teacher=teacher,
                 held_out=held_out,
-                checkpoint=path,
+                resume_from=path,
                 seed=seed,
             )
         except BaseException:
@@ -268,7 +268,7 @@ class LoRunModel(NoiseLevels):
 
     # --- figures ---------------------------------------------------------------------------------
 
-    def note_quality(self, measured: Measured) -> None:
+    def note_quality(self, measured: Quality) -> None:
         """Note how well the set that runs does, for its card; in the place of what was measured on the same images.
 
         Raises:
@@ -278,19 +278,19 @@ class LoRunModel(NoiseLevels):
         if len(names) > 1:
             raise LoRunError(f"expected one set in all stages, found {sorted(names)}: set the one that was measured")
         name = names.pop()
-        about = self.set_config[name].with_measured(measured)
+        about = self.adapter_info[name].with_quality(measured)
         try:
-            read_set_config(about.as_text().encode(), len(self.stage_map), "")
+            read_adapter_info(about.as_text().encode(), len(self.stage_map), "")
         except LoRunError:
             raise LoRunError(
                 f"expected finite figures of some images, found {measured}: judge the network on others, or look for "
                 "NaN in what it restores"
             ) from None
-        self.set_config[name] = about
+        self.adapter_info[name] = about
 
     def num_parameters(self) -> int:
         """Parameters of the base and of all sets, every distinct tensor once; :meth:`report` has those that run."""
-        held = {id(tensor) for tensor in held_tensors(self.base, self.stage_map).values()}
+        held = {id(tensor) for tensor in base_tensors(self.base, self.stage_map).values()}
         held |= {id(parameter) for sets in (self.adapters, self.outside) for parameter in sets.parameters()}
         return sum(parameter.numel() for parameter in self.parameters() if id(parameter) in held)
 

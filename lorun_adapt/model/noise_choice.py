@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..errors import LoRunError
-from ..network.converted import SetConfig
+from ..network.converted import AdapterInfo
 from ..network.noise import at_stage, between, checked, is_sigma
-from ..network.schedule import hand_over
+from ..network.schedule import apply_schedule
 from .adapter_sets import AdapterSets
 from .combine import weighted_set
 
@@ -73,12 +73,14 @@ class NoiseLevels(AdapterSets):
                 )
             noise = None if noise_schedule is None else checked(noise_schedule, len(self.stage_map))
             held = self._held(adapter_name)
-            self._run_with(adapter_name, held._replace(about=dataclasses.replace(held.about, noise_schedule=noise)))
+            self._run_with(adapter_name, held._replace(info=dataclasses.replace(held.info, noise_schedule=noise)))
 
     @contextmanager
-    def taken_for(self, sigma: float) -> Iterator[None]:
+    def assume_noise(self, sigma: float) -> Iterator[None]:
         """Within it, sets that run and whose noise is not known are for ``sigma``."""
-        unknown = [name for name in set(self.active_adapters.values()) if self.set_config[name].noise_schedule is None]
+        unknown = [
+            name for name in set(self.active_adapters.values()) if self.adapter_info[name].noise_schedule is None
+        ]
         for name in unknown:
             self.set_noise_schedule(name, sigma)
         try:
@@ -109,7 +111,7 @@ class NoiseLevels(AdapterSets):
             weights = self.weights_for(sigma)
             if len(weights) == 1:
                 name = next(iter(weights))
-                if (known := self.set_config[name].sigma) != sigma:
+                if (known := self.adapter_info[name].sigma) != sigma:
                     warnings.warn(
                         f"no set is for a sigma of {sigma:g}: taking the nearest, {name}, which is for {known:g}",
                         stacklevel=2,
@@ -136,7 +138,7 @@ class NoiseLevels(AdapterSets):
         alike = known == made_of and all(map(operator.is_, tensors, before))
         if INTERPOLATED not in self.adapters or not alike:
             found = weighted_set(self, list(weights), list(weights.values()))
-            self._put_set(INTERPOLATED, dataclasses.replace(found, about=SetConfig(sigma)))
+            self._put_set(INTERPOLATED, dataclasses.replace(found, info=AdapterInfo(sigma)))
             self._interpolated_of = made_of, tensors
 
     def weights_for(self, sigma: float, among: Iterable[str] | None = None) -> dict[str, float]:
@@ -146,7 +148,7 @@ class NoiseLevels(AdapterSets):
             LoRunError: none whose noise is known as one number.
         """
         names = [name for name in self.adapters if name != INTERPOLATED] if among is None else list(among)
-        known = {name: self.set_config[name].sigma for name in names if name in self.adapters}
+        known = {name: self.adapter_info[name].sigma for name in names if name in self.adapters}
         known = {name: level for name, level in known.items() if level is not None}
         if not known:
             raise LoRunError(
@@ -161,7 +163,7 @@ class NoiseLevels(AdapterSets):
         if len(set(start_from)) < len(start_from):
             raise LoRunError(f"expected each set to start from once, found {list(start_from)}: leave out what is twice")
         weights = dict.fromkeys(start_from, 1 / max(len(start_from), 1))
-        known = all(start in self.adapters and self.set_config[start].sigma is not None for start in start_from)
+        known = all(start in self.adapters and self.adapter_info[start].sigma is not None for start in start_from)
         if start_from and known and isinstance(noise, float):
             weights = self.weights_for(noise, start_from)
         if len(weights) == 1:
@@ -196,12 +198,12 @@ class NoiseLevels(AdapterSets):
 
     def _assembled(self, active: Mapping[int, str]) -> nn.Module:
         network = super()._assembled(active)
-        self._hand_over(network, active)
+        self._apply_schedule(network, active)
         return network
 
-    def _hand_over(self, network: nn.Module, active: Mapping[int, str]) -> None:
+    def _apply_schedule(self, network: nn.Module, active: Mapping[int, str]) -> None:
         """Tell the network of the noise that the sets are for, where all say so and the task has a use for it."""
-        noises = [self.set_config[active[stage]].noise_schedule for stage in range(len(self.stage_map))]
+        noises = [self.adapter_info[active[stage]].noise_schedule for stage in range(len(self.stage_map))]
         schedule = getattr(self._task, "schedule", None)
         if schedule is not None and None not in noises:
-            hand_over(network, schedule, [at_stage(noise, stage) for stage, noise in enumerate(noises)])
+            apply_schedule(network, schedule, [at_stage(noise, stage) for stage, noise in enumerate(noises)])

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..disk.folder import put_back, undisturbed
+from ..disk.folder import restore_interrupted_save, retry_if_replaced
 from ..errors import LoRunError
-from ..files.layout import CARD, CONFIG
+from ..files.layout import CARD_FILE, CONFIG_FILE
 from ..files.load import _check_base, _load
 from ..hub.source import local
 
@@ -58,16 +58,16 @@ def from_pretrained(
     if not isinstance(dun, nn.Module):
         raise LoRunError(f"expected a network, found {type(dun).__name__}: build one of the class that was converted")
     with contextlib.suppress(OSError):  # what can't be put back is reported as missing
-        put_back(Path(os.path.realpath(folder)))
-    return undisturbed(folder, lambda: _load(folder, dun))
+        restore_interrupted_save(Path(os.path.realpath(folder)))
+    return retry_if_replaced(folder, lambda: _load(folder, dun))
 
 
 def _all_files(description: Mapping[str, Any] | None, key: str) -> list[str]:
     """What of a repository is needed to load all of it."""
     if description is None or key:
         raise LoRunError(
-            f"expected a conversion, found {'one of its adapters' if key else f'no {CONFIG}'} in the repository: load "
-            "its base first, and this with load_adapter"
+            f"expected a conversion, found {'one of its adapters' if key else f'no {CONFIG_FILE}'} in the repository: "
+            "load its base first, and this with load_adapter"
         )
     _check_base(description, "the repository")
-    return [name for name in description["files"] if os.path.basename(name) != CARD]
+    return [name for name in description["files"] if os.path.basename(name) != CARD_FILE]

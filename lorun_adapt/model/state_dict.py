@@ -29,7 +29,7 @@ def _leave_network_out(module: nn.Module, state_dict: dict[str, Any], prefix: st
 
 def _before_load(lorun: LoRunModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     for group in lorun.stage_map.groups:
-        for name in [f"{group.sites[0].module}.{spec.name}" for spec in group.tensors if spec.alone]:
+        for name in [f"{group.sites[0].module}.{spec.name}" for spec in group.tensors if spec.without_base]:
             if (held := state_dict.get(f"{prefix}base.{name}")) is not None and bool(held.any()):
                 raise LoRunError(
                     f"expected zeros for {name!r}, which has no base here, found others in the state_dict: load it "

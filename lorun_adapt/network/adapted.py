@@ -21,15 +21,15 @@ from ..terms.lowrank import LowRank, _sum
 def add_term(module: nn.Module, attribute: str, term: LowRank) -> None:
     """Make ``module.attribute`` read as the parameter that it is now plus the term."""
     base = module._parameters.pop(attribute)
-    original, adapted = plain_class(module), getattr(type(module), "lorun_adapted", ())
+    original, adapted = original_class(module), getattr(type(module), "lorun_adapted", ())
     module.__class__ = _adapted_class(original, (*adapted, attribute))
     module.register_parameter(_BASE + attribute, base)
     module.add_module(_TERM + attribute, term)
 
 
-def plain_class(module: nn.Module) -> type[nn.Module]:
+def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that the network's author gave ``module``."""
-    return getattr(type(module), "lorun_plain_class", type(module))
+    return getattr(type(module), "lorun_original_class", type(module))
 
 
 def is_base(name: str) -> bool:
@@ -43,7 +43,7 @@ _BASE, _TERM = "lorun_base_", "lorun_term_"
 @functools.cache
 def _adapted_class(original: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, object] = {name: property(_reader(name)) for name in attributes}
-    body |= {"__module__": original.__module__, "lorun_plain_class": original, "lorun_adapted": attributes}
+    body |= {"__module__": original.__module__, "lorun_original_class": original, "lorun_adapted": attributes}
     return type(f"Adapted{original.__name__}", (original,), body)
 
 

@@ -20,7 +20,9 @@ from .adapted import add_term
 from .adapter import StageAdapter, lowrank_terms, private_tensors
 from .calls import tell_calls_apart
 
-TWINS = "lorun_twins"  # of a network, those of its modules that run, in some stage, as a copy: with each of the copies
+COPIES = (
+    "lorun_copies"  # of a network, those of its modules that run, in some stage, as a copy: with each of the copies
+)
 
 
 Choice = Mapping[tuple[str, Site], StageAdapter]  # (group's name, site) -> its adapter
@@ -48,21 +50,21 @@ def assemble(
     """
     network = copy_network(base, share_tensors=True)
     replace_parameters(network, outside or {})
-    twins: list[tuple[nn.Module, nn.Module]] = []
+    copies: list[tuple[nn.Module, nn.Module]] = []
     for group in stage_map.groups:
-        _separate(network, group, twins)
+        _separate(network, group, copies)
         looped: dict[str, list[nn.Module]] = {}
         for site in group.sites:
             module = network.get_submodule(site.module)
             if site.call is not None:
                 original, module = module, copy_network(module, share_tensors=True)
-                twins += zip(original.modules(), module.modules())
+                copies += zip(original.modules(), module.modules())
                 looped.setdefault(site.module, []).append(module)
             _install(module, group, choice[group.name, site])
         for name, copies in looped.items():
             tell_calls_apart(network.get_submodule(name), name, copies)
-    if twins:
-        vars(network)[TWINS] = twins
+    if copies:
+        vars(network)[COPIES] = copies
     return network
 
 
@@ -87,10 +89,10 @@ def _install(module: nn.Module, group: Group, adapter: StageAdapter) -> None:
             _put(module, spec, private[spec.name])
 
 
-def _separate(network: nn.Module, group: Group, twins: list[tuple[nn.Module, nn.Module]]) -> None:
+def _separate(network: nn.Module, group: Group, copies: list[tuple[nn.Module, nn.Module]]) -> None:
     """Give each site modules of its own where several sites hold the same module object.
 
-    ``twins``: takes each such module together with its copy.
+    ``copies``: takes each such module together with its copy.
     """
     owned: dict[int, Site | None] = _shared_with_the_outside(network, group)
     for site in group.sites:
@@ -108,7 +110,7 @@ def _separate(network: nn.Module, group: Group, twins: list[tuple[nn.Module, nn.
             if owned.setdefault(id(child), site) is not site:
                 original, child = child, copy_network(child, share_tensors=True, memo=memo)
                 holder._modules[name] = child
-                twins += zip(original.modules(), child.modules())
+                copies += zip(original.modules(), child.modules())
                 owned[id(child)] = site
             if id(child) not in seen:
                 seen.add(id(child))

@@ -132,5 +132,5 @@ def tell_calls_apart(module: nn.Module, name: str, copies: list[nn.Module]) -> N
 
 @functools.cache
 def _called_class(original: type[nn.Module]) -> type[nn.Module]:
-    body = {"__module__": original.__module__, "lorun_plain_class": original}
+    body = {"__module__": original.__module__, "lorun_original_class": original}
     return type(f"Called{original.__name__}", (Called, original), body)

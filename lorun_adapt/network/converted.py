@@ -30,11 +30,11 @@ class Card:
     task: str | None = None
 
 
-MOST_MEASURED = 100
+MOST_QUALITIES = 100
 
 
 @dataclass(frozen=True)
-class Measured:
+class Quality:
     """How well a set restores some images, and the original network the same ones.
 
     Attributes:
@@ -54,7 +54,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class SetConfig:
+class AdapterInfo:
     """What is known of a set.
 
     Attributes:
@@ -63,17 +63,17 @@ class SetConfig:
     """
 
     noise_schedule: Noise | None = None
-    measured: tuple[Measured, ...] = ()
+    measured: tuple[Quality, ...] = ()
 
     @property
     def sigma(self) -> float | None:
         """The noise of the measurements, where that is one number."""
         return self.noise_schedule if isinstance(self.noise_schedule, float) else None
 
-    def with_measured(self, found: Measured) -> SetConfig:
+    def with_quality(self, found: Quality) -> AdapterInfo:
         """With another measurement, in the place of one of the same images and noise."""
         others = [m for m in self.measured if (m.images, m.sigma) != (found.images, found.sigma)]
-        return dataclasses.replace(self, measured=(*others[-MOST_MEASURED + 1 :], found))
+        return dataclasses.replace(self, measured=(*others[-MOST_QUALITIES + 1 :], found))
 
     def as_text(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -87,10 +87,10 @@ class AdapterSet:
         adapters: by the name of a group and the site.
         config: PEFT's.
         outside: the set's own parameters outside the stages, by name.
-        about: what else is known of it.
+        info: what else is known of it.
     """
 
     adapters: Mapping[tuple[str, Site], StageAdapter]
     config: LoraConfig
     outside: Mapping[str, Tensor] = field(default_factory=dict)
-    about: SetConfig = SetConfig()
+    info: AdapterInfo = AdapterInfo()

@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from ..stages.tensors import held_tensors
+from ..stages.tensors import base_tensors
 from ..util.modules import owner_of
 from ..util.tables import kilobytes, plain_text, table
 from .adapter import StageAdapter, lowrank_terms, private_tensors
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 class Size:
     """Parameters (buffers not counted) and bytes (buffers that are saved counted)."""
 
-    parameters: int = 0
-    bytes: int = 0
+    num_parameters: int = 0
+    num_bytes: int = 0
 
     def __add__(self, other: Size) -> Size:
-        return Size(self.parameters + other.parameters, self.bytes + other.bytes)
+        return Size(self.num_parameters + other.num_parameters, self.num_bytes + other.num_bytes)
 
     def __sub__(self, other: Size) -> Size:
-        return Size(self.parameters - other.parameters, self.bytes - other.bytes)
+        return Size(self.num_parameters - other.num_parameters, self.num_bytes - other.num_bytes)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class StageReport:
     modules: tuple[str, ...]
     before: Size
     after: Size
-    errors: dict[str, float]  # tensor -> ||W_k - what stands for it|| / ||W_k|| at conversion
+    residuals: dict[str, float]  # tensor -> ||W_k - what stands for it|| / ||W_k|| at conversion
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Report:
         columns = ("stage", "modules", "parameters before>", "after>", "bytes before>", "after>", "largest error>")
         rows: list[tuple[object, ...]] = []
         for item in self.stages:
-            worst = f"{max(item.errors.values()):.3f}" if item.errors else "-"
+            worst = f"{max(item.residuals.values()):.3f}" if item.residuals else "-"
             rows.append((item.stage, ", ".join(item.modules), *_cells(item.before, item.after), worst))
         rows.append(("", "shared base", *_cells(Size(), self.base), ""))
         rows.append(("", "all denoisers", *_cells(self.denoisers_before, self.denoisers_after), ""))
@@ -74,7 +74,12 @@ class Report:
 
 
 def _cells(before: Size, after: Size) -> tuple[str, str, str, str]:
-    return f"{before.parameters:,}", f"{after.parameters:,}", kilobytes(before.bytes), kilobytes(after.bytes)
+    return (
+        f"{before.num_parameters:,}",
+        f"{after.num_parameters:,}",
+        kilobytes(before.num_bytes),
+        kilobytes(after.num_bytes),
+    )
 
 
 def make_report(lorun: LoRunModel) -> Report:
@@ -85,7 +90,7 @@ def make_report(lorun: LoRunModel) -> Report:
     lost = norm = 0.0
     for group in lorun.stage_map.groups:
         base += _sum(
-            (spec.numel, spec.dtype, spec.buffer) for spec in group.tensors if not spec.common and not spec.alone
+            (spec.numel, spec.dtype, spec.buffer) for spec in group.tensors if not spec.common and not spec.without_base
         )
         for position, site in enumerate(group.sites):
             dense = []
@@ -96,18 +101,22 @@ def make_report(lorun: LoRunModel) -> Report:
                     dense.append((spec.numel, spec.dtype, spec.buffer))
             before, after = _sum(dense), _adapter_size(lorun.adapter_of(group, site))
             adapters += after
-            errors = {}
-            for name, pairs in lorun.errors.get(group.name, {}).items():
+            residuals = {}
+            for name, pairs in lorun.residuals.get(group.name, {}).items():
                 key = name if len(lorun.stage_map.groups) == 1 else f"{group.name}: {name}"
-                errors[key] = pairs[position][0] / max(pairs[position][1], 1e-30)
+                residuals[key] = pairs[position][0] / max(pairs[position][1], 1e-30)
                 lost, norm = lost + pairs[position][0] ** 2, norm + pairs[position][1] ** 2
             item = stages.get(site.stage, StageReport(site.stage, (), Size(), Size(), {}))
             stages[site.stage] = StageReport(
-                site.stage, (*item.modules, str(site)), item.before + before, item.after + after, item.errors | errors
+                site.stage,
+                (*item.modules, str(site)),
+                item.before + before,
+                item.after + after,
+                item.residuals | residuals,
             )
     before = sum((item.before for item in stages.values()), Size())
     buffers = {id(buffer) for buffer in lorun.base.buffers()}
-    whole = _sum((t.numel(), t.dtype, id(t) in buffers) for t in held_tensors(lorun.base, lorun.stage_map).values())
+    whole = _sum((t.numel(), t.dtype, id(t) in buffers) for t in base_tensors(lorun.base, lorun.stage_map).values())
     outside = _sum((t.numel(), t.dtype, False) for t in lorun.outside_that_runs().values())
     return Report(
         tuple(stages[key] for key in sorted(stages)),

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ..terms.lowrank import LowRank
-from .assemble import TWINS
+from .assemble import COPIES
 
 
 @torch.no_grad()
-def hand_over(network: nn.Module, schedule: Callable[[nn.Module, list[float]], object], sigmas: list[float]) -> None:
+def apply_schedule(
+    network: nn.Module, schedule: Callable[[nn.Module, list[float]], object], sigmas: list[float]
+) -> None:
     """Tell a network the noise of its stages, and leave other networks that share its tensors as they are.
 
     What ``schedule`` changes in place becomes the network's own. What it tells a module that runs as copies, it tells
@@ -32,25 +34,25 @@ def hand_over(network: nn.Module, schedule: Callable[[nn.Module, list[float]], o
             value = tensor.detach().clone()
             own[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
         setattr(module, name, own[id(tensor)])
-    twins = vars(network).get(TWINS, ())
-    before = {id(module): dict(vars(module)) for pair in twins for module in pair}
+    copies = vars(network).get(COPIES, ())
+    before = {id(module): dict(vars(module)) for pair in copies for module in pair}
     schedule(network, sigmas)
     unchanged = {id(tensor) for _, _, tensor in held if _same(own[id(tensor)], tensor)}
-    told = set()
+    applied = set()
     for module, name, tensor in held:
         now = module._parameters.get(name, module._buffers.get(name))
         if id(tensor) in unchanged and now is own[id(tensor)]:
             setattr(module, name, tensor)
         else:
-            told.add((id(module), name))
-    for module, twin in twins:
-        first, second = before[id(module)], before[id(twin)]
+            applied.add((id(module), name))
+    for module, duplicate in copies:
+        first, second = before[id(module)], before[id(duplicate)]
         for name, value in vars(module).items():
-            if first.get(name, first) is not value and vars(twin).get(name, second) is second.get(name, second):
-                vars(twin)[name] = value
-        for tensors, others in ((module._parameters, twin._parameters), (module._buffers, twin._buffers)):
+            if first.get(name, first) is not value and vars(duplicate).get(name, second) is second.get(name, second):
+                vars(duplicate)[name] = value
+        for tensors, others in ((module._parameters, duplicate._parameters), (module._buffers, duplicate._buffers)):
             for name in tensors.keys() & others.keys():
-                if (id(module), name) in told and (id(twin), name) not in told:
+                if (id(module), name) in applied and (id(duplicate), name) not in applied:
                     others[name] = tensors[name]
 
 

@@ -16,7 +16,7 @@ from types import CodeType, FunctionType, MethodType, ModuleType
 
 from torch import nn
 
-from ..network.adapted import plain_class
+from ..network.adapted import original_class
 
 WEIGHTS = {"weight", "bias", "parameters", "named_parameters", "_parameters", "state_dict", "get_parameter"}
 CLASSES = {"isinstance", "issubclass", "type", "__class__"}
@@ -29,7 +29,7 @@ Chain = tuple["str | None", ...]
 def reader_of_layers(denoiser: nn.Module, layers: Collection[str]) -> str | None:
     """The class of a module whose code does more with one of ``layers`` than call it, as far as that shows."""
     for path, module in denoiser.named_modules():
-        kind = plain_class(module)
+        kind = original_class(module)
         if kind.__module__.startswith("torch."):
             held = {f"{path}.{name}".lstrip(".") for name, _ in module.named_children()}
             if held & set(layers) and kind not in CONTAINERS:  # as nn.TransformerEncoderLayer
@@ -89,7 +89,7 @@ def _chains(code: CodeType, own: str | None) -> tuple[Chain, ...]:
 
 def _code_of(module: nn.Module) -> Iterator[tuple[CodeType, str | None]]:
     """The code that ``forward`` runs, as far as names lead, and what each calls the module itself."""
-    kinds = [kind for kind in plain_class(module).__mro__ if _is_followed(kind)]
+    kinds = [kind for kind in original_class(module).__mro__ if _is_followed(kind)]
     pending: list[tuple[object, bool]] = [(kind.__dict__["forward"], True) for kind in kinds if "forward" in vars(kind)]
     pending.append((vars(module).get("forward"), isinstance(vars(module).get("forward"), MethodType)))
     seen: set[CodeType] = set()

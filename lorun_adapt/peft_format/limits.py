@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..network.adapted import plain_class
+from ..network.adapted import original_class
 from ..network.adapter import StageAdapter, lowrank_terms, private_tensors
 from ..stages.stage_map import Group
 from .code import reader_of_layers
@@ -156,7 +156,7 @@ def _plain(value: object) -> bool:
 def _why_not(denoiser: nn.Module, name: str) -> str | None:
     path, _, attribute = name.rpartition(".")
     module = denoiser.get_submodule(path)
-    kind = plain_class(module)
+    kind = original_class(module)
     if not path and attribute == "weight" and isinstance(module, (nn.Linear, *CONVOLUTIONS)):
         return "the denoiser is that one layer, which PEFT can't replace"
     if attribute != "weight" or kind not in (nn.Linear, *CONVOLUTIONS):

@@ -19,7 +19,7 @@ from ..errors import LoRunError
 from ..network.adapter import StageAdapter
 from ..stages.stage_map import Group, Site, StageMap, TensorSpec
 from ..terms.lowrank import LowRank
-from ..util.modules import is_sound
+from ..util.modules import has_valid_values
 from .limits import PREFIX, layer_problem
 from .options import REFUSED, config_from_json
 from .template import Place, Template, template_of
@@ -49,7 +49,7 @@ class Reader:
     Attributes:
         slots: what a file may hold: by name, the shape and dtype.
         highest: what a file's ranks may be: more than a tensor's limit, as PEFT allows it, but within reason.
-        bytes: what a file may have.
+        num_bytes: what a file may have.
     """
 
     def __init__(self, base: nn.Module, group: Group, site: Site) -> None:
@@ -70,7 +70,7 @@ class Reader:
                 if names.layer is not None:
                     self.slots[names.bias] = Slot((spec.shape[0],), spec.dtype)
         self.highest = max([USUAL_RANKS, *(max(spec.matrix) for spec in group.tensors if spec.adaptable)])
-        self.bytes = file_limit(self.slots, self.highest)
+        self.num_bytes = file_limit(self.slots, self.highest)
 
     def read(
         self, config: bytes, content: bytes, site: Site, where: Sequence[str]
@@ -217,7 +217,7 @@ def _unsound(terms: Mapping[str, LowRank], private: Mapping[str, Tensor]) -> str
     floats = [t.detach().flatten() for _, t, _ in found if t is not None and t.is_floating_point()]
     if len(floats) == sum(t is not None for _, t, _ in found) > 0 and math.isfinite(torch.cat(floats).sum().item()):
         return None
-    return next((name for name, t, buffer in found if t is not None and not is_sound(t, buffer)), None)
+    return next((name for name, t, buffer in found if t is not None and not has_valid_values(t, buffer)), None)
 
 
 def _term(spec: TensorSpec, pair: Sequence[Tensor], scaling: float, base: Tensor, where: str) -> LowRank:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import LoRunError
-from ..util.modules import is_sound, tensors_of
+from ..util.modules import has_valid_values, tensors_of
 
 WAYS_OUT = {
     "WeightNorm": "torch.nn.utils.remove_weight_norm(module)",
@@ -18,7 +18,7 @@ WAYS_OUT = {
 }
 
 
-def check_plain(dun: nn.Module, stages: Iterable[str]) -> None:
+def check_parameters(dun: nn.Module, stages: Iterable[str]) -> None:
     """Refuse stages whose weights are made anew in each forward, or hold what files have names for.
 
     Raises:
@@ -77,14 +77,14 @@ def check_dense(dun: nn.Module) -> None:
             )
 
 
-def check_sound(dun: nn.Module) -> None:
+def check_finite(dun: nn.Module) -> None:
     """Refuse weights that are not finite.
 
     Raises:
         LoRunError: NaN, or Inf in a parameter.
     """
     for name, tensor, buffer in tensors_of(dun):
-        if not is_sound(tensor.detach(), buffer):
+        if not has_valid_values(tensor.detach(), buffer):
             raise LoRunError(
                 f"expected finite weights, found NaN or Inf in {name!r} of {type(dun).__name__}: take a checkpoint "
                 "that is not damaged"

@@ -47,14 +47,14 @@ def find_stages(
             hand that differ in shape.
     """
     trace = Trace(dun, {}) if example_inputs is None else trace_calls(dun, example_inputs)
-    told = _told_calls(dun, calls)
+    declared = _declared_calls(dun, calls)
     if stages is not None:
-        sets = [_sites(dun, names, trace, told) for names in _named(dun, stages)]
+        sets = [_sites(dun, names, trace, declared) for names in _named(dun, stages)]
         rest: list[NotTaken] = []
         for sites in sets:
             check_alike(dun, sites, "stages=")
     else:
-        sets, rest = _search(dun, trace, told)
+        sets, rest = _search(dun, trace, declared)
     if not sets:
         raise LoRunError(
             f"expected a repeated stage in {type(dun).__name__}, found none: name the modules with stages=, or, if "
@@ -68,7 +68,7 @@ def find_stages(
 
 
 def _search(
-    dun: nn.Module, trace: Trace, told: Mapping[str, int]
+    dun: nn.Module, trace: Trace, declared: Mapping[str, int]
 ) -> tuple[list[list[tuple[str, int | None]]], list[NotTaken]]:
     buckets: dict[object, list[str]] = {}
     for path, module in dun.named_modules(remove_duplicate=False):
@@ -77,7 +77,7 @@ def _search(
     total = _numel(dun, [""])
     candidates = []
     for paths in buckets.values():
-        sites = _sites(dun, paths, trace, told)
+        sites = _sites(dun, paths, trace, declared)
         if len(sites) > 1:
             candidates.append((sites, _numel(dun, [path for path, _ in sites])))
     large = [item for item in candidates if item[1] >= SHARE * total]
@@ -113,14 +113,16 @@ def signature(module: nn.Module) -> tuple[object, ...]:
     return classes, tensors
 
 
-def _sites(dun: nn.Module, paths: Sequence[str], trace: Trace, told: Mapping[str, int]) -> list[tuple[str, int | None]]:
+def _sites(
+    dun: nn.Module, paths: Sequence[str], trace: Trace, declared: Mapping[str, int]
+) -> list[tuple[str, int | None]]:
     """Turn the names of equal modules into stages: one a module, a parent or a call."""
     by_object: dict[int, list[str]] = {}
     for path in paths:
         by_object.setdefault(id(dun.get_submodule(path)), []).append(path)
     objects = list(by_object.values())
-    counts = [max([told.get(name, 0) for name in names] + [trace.count(names[0])]) for names in objects]
-    if any(name in told for name in paths) or (len(set(counts)) > 1 and max(counts) > 1):
+    counts = [max([declared.get(name, 0) for name in names] + [trace.count(names[0])]) for names in objects]
+    if any(name in declared for name in paths) or (len(set(counts)) > 1 and max(counts) > 1):
         looped = True
     else:
         looped = len(objects) == 1 and counts[0] > 1 and counts[0] != len(objects[0])
@@ -134,7 +136,7 @@ def _sites(dun: nn.Module, paths: Sequence[str], trace: Trace, told: Mapping[str
     return trace.in_order([(names[0], None) for names in objects])  # other names are aliases
 
 
-def _told_calls(dun: nn.Module, calls: Mapping[str, int] | None) -> dict[str, int]:
+def _declared_calls(dun: nn.Module, calls: Mapping[str, int] | None) -> dict[str, int]:
     for name, count in (calls or {}).items():
         _module(dun, name, "calls=")
         if not isinstance(count, int) or count < 2:

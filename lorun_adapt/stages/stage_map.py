@@ -25,7 +25,7 @@ class TensorSpec:
     owner: type[nn.Module]  # class of the module that holds it
     frozen: bool = False  # the authors don't train it (in a network of which they train something)
     common: bool = False  # the authors tie it, or it is a constant: one for all stages, never adapted
-    alone: bool = False  # it has no base, which is zero then: each stage's low-rank term is the whole tensor
+    without_base: bool = False  # it has no base, which is zero then: each stage's low-rank term is the whole tensor
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -75,7 +75,7 @@ class Group:
     tensors: tuple[TensorSpec, ...]
 
     @property
-    def parameters(self) -> int:
+    def num_parameters(self) -> int:
         """Parameters of one denoiser."""
         return sum(spec.numel for spec in self.tensors if not spec.buffer)
 
@@ -85,7 +85,7 @@ class NotTaken:
     """Modules that look repeated but are left as they are."""
 
     modules: tuple[str, ...]
-    parameters: int
+    num_parameters: int
     reason: str
 
 
@@ -98,10 +98,13 @@ class StageMap:
     not_taken: tuple[NotTaken, ...] = ()
     ranks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # group -> tensor -> rank, once planned
 
-    def without_base(self, names: Mapping[str, Collection[str]]) -> StageMap:
+    def dropping_bases(self, names: Mapping[str, Collection[str]]) -> StageMap:
         """The same, where tensors of these names, by group, have no base."""
         groups = [
-            replace(group, tensors=tuple(replace(spec, alone=spec.name in names[group.name]) for spec in group.tensors))
+            replace(
+                group,
+                tensors=tuple(replace(spec, without_base=spec.name in names[group.name]) for spec in group.tensors),
+            )
             for group in self.groups
         ]
         return replace(self, groups=tuple(groups))
@@ -110,7 +113,7 @@ class StageMap:
         return 1 + max(site.stage for group in self.groups for site in group.sites)
 
     @property
-    def tensors(self) -> int:
+    def num_tensors(self) -> int:
         """How many there are in all stages."""
         return sum(len(group.sites) * len(group.tensors) for group in self.groups)
 
@@ -127,14 +130,14 @@ class StageMap:
                 adapted = self.adapted(group)
                 private = sum(not spec.common and spec.name not in adapted for spec in group.tensors)
                 rows += [
-                    (stage, site, f"{group.parameters:,}", len(adapted), private)
+                    (stage, site, f"{group.num_parameters:,}", len(adapted), private)
                     for site in group.sites
                     if site.stage == stage
                 ]
         columns = ("stage>", "module", "parameters>", "adapted>", "private>")
         result = [table(f"{self.network}: {len(self)} stages", columns, rows)]
         if self.not_taken:
-            rest = [(abridged(item.modules), f"{item.parameters:,}", item.reason) for item in self.not_taken]
+            rest = [(abridged(item.modules), f"{item.num_parameters:,}", item.reason) for item in self.not_taken]
             result.append(table("not taken", ("modules", "parameters>", "why"), rest))
         return result
 

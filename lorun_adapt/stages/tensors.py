@@ -8,13 +8,13 @@ from ..util.modules import distinct_tensors, tensor_of
 from .stage_map import Group, StageMap, TensorSpec
 
 
-def held_tensors(base: nn.Module, stage_map: StageMap) -> dict[str, Tensor]:
+def base_tensors(base: nn.Module, stage_map: StageMap) -> dict[str, Tensor]:
     """Those that a base holds: all but the zeros that stand in for a base where a tensor has none."""
     zeros = {
         id(tensor)
         for group in stage_map.groups
         for spec in group.tensors
-        if spec.alone
+        if spec.without_base
         for tensor in stage_parameters(base, group, spec)
     }
     return {name: tensor for name, tensor in distinct_tensors(base).items() if id(tensor) not in zeros}

@@ -37,13 +37,13 @@ def held_out_of(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     return [file for i, file in enumerate(files) if i in kept], [file for i, file in enumerate(files) if i not in kept]
 
 
-class Measured(tuple):
+class Measurements(tuple):
     """The arguments of a forward, and the images (B, C, H, W) that they are measurements of."""
 
     truth: Tensor
 
-    def to(self, device: torch.device) -> Measured:
-        moved = Measured(to_device(tuple(self), device))
+    def to(self, device: torch.device) -> Measurements:
+        moved = Measurements(to_device(tuple(self), device))
         moved.truth = self.truth.to(device)
         return moved
 
@@ -81,20 +81,20 @@ class Crops:
         self.task, self.sigma, self.seed = task, sigma, seed
         self.size = size or max(1, round(PIXELS / self.side**2))
 
-    def __iter__(self) -> Iterator[Measured]:
+    def __iter__(self) -> Iterator[Measurements]:
         generator = torch.Generator().manual_seed(self.seed)
         while True:
             crops = torch.stack([self._crop(generator) for _ in range(self.size)])
-            batch = Measured(self.task.measure(crops, self.sigma))
+            batch = Measurements(self.task.measure(crops, self.sigma))
             batch.truth = crops
             yield batch
 
-    def some(self) -> list[Measured]:
+    def some(self) -> list[Measurements]:
         """A few batches, to judge by."""
         with seeded(self.seed):  # of the noise
             return list(itertools.islice(self, JUDGED))
 
-    def loss(self, output: Any, batch: Measured) -> Tensor:
+    def loss(self, output: Any, batch: Measurements) -> Tensor:
         """The relative squared error of the restored images to the truth."""
         return relative_error(self.task.restored(output, batch.truth), batch.truth)
 

@@ -14,7 +14,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
 from ..errors import LoRunError
-from ..network.converted import Measured
+from ..network.converted import Quality
 from ..util.nested import device_of, to_device
 from ..util.progress import progress
 from ..util.tables import table
@@ -39,8 +39,8 @@ class Score:
 @dataclass(frozen=True)
 class Evaluation:
     images: tuple[Score, ...]
-    parameters: int
-    parameters_converted: int | None
+    num_parameters: int
+    num_parameters_converted: int | None
 
     def mean(self) -> dict[str, float | None]:
         names = ("psnr", "ssim", "psnr_converted", "ssim_converted")
@@ -51,14 +51,14 @@ class Evaluation:
         return {
             "images": [asdict(score) for score in self.images],
             "mean": self.mean(),
-            "parameters": self.parameters,
-            "parameters_converted": self.parameters_converted,
+            "parameters": self.num_parameters,
+            "parameters_converted": self.num_parameters_converted,
         }
 
-    def measured(self, images: str, sigma: float) -> Measured:
+    def quality(self, images: str, sigma: float) -> Quality:
         """What the card says of the conversion; ``images``: what they are called."""
         mean = {name: None if value is None else min(value, PERFECT) for name, value in self.mean().items()}
-        return Measured(
+        return Quality(
             shortened(images),
             len(self.images),
             sigma,
@@ -74,10 +74,10 @@ class Evaluation:
         sizes = table(
             "",
             ("", "original>", "converted>"),
-            [("parameters", f"{self.parameters:,}", f"{self.parameters_converted or 0:,}")],
+            [("parameters", f"{self.num_parameters:,}", f"{self.num_parameters_converted or 0:,}")],
         )
         result = [table("", columns, [*rows, ("mean", *_cells(self.mean()))])]
-        return result if self.parameters_converted is None else [*result, sizes]
+        return result if self.num_parameters_converted is None else [*result, sizes]
 
 
 def evaluate(
@@ -87,8 +87,8 @@ def evaluate(
     converted: nn.Module | None,
     *,
     sigma: float = 0.0,
-    parameters: int = 0,
-    parameters_converted: int | None = None,
+    num_parameters: int = 0,
+    num_parameters_converted: int | None = None,
     doing: str = "restoring",
 ) -> Evaluation:
     """Restore each image with both networks, from the same measurements; ``doing``: what the progress bar says.
@@ -109,7 +109,7 @@ def evaluate(
             restored = task.run(net, to_device(arguments, device_of(net)), images)
             values += [psnr(restored[0], images[0], task.border), ssim(restored[0], images[0], task.border)]
         scores.append(Score(path.name, *values))
-    return Evaluation(tuple(scores), parameters, parameters_converted)
+    return Evaluation(tuple(scores), num_parameters, num_parameters_converted)
 
 
 def check_size(images: Tensor, border: int, path: Path) -> None:

@@ -35,24 +35,24 @@ class Factors:
         return self.a.shape[1]
 
 
-def factorise(stages: Tensor, rank: int, alone: bool = False) -> Factors:
+def factorise(stages: Tensor, rank: int, without_base: bool = False) -> Factors:
     """Factorise ``stages`` of shape (N, m, n); computed in float64 (complex128 for complex).
 
-    ``alone``: with a base of zero, each stage by itself.
+    ``without_base``: with a base of zero, each stage by itself.
     """
     work = stages.to(torch.complex128 if stages.is_complex() else torch.float64)
     if work.shape[1] > work.shape[2]:
-        turned = factorise(work.mT, rank, alone)
+        turned = factorise(work.mT, rank, without_base)
         return Factors(turned.base.mT, turned.b.mT, turned.a.mT, turned.error)
     rank = min(rank, work.shape[1])
-    base = torch.zeros_like(work[0]) if alone else work.mean(0)
+    base = torch.zeros_like(work[0]) if without_base else work.mean(0)
     residual = work - base
     # The pair is kept as an orthonormal basis (N, m, r) of its columns and its coordinates there.
     basis = torch.linalg.eigh(residual @ residual.mH)[1][..., -rank:]
     coordinates = basis.mH @ residual
     error = _lost(residual, coordinates)
     enough = ENOUGH * error.sum()
-    for _ in range(0 if alone else TURNS):
+    for _ in range(0 if without_base else TURNS):
         if error.sum() <= NOTHING * _energy(work).sum():
             break
         base = base + (residual - basis @ coordinates).mean(0)
@@ -69,7 +69,7 @@ def factorise(stages: Tensor, rank: int, alone: bool = False) -> Factors:
 
 
 def factorise_weighted(
-    stages: Tensor, rank: int, rows: Tensor, columns: Tensor, damping: float, alone: bool = False
+    stages: Tensor, rank: int, rows: Tensor, columns: Tensor, damping: float, without_base: bool = False
 ) -> Factors:
     """The same where some directions matter more: minimises sum_k tr(rows_k E_k columns_k E_k^T).
 
@@ -81,15 +81,15 @@ def factorise_weighted(
         rows, columns: (N, m, m) and (N, n, n), or (N, 1, 1) for multiples of the identity.
         damping: this part of the mean weight is added to each direction, since the weights hold for
             small changes only.
-        alone: with a base of zero.
+        without_base: with a base of zero.
     """
     if stages.shape[1] > stages.shape[2]:
-        turned = factorise_weighted(stages.mT, rank, columns, rows, damping, alone)
+        turned = factorise_weighted(stages.mT, rank, columns, rows, damping, without_base)
         return Factors(turned.base.mT, turned.b.mT, turned.a.mT, turned.error)
     work = stages.double()
     left, right = _Weight(rows, work.shape[1], damping), _Weight(columns, work.shape[2], damping)
-    base = torch.zeros_like(work[0]) if alone else _nearest(left, right, work, work.mean(0))
-    turns = 1 if alone else WEIGHTED_TURNS
+    base = torch.zeros_like(work[0]) if without_base else _nearest(left, right, work, work.mean(0))
+    turns = 1 if without_base else WEIGHTED_TURNS
     for turn in range(turns):
         whitened = _whitened(left, right, work - base)
         u = torch.linalg.eigh(whitened @ whitened.mT)[1][..., -rank:]
@@ -159,7 +159,7 @@ class Energies(NamedTuple):
 
     base: float
     ranks: Tensor
-    alone: Tensor
+    without_base: Tensor
 
 
 def energies(stages: Tensor) -> Energies:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from ..errors import LoRunError
 
-WARM_UP = 0.03  # of the budget
+WARM_UP = 0.03  # of the duration
 
 
 @dataclass(frozen=True)
-class Budget:
+class Duration:
     """Minutes on the clock or optimiser steps, one of the two.
 
     Raises:

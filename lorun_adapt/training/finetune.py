@@ -22,10 +22,10 @@ from ..util.fingerprint import fingerprint_of
 from ..util.modules import distinct_tensors, evaluating
 from ..util.seeds import seeded
 from .distill import Distillation, Loss, check_teacher
-from .duration import Budget
+from .duration import Duration
 from .speed import channels_last
 from .supervised import Supervised
-from .trained import check_any, trained_of
+from .trained import check_not_empty, tensors_to_train
 from .trainer import HELD_OUT, Trainer, interruptible
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ def finetune(
     lorun: LoRunModel,
     batches: Iterable[Any],
     adapter_name: str,
-    budget: Budget,
+    duration: Duration,
     *,
     loss: Loss | None,
     teacher: nn.Module | None,
     held_out: Iterable[Any] | None,
-    checkpoint: Path | None,
+    resume_from: Path | None,
     seed: int,
 ) -> bool:
     """Train the set ``adapter_name``, which runs, and nothing else; see :meth:`LoRunModel.finetune`."""
@@ -59,8 +59,8 @@ def finetune(
     if not judged:
         raise LoRunError("expected finite batches to hold out, found NaN or Inf in all of them: mend them")
     parts = [held[adapter_name] for held in (lorun.adapters, lorun.outside) if adapter_name in held]
-    trained = [item for part in parts for item in trained_of(part, FACTORS)]
-    check_any(trained)
+    trained = [item for part in parts for item in tensors_to_train(part, FACTORS)]
+    check_not_empty(trained)
     begun = {f"{place}.{name}": t for place, part in enumerate(parts) for name, t in part.state_dict().items()}
     with ExitStack() as stack:
         stack.enter_context(evaluating(lorun))
@@ -78,10 +78,10 @@ def finetune(
             distillation,
             trained,
             training,
-            budget,
+            duration,
             seed=seed,
-            checkpoint=checkpoint,
-            kind=f"{adapter_name} for {lorun.set_config[adapter_name].noise_schedule}, begun as "
+            resume_from=resume_from,
+            kind=f"{adapter_name} for {lorun.adapter_info[adapter_name].noise_schedule}, begun as "
             f"{fingerprint_of(begun)}, on {fingerprint_of(distinct_tensors(lorun.base))}",
             spent=time.monotonic() - started,
             held_out=judged,

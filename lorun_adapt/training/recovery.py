@@ -22,7 +22,7 @@ from ..util.fingerprint import fingerprint_of
 from ..util.modules import distinct_tensors, evaluating
 from ..util.seeds import seeded
 from .distill import Distillation, Loss, check_teacher
-from .duration import Budget
+from .duration import Duration
 from .speed import channels_last
 from .trained import trainable
 from .trainer import Trainer, interruptible
@@ -37,10 +37,10 @@ def recover(
     lorun: LoRunModel,
     teacher: nn.Module,
     calibration: Batches,
-    budget: Budget,
+    duration: Duration,
     *,
     loss: Loss | None = None,
-    checkpoint: Path | None = None,
+    resume_from: Path | None = None,
     seed: int = 0,
 ) -> bool:
     """Train base and adapters of ``lorun``; see :meth:`LoRunModel.recover`.
@@ -61,17 +61,17 @@ def recover(
             observer = Observer(teacher, lorun.stage_map, calibration.first)
             distillation = Distillation(lorun, teacher, observer, loss)
             with interruptible() as stop, channels_last(distillation, calibration.first, seed), seeded(seed):
-                if checkpoint is None or not checkpoint.exists():
-                    start_near(distillation, lorun, teacher, calibration, seed, stop)
+                if resume_from is None or not resume_from.exists():
+                    choose_start(distillation, lorun, teacher, calibration, seed, stop)
                 else:
                     _probes(calibration)  # drawn then too
                 trainer = Trainer(
                     distillation,
                     trained,
                     calibration,
-                    budget,
+                    duration,
                     seed=seed,
-                    checkpoint=checkpoint,
+                    resume_from=resume_from,
                     kind=f"{lorun.stage_map.network} {fingerprint_of(distinct_tensors(teacher))}",
                     spent=time.monotonic() - started,
                 )
@@ -81,7 +81,7 @@ def recover(
         if now[0] != before[0]:
             lorun._fingerprint = None
         if now != before:  # what was measured was so of other weights
-            lorun.set_config = {n: dataclasses.replace(about, measured=()) for n, about in lorun.set_config.items()}
+            lorun.adapter_info = {n: dataclasses.replace(about, measured=()) for n, about in lorun.adapter_info.items()}
     if not finished:
         warnings.warn("recovery was stopped: the network has the best weights so far", stacklevel=3)
     return finished
@@ -92,7 +92,7 @@ def _fingerprints(lorun: LoRunModel) -> tuple[str, str]:
     return fingerprint_of(distinct_tensors(lorun.base)), fingerprint_of(lorun.state_dict())
 
 
-def start_near(
+def choose_start(
     distillation: Distillation,
     lorun: LoRunModel,
     teacher: nn.Module,

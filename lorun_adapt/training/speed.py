@@ -36,7 +36,7 @@ def channels_last(distillation: Distillation | Supervised, batch: Batch, seed: i
         if p.device.type == "cpu" and p.dtype == torch.float32 and uses[p.data_ptr()] == 1
     }
 
-    def put_back() -> None:
+    def restore_interrupted_save() -> None:
         for parameter, before in moved.items():
             if parameter.data_ptr() != before.data_ptr():
                 before.copy_(parameter.data)
@@ -46,10 +46,10 @@ def channels_last(distillation: Distillation | Supervised, batch: Batch, seed: i
         for parameter, before in moved.items():
             parameter.data = before.contiguous(memory_format=torch.channels_last)
         if moved and not _runs(distillation, batch, seed):
-            put_back()
+            restore_interrupted_save()
         yield
     finally:
-        put_back()
+        restore_interrupted_save()
 
 
 def bfloat16(enabled: bool) -> AbstractContextManager[None]:

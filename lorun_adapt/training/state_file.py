@@ -57,12 +57,12 @@ def read_state(path: Path, kind: str) -> dict[str, Any]:
         ) from error
     if metadata.get("format") != FORMAT:
         raise LoRunError(
-            f"expected a training state, found another safetensors file at {path}: give checkpoint= another path"
+            f"expected a training state, found another safetensors file at {path}: give resume_from= another path"
         )
     if metadata.get("kind") != kind:
         raise LoRunError(
             f"expected the training state of this network, config and seed, found one of another run in {path}: "
-            "remove the file to begin anew, or give checkpoint= another path"
+            "remove the file to begin anew, or give resume_from= another path"
         )
     return _restored(json.loads(metadata["state"]), tensors)
 

@@ -24,12 +24,12 @@ from ..network.batches import Batch, Batches, is_finite
 from ..util.nested import to_device
 from ..util.progress import progress
 from .distill import Distillation
-from .duration import Budget, schedule
+from .duration import Duration, schedule
 from .processes import agreed, make_accelerator
 from .speed import MARGIN, bfloat16, rounding_psnr, runs_in_bfloat16
 from .state_file import read_state, write_state
 from .supervised import Supervised
-from .trained import Trained
+from .trained import TrainedTensor
 
 CHECKS = 25  # in a run: how often it is looked whether the network got better
 HELD_OUT = 2  # batches that are looked at for that
@@ -59,13 +59,13 @@ class Trainer:
         distillation: what to minimise.
         trained: the tensors, in an order that is the same in each run.
         calibration: what to train on.
-        budget: when to end.
+        duration: when to end.
         seed: of all that is random; the same seed gives the same tensors, to the bit on a CPU, for
-            a budget in steps.
-        checkpoint: a file that holds the state of the run while it lasts. Where it is there, the run
+            a duration in steps.
+        resume_from: a file that holds the state of the run while it lasts. Where it is there, the run
             goes on from it, and draws again, without computing, the batches that were used up.
         kind: names the run, so that it does not resume from another one.
-        spent: seconds of the budget that preparations took.
+        spent: seconds of the duration that preparations took.
         held_out: finite batches by which it is judged whether the tensors got better; by default the first ones of
             ``calibration``.
         doing: what the progress bar says.
@@ -76,12 +76,12 @@ class Trainer:
     def __init__(
         self,
         distillation: Distillation | Supervised,
-        trained: Sequence[Trained],
+        trained: Sequence[TrainedTensor],
         calibration: Batches,
-        budget: Budget,
+        duration: Duration,
         *,
         seed: int,
-        checkpoint: Path | None,
+        resume_from: Path | None,
         kind: str,
         spent: float = 0.0,
         held_out: Sequence[Batch] = (),
@@ -92,7 +92,7 @@ class Trainer:
         self.others = others
         self.held_out, self.patience, self.doing = list(held_out), patience, doing
         self.distillation, self.trained, self.calibration = distillation, trained, calibration
-        self.budget, self.seed, self.checkpoint = budget, seed, checkpoint
+        self.duration, self.seed, self.resume_from = duration, seed, resume_from
         self.accelerator = make_accelerator()
         shapes = [tuple(item.parameter.shape) for item in trained]
         self.kind = f"{kind}, seed {seed}, {self.accelerator.num_processes} processes, {shapes}"
@@ -114,7 +114,7 @@ class Trainer:
         self._shown: dict[str, str] = {}
 
     def train(self, stop: threading.Event) -> bool:
-        """Train until the budget is used up, or ``stop`` is set; the best tensors that were seen are left in place.
+        """Train until the duration is used up, or ``stop`` is set; the best tensors that were seen are left in place.
 
         Returns:
             Whether it ran to the end.
@@ -131,15 +131,15 @@ class Trainer:
             self._clear_gradients()
         if stop.is_set():
             return False
-        if self.checkpoint is not None and self.accelerator.is_main_process:
-            self.checkpoint.unlink(missing_ok=True)
+        if self.resume_from is not None and self.accelerator.is_main_process:
+            self.resume_from.unlink(missing_ok=True)
         return True
 
     def _loop(self, stop: threading.Event) -> None:
         if self._stopped(stop):
             return
-        if self.checkpoint is not None and self.checkpoint.exists():
-            self._resume(self.checkpoint)
+        if self.resume_from is not None and self.resume_from.exists():
+            self._resume(self.resume_from)
         run, processes = self.run, self.accelerator.num_processes
         held_out = self.held_out or list(
             itertools.islice(filter(is_finite, itertools.islice(self.calibration, HELD_OUT + IN_A_ROW)), HELD_OUT)
@@ -160,7 +160,7 @@ class Trainer:
                         "expected finite outputs before training, found NaN or Inf: run both networks on the first "
                         "batches of calibration"
                     )
-            while (done := self.budget.done(run.seconds, run.step)) < 1 and not self._in_vain():
+            while (done := self.duration.done(run.seconds, run.step)) < 1 and not self._in_vain():
                 batch = self._drawn(own, stop)
                 if self._stopped(stop) or batch is None:
                     self._save()
@@ -168,9 +168,9 @@ class Trainer:
                 loss = self._step(batch, done)
                 run.step += 1
                 run.seconds = agreed(time.monotonic() - started)
-                bar.update(_whole(self.budget, run) - bar.n)
+                bar.update(_whole(self.duration, run) - bar.n)
                 self._show(bar, step=str(run.step), loss=f"{loss:.3g}")
-                after = self.budget.done(run.seconds, run.step)
+                after = self.duration.done(run.seconds, run.step)
                 if math.floor(CHECKS * after) > math.floor(CHECKS * done):
                     self._check(held_out, bar)
                     self._save()
@@ -300,7 +300,7 @@ class Trainer:
     # --- resuming --------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if self.checkpoint is None or not self.accelerator.is_main_process or not self.run.step:
+        if self.resume_from is None or not self.accelerator.is_main_process or not self.run.step:
             return
         state = {
             "run": asdict(self.run),
@@ -311,7 +311,7 @@ class Trainer:
             "optimizer": [self.optimizer.state.get(tensor, {}) for tensor in self.tensors],
             "counts": [group.get("step", 0) for group in self.optimizer.param_groups],
         }
-        write_state(self.checkpoint, self.kind, state)
+        write_state(self.resume_from, self.kind, state)
 
     def _others(self) -> list[Tensor]:
         """What the start of a run has set but no step changes: buffers, and what the authors don't train."""
@@ -338,9 +338,9 @@ class Trainer:
         return progress(
             None,
             self.doing,
-            "step" if self.budget.steps else "s",
-            total=_whole(self.budget, None),
-            initial=_whole(self.budget, self.run),
+            "step" if self.duration.steps else "s",
+            total=_whole(self.duration, None),
+            initial=_whole(self.duration, self.run),
             disable=not self.accelerator.is_main_process,
         )
 
@@ -349,11 +349,11 @@ class Trainer:
         bar.set_postfix(self._shown, refresh=False)
 
 
-def _whole(budget: Budget, run: Run | None) -> int:
+def _whole(duration: Duration, run: Run | None) -> int:
     """Where the bar is, or ends: seconds or steps."""
-    if budget.steps:
-        return run.step if run else budget.steps
-    return round(run.seconds if run else 60 * (budget.minutes or 0))
+    if duration.steps:
+        return run.step if run else duration.steps
+    return round(run.seconds if run else 60 * (duration.minutes or 0))
 
 
 def _real(parameter: nn.Parameter) -> nn.Parameter:

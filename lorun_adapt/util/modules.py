@@ -77,7 +77,7 @@ def tensors_of(module: nn.Module) -> list[tuple[str, Tensor, bool]]:
     return found
 
 
-def is_sound(tensor: Tensor, buffer: bool) -> bool:
+def has_valid_values(tensor: Tensor, buffer: bool) -> bool:
     """Whether a tensor can be a trained network's: no NaN, and no Inf but in a buffer, as a mask has it."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
