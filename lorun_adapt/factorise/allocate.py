@@ -90,7 +90,7 @@ def allocate(
 
 
 def _fill(options: Mapping[str, _Option], left: int) -> tuple[float, dict[str, int]]:
-    """What these options keep with ``left`` parameters, and the rank of each: greedily, by what a rank keeps per cost."""
+    """What these options keep with ``left`` parameters, and each rank: greedily, by what a rank keeps per parameter."""
     left -= sum(option.base_cost + option.rank_cost for option in options.values())
     if left < 0:
         return -math.inf, {}
