@@ -13,6 +13,7 @@ import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,3 +135,26 @@ def tell_calls_apart(module: nn.Module, name: str, copies: list[nn.Module]) -> N
 def _called_class(original: type[nn.Module]) -> type[nn.Module]:
     body = {"__module__": original.__module__, "lorun_original_class": original}
     return type(f"Called{original.__name__}", (Called, original), body)
+
+
+class CountsCalls:
+    """Mixed into the class of a network with looped modules: each of its forwards counts their calls from zero."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # In __call__ rather than forward: a network may have a forward of its own among its attributes.
+        if torch.compiler.is_compiling():
+            count_while_compiling(self)  # type: ignore[arg-type]
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with counting():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+def count_calls(network: nn.Module) -> None:
+    """Make each forward of ``network`` count the calls of its looped modules; it stays the same object, of a subclass."""
+    network.__class__ = _counting_class(type(network))
+
+
+@functools.cache
+def _counting_class(original: type[nn.Module]) -> type[nn.Module]:
+    body = {"__module__": original.__module__, "lorun_original_class": getattr(original, "lorun_original_class", original)}
+    return type(f"Counting{original.__name__}", (CountsCalls, original), body)

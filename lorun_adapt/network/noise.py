@@ -29,6 +29,29 @@ def checked(noise: float | Sequence[float], stages: int) -> Noise:
     return tuple(map(float, numbers)) if several else float(numbers[0])
 
 
+def noise_of(sigma: float | None, noise_schedule: Sequence[float] | None, num_stages: int) -> Noise | None:
+    """The noise that a caller names as one sigma, or as one for each stage; None for neither.
+
+    Raises:
+        LoRunError: both, one where several are expected, or what :func:`checked` refuses.
+
+    >>> from lorun_adapt.network.noise import noise_of
+    >>> noise_of(None, [30, 20, 10], num_stages=3)
+    (30.0, 20.0, 10.0)
+    """
+    if sigma is not None and noise_schedule is not None:
+        raise LoRunError("give either sigma or noise_schedule, not both: a schedule says the noise of every stage")
+    if noise_schedule is not None and (isinstance(noise_schedule, (str, Real)) or not hasattr(noise_schedule, "__len__")):
+        raise LoRunError(
+            f"expected noise_schedule to be a sequence of {num_stages} numbers, found {noise_schedule!r}: give one number "
+            "as sigma"
+        )
+    if sigma is not None and (isinstance(sigma, str) or hasattr(sigma, "__len__")):
+        raise LoRunError(f"expected sigma to be one number, found {sigma!r}: give one for each stage as noise_schedule")
+    noise = sigma if noise_schedule is None else noise_schedule
+    return None if noise is None else checked(noise, num_stages)
+
+
 def is_sigma(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= HIGHEST
 
