@@ -138,9 +138,9 @@ def collapse(
             sensitivity = weigh(dun, stage_map, calibration, seed)
         allocation = allocate(dun, stage_map, budget, sensitivity)
         if calibration is not None:
-            from .training.processes import agreed
+            from .training.processes import broadcast
 
-            allocation = agreed(allocation)
+            allocation = broadcast(allocation)
         config, without_base = config_of_ranks(allocation.ranks), allocation.without_base
     elif config is None:
         config = config_for_rank(dun, stage_map, DEFAULT_RANK if rank is None else rank)

@@ -81,13 +81,13 @@ def finetune(
             duration,
             seed=seed,
             resume_from=resume_from,
-            kind=f"{adapter_name} for {lorun.adapter_info[adapter_name].noise_schedule}, begun as "
+            run_id=f"{adapter_name} for {lorun.adapter_info[adapter_name].noise_schedule}, begun as "
             f"{fingerprint_of(begun)}, on {fingerprint_of(distinct_tensors(lorun.base))}",
             spent=time.monotonic() - started,
             held_out=judged,
             patience=PATIENCE,
-            doing=f"fine-tuning {adapter_name}",
-            others=list(begun.values()),
+            label=f"fine-tuning {adapter_name}",
+            restored=list(begun.values()),
         )
         finished = trainer.train(stop)
     if not finished:
