@@ -8,7 +8,7 @@ from typing import Any
 from ..disk.reading import parse_json
 from ..errors import LoRunError
 from ..network.converted import MOST_QUALITIES, AdapterInfo, Quality
-from ..network.noise import Noise, checked
+from ..network.noise import Noise, as_noise
 from ..util.text import is_short
 
 LONGEST = 1 << 19  # bytes of the file
@@ -28,7 +28,7 @@ def read_adapter_info(content: bytes, stages: int, where: str) -> AdapterInfo:
         wrong = "keys"
     else:
         try:
-            noise = None if found["noise_schedule"] is None else checked(found["noise_schedule"], stages)
+            noise = None if found["noise_schedule"] is None else as_noise(found["noise_schedule"], stages)
         except LoRunError:
             wrong = "noise_schedule"
         rows = found["measured"]

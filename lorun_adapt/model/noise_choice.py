@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import LoRunError
 from ..network.converted import AdapterInfo
-from ..network.noise import at_stage, between, checked, is_sigma
+from ..network.noise import as_noise, at_stage, between, is_sigma
 from ..network.schedule import apply_schedule
 from .adapter_sets import AdapterSets
 from .combine import weighted_set
@@ -71,7 +71,7 @@ class NoiseLevels(AdapterSets):
                 raise LoRunError(
                     f"expected an adapter among {self.adapter_names}, found {adapter_name!r}: load it first"
                 )
-            noise = None if noise_schedule is None else checked(noise_schedule, len(self.stage_map))
+            noise = None if noise_schedule is None else as_noise(noise_schedule, len(self.stage_map))
             held = self._held(adapter_name)
             self._run_with(adapter_name, held._replace(info=dataclasses.replace(held.info, noise_schedule=noise)))
 
@@ -159,7 +159,7 @@ class NoiseLevels(AdapterSets):
 
     def _begin_set(self, name: str, start_from: Sequence[str], noise_schedule: float | Sequence[float] | None) -> None:
         """Make a set that begins as another, or between several, and is for that noise."""
-        noise = None if noise_schedule is None else checked(noise_schedule, len(self.stage_map))
+        noise = None if noise_schedule is None else as_noise(noise_schedule, len(self.stage_map))
         if len(set(start_from)) < len(start_from):
             raise LoRunError(f"expected each set to start from once, found {list(start_from)}: leave out what is twice")
         weights = dict.fromkeys(start_from, 1 / max(len(start_from), 1))
