@@ -147,9 +147,9 @@ def collapse(
             sensitivity = measure_sensitivity(dun, stage_map, calibration, seed)
         allocation = allocate(dun, stage_map, budget, sensitivity)
         if calibration is not None:
-            from .training.processes import agreed  # training needs libraries that conversion does not
+            from .training.processes import broadcast  # training needs libraries that conversion does not
 
-            allocation = agreed(allocation)
+            allocation = broadcast(allocation)
         config, without_base = config_of_ranks(allocation.ranks), allocation.without_base
     elif energy is not None:
         config = config_for_energy(dun, stage_map, energy)

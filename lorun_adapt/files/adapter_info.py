@@ -9,7 +9,7 @@ from typing import Any
 from ..disk.reading import parse_json
 from ..errors import LoRunError
 from ..network.converted import MOST_QUALITIES, AdapterInfo, Quality
-from ..network.noise import checked
+from ..network.noise import as_noise
 from ..util.numbers import is_number
 from ..util.text import is_short
 
@@ -41,7 +41,7 @@ def read_adapter_info(content: bytes, num_stages: int, where: str) -> AdapterInf
     else:
         try:
             noise = entry["noise_schedule"]
-            info = info.with_noise(None if noise is None else checked(noise, num_stages))
+            info = info.with_noise(None if noise is None else as_noise(noise, num_stages))
         except LoRunError:
             wrong = "noise_schedule"
         rows = entry["measured"]

@@ -37,7 +37,13 @@ class Distillation(nn.Module):
         self._others = teacher, loss  # in a tuple: modules among them are not to be trained, moved or saved
 
     @property
-    def teacher(self) -> nn.Module:
+    def networks(self) -> tuple[nn.Module, ...]:
+        """Every network that ``forward`` runs."""
+        return self._others[0], self.student
+
+    @property
+    def reference(self) -> nn.Module:
+        """The network whose rounding error in bfloat16 limits the training: the teacher."""
         return self._others[0]
 
     def forward(self, drawn: Callable[[], tuple[Any, ...]], seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -86,12 +86,12 @@ def finetune(
             duration,
             seed=seed,
             resume_from=resume_from,
-            kind=f"{adapter_name} for {held.info.noise}, begun as {fingerprint_of(begun)}, on {converted.fingerprint}",
+            run_id=f"{adapter_name} for {held.info.noise}, begun as {fingerprint_of(begun)}, on {converted.fingerprint}",
             spent=time.monotonic() - started,
             held_out=judged,
             patience=PATIENCE,
-            doing=f"fine-tuning {adapter_name}",
-            others=list(begun.values()),
+            label=f"fine-tuning {adapter_name}",
+            restored=list(begun.values()),
         )
         finished = trainer.train(stop)
     if not finished:

@@ -69,7 +69,7 @@ def recover(
                 duration,
                 seed=seed,
                 resume_from=resume_from,
-                kind=f"{converted.stage_map.network} {fingerprint_of(distinct_tensors(teacher))}",
+                run_id=f"{converted.stage_map.network} {fingerprint_of(distinct_tensors(teacher))}",
                 spent=time.monotonic() - started,
             )
             finished = trainer.train(stop)
