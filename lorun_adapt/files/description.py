@@ -101,7 +101,9 @@ def parse_description(content: bytes, file: Path) -> dict[str, Any]:
     description = parse_json(content, str(file))
     version = description.get("format") if isinstance(description, dict) else None
     if type(version) is int and version > FORMAT:
-        raise LoRunError(f"{file} has the format {str(version)[:20]}, and this version reads {FORMAT}: update lorun-adapt")
+        raise LoRunError(
+            f"{file} has the format {str(version)[:20]}, and this version reads {FORMAT}: update lorun-adapt"
+        )
     wrong = None if type(version) is int and version == FORMAT else "format"
     if wrong is None:
         wrong = _wrong_part(description) if is_unchanged(description) else "sha256"
