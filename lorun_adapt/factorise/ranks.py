@@ -1,4 +1,4 @@
-"""From a rank or a share of energy to PEFT's ``LoraConfig``."""
+"""Make PEFT's ``LoraConfig`` of a rank, or of a share of the energy to keep."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..util.numbers import is_number
 
 
 def config_for_rank(dun: nn.Module, stage_map: StageMap, rank: int | float) -> LoraConfig:
-    """One rank for all adapters, or, in 0..1, the share of the residuals' energy that each tensor is to keep.
+    """The config for one rank of all adapters, or for the share (0..1) of its residuals' energy that each tensor keeps.
 
     Raises:
-        LoRunError: neither of them.
+        LoRunError: the number is neither a rank nor a share.
     """
     if not is_number(rank) or not 0 < rank < float("inf") or (rank >= 1 and rank != int(rank)):
         raise LoRunError(
@@ -35,8 +35,10 @@ def config_for_rank(dun: nn.Module, stage_map: StageMap, rank: int | float) -> L
 
 
 def adaptable(stage_map: StageMap) -> Iterable[tuple[Group, TensorSpec]]:
+    """The tensors that are larger than a pair of rank 1."""
     return [(group, spec) for group in stage_map.groups for spec in group.tensors if spec.smaller(1)]
 
 
 def matrices_of(dun: nn.Module, group: Group, spec: TensorSpec) -> torch.Tensor:
+    """A tensor of all stages, folded to matrices: (N, m, n)."""
     return torch.stack(stage_values(dun, group, spec)).reshape(len(group.sites), *spec.matrix)
