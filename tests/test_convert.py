@@ -131,7 +131,7 @@ def test_target_modules(net: nn.Module) -> None:
         "layers.2.weight": 4,
         "layers.5.weight": 4,
     }
-    with pytest.raises(LoRunError, match="to match"):
+    with pytest.raises(LoRunError, match="match no tensor of a denoiser"):
         convert(net, LoraConfig(target_modules=["nothing"]))
 
 
