@@ -17,6 +17,7 @@ from types import CodeType, FunctionType, MethodType, ModuleType
 from torch import nn
 
 from ..network.adapted import original_class
+from ..util.modules import closure_values
 
 WEIGHTS = {"weight", "bias", "parameters", "named_parameters", "_parameters", "state_dict", "get_parameter"}
 CLASSES = {"isinstance", "issubclass", "type", "__class__"}
@@ -115,9 +116,8 @@ def _code_of(module: nn.Module) -> Iterator[tuple[CodeType, str | None]]:
         yield code, code.co_varnames[0] if is_method and code.co_argcount else None
         pending += [(constant, False) for constant in code.co_consts if isinstance(constant, CodeType)]
         pending.append((getattr(held, "__wrapped__", None), is_method))
-        for cell in getattr(held, "__closure__", None) or ():
-            if not inspect.isclass(content := _content(cell)) and _is_followed(content):
-                pending.append((content, is_method))
+        contents = [value for value in closure_values(held) if not inspect.isclass(value) and _is_followed(value)]
+        pending += [(value, is_method) for value in contents]
         around = getattr(held, "__globals__", {})
         names = [*code.co_names, *(text for text in code.co_consts if isinstance(text, str))]
         for name in names:
@@ -129,13 +129,6 @@ def _code_of(module: nn.Module) -> Iterator[tuple[CodeType, str | None]]:
                 if isinstance(around[name], ModuleType):
                     inner = [getattr(around[name], other, None) for other in names]
                     pending += [(item, False) for item in inner if _is_followed(item)]
-
-
-def _content(cell: object) -> object:
-    try:
-        return cell.cell_contents  # type: ignore[attr-defined]
-    except ValueError:  # a variable that has no value yet
-        return None
 
 
 def _is_followed(held: object) -> bool:
