@@ -28,7 +28,7 @@ class SavedFolder:
 
     folder: Path
     description: Mapping[str, Any] | None
-    plain: set[str] = field(default_factory=set)  # folders within that are no links
+    without_links: set[str] = field(default_factory=set)  # folders within it known not to be links
 
     def content(self, name: str, limit: int) -> bytes:
         known = self.description["files"].get(name) if self.description is not None else None
@@ -37,7 +37,7 @@ class SavedFolder:
                 f"expected a hash of {name!r}, found none in {self.folder / CONFIG_FILE}: it was put there later, or "
                 "the folder is damaged; download it again"
             )
-        content = read_file(self.folder, name, limit, self.plain)
+        content = read_file(self.folder, name, limit, self.without_links)
         if known is not None and hashlib.sha256(content).hexdigest() != known:
             raise LoRunError(f"expected {self.folder / name} as it was saved, found another hash: download it again")
         return content
