@@ -221,16 +221,16 @@ HURT: dict[str, tuple[Callable[[Path], object], bool, str]] = {
     "group_elsewhere": (description(lambda d: d["groups"][0].update(name="../x")), True, "wrong 'groups'"),
     "no_groups": (description(lambda d: d.update(groups=[])), True, "wrong 'groups'"),
     "no_such_module": (description(set_site("module", "blocks.9")), True, "blocks"),
-    "module_twice": (description(set_site("module", "blocks.0")), True, "found one twice"),
+    "module_twice": (description(set_site("module", "blocks.0")), True, "one appears twice"),
     "module_within": (
         description(set_site("module", "blocks.0.denoiser")),
         True,
-        "found one twice or inside|equal shape",
+        "one appears twice or inside|equal shape",
     ),
     "module_root": (description(set_site("module", "")), True, "wrong 'groups'"),
     "stage_gap": (description(set_site("stage", 10**12)), True, "wrong 'groups'"),
     "stage_twice": (description(set_site("stage", 0)), True, "wrong 'groups'"),
-    "call_out_of_nowhere": (description(set_site("call", 7)), True, "found one twice"),
+    "call_out_of_nowhere": (description(set_site("call", 7)), True, "one appears twice"),
     "active_unknown": (description(lambda d: d["active"].append("x")), True, "wrong 'active'"),
     "active_too_many": (description(lambda d: d["active"].append("default")), True, "wrong 'active'"),
     "errors_of_no_group": (description(lambda d: d["errors"].update(x=5)), True, "wrong 'errors'"),
@@ -371,7 +371,7 @@ def test_untouched_it_loads(saved: Path, lorun: LoRunModel) -> None:
 
 
 def test_no_repeated_stage() -> None:
-    with pytest.raises(LoRunError, match="repeated stage in Denoiser, found none") as caught:
+    with pytest.raises(LoRunError, match="no repeated stage in Denoiser") as caught:
         lorun_adapt.convert(Denoiser())
     assert is_a_sentence(str(caught.value))
 
@@ -402,7 +402,7 @@ def test_another_network(other: Callable[[], torch.nn.Module], message: str, sav
 def test_a_network_with_weight_norm(saved: Path) -> None:
     net = ZOO["list_of_blocks"]().net
     torch.nn.utils.parametrizations.weight_norm(net.blocks[1].denoiser.body)
-    with pytest.raises(LoRunError, match="plain weights in blocks.1.denoiser.body.*bake it in"):
+    with pytest.raises(LoRunError, match="ordinary weights in blocks.1.denoiser.body.*remove it first"):
         lorun_adapt.from_pretrained(saved, net)
 
 
@@ -479,7 +479,7 @@ def test_stages_that_are_one_module(name: str, groups: list[list[dict[str, Any]]
 
     edit_json(tmp_path / "saved/lorun_config.json", forge)
     rehash(tmp_path / "saved")
-    with pytest.raises(LoRunError, match="found one twice or inside another"):
+    with pytest.raises(LoRunError, match="one appears twice or inside another"):
         lorun_adapt.from_pretrained(tmp_path / "saved", case.net)
 
 
@@ -630,7 +630,7 @@ def _named(name: str) -> torch.nn.Module:
     ("make", "message"),
     [
         (lambda: WithBuffer("m", torch.eye(3).to_sparse()), "a dense tensor"),
-        (lambda: _named("lora_A"), "the parts of an adapter in blocks.0.denoiser.body.*merge_and_unload"),
+        (lambda: _named("lora_A"), "blocks.0.denoiser.body holds the parts of an adapter.*merge_and_unload"),
         (lambda: _named("lorun_frozen"), "the parts of an adapter"),
         (lambda: _named("a/b"), "names without a slash"),
     ],

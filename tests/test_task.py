@@ -209,7 +209,7 @@ def test_the_same_seed_the_same_noise(task_file, weights, images, capsys, monkey
         (["inspect", "nothing.py"], "found none at nothing.py"),
         (["inspect", "no.such.module"], "ModuleNotFoundError"),
         (["inspect", "{task}", "--weights", "nothing.pth"], "no file at nothing.pth"),
-        (["inspect", "{task}", "--stages", "fcs.*"], "match 'fcs.*'"),
+        (["inspect", "{task}", "--stages", "fcs.*"], "matches 'fcs.*'"),
         (["convert", "{task}", "--out", "x"], "expected weights"),
         (["convert", "{task}", "--weights", "{weights}", "--out", "{images}"], "found other files"),
         (["convert", "{task}", "--weights", "{weights}", "--rank", "0", "--out", "x"], "rank"),

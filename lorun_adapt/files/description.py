@@ -18,8 +18,8 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from ..disk.reading import parse_json, read_file
 from ..errors import LoRunError
 from ..network.converted import Card
-from ..stages.checks import check_parameters
-from ..stages.find import check_alike, tensor_specs
+from ..stages.checks import check_alike, check_parameters
+from ..stages.specs import tensor_specs
 from ..stages.stage_map import Group, Site, StageMap, stage_key
 from ..util.text import is_short
 from .layout import CONFIG_FILE, NAMES, is_adapter_name
