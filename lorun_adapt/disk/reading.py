@@ -63,15 +63,15 @@ class Slot(NamedTuple):
         )
 
 
-def read_file(folder: Path, name: str, limit: int, without_links: set[str] | None = None) -> bytes:
+def read_file(folder: Path, name: str, limit: int, real_folders: set[str] | None = None) -> bytes:
     """Return the bytes of the file ``name`` within ``folder``.
 
     Args:
         folder: the folder; the file must be in it or in a folder within it.
         name: the file's path relative to ``folder``.
         limit: the most bytes that the file may have.
-        without_links: paths within ``folder`` known not to be links, to which those on the way to the file are
-            added, so that reading many files need not look at them again.
+        real_folders: paths of folders within ``folder`` known not to be links, to which those on the way to the file
+            are added, so that reading many files need not look at them again.
 
     Raises:
         LoRunError: there is no such file, it has more than ``limit`` bytes, it is not a regular file, or it is
@@ -84,7 +84,7 @@ def read_file(folder: Path, name: str, limit: int, without_links: set[str] | Non
     b'{}'
     """
     path = f"{folder}{os.sep}{name}"
-    if not _is_within(path, folder, name, set() if without_links is None else without_links):
+    if not _is_within(path, folder, name, set() if real_folders is None else real_folders):
         raise LoRunError(f"{name!r} leads out of {folder}, through its name or a link: do not load this folder")
     try:
         handle = os.open(path, FLAGS)  # without blocking, as it may be a pipe
@@ -117,8 +117,8 @@ def _read_all(handle: int, size: int, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def _is_within(path: str, folder: Path, name: str, without_links: set[str]) -> bool:
-    if SIMPLE_NAME.fullmatch(name) and not _has_link(folder, name, without_links):  # far faster than resolving both
+def _is_within(path: str, folder: Path, name: str, real_folders: set[str]) -> bool:
+    if SIMPLE_NAME.fullmatch(name) and not _has_link(folder, name, real_folders):  # far faster than resolving both
         return True
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         return False
@@ -139,17 +139,17 @@ def _is_within(path: str, folder: Path, name: str, without_links: set[str]) -> b
     )
 
 
-def _has_link(folder: Path, name: str, without_links: set[str]) -> bool:
+def _has_link(folder: Path, name: str, real_folders: set[str]) -> bool:
     """Whether one of the parts of ``name`` is a link, or cannot be looked at."""
     parts = name.split("/")
     try:
         for end in range(1, len(parts) + 1):
             part = "/".join(parts[:end])
-            if part not in without_links:
+            if part not in real_folders:
                 if stat.S_ISLNK(os.lstat(f"{folder}{os.sep}{part}").st_mode):
                     return True
                 if end < len(parts):
-                    without_links.add(part)
+                    real_folders.add(part)
     except (OSError, ValueError):
         return True
     return False

@@ -79,7 +79,7 @@ def check_parameters(dun: nn.Module, stages: Iterable[str]) -> None:
                 raise LoRunError(f"{where} holds the parts of an adapter already: call merge_and_unload() first")
             if any("/" in name for name in names):
                 raise LoRunError(f"expected names without a slash, found {names!r} in {where}: rename the module")
-            if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in module.parameters(recurse=False)):
+            if any(isinstance(p, nn.UninitializedParameter) for p in module.parameters(recurse=False)):
                 raise LoRunError(f"{where} is lazy, without weights yet: run the network once, then load its weights")
 
 

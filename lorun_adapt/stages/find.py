@@ -48,11 +48,11 @@ def find_stages(
         LoRunError: there is no repeated stage; a pattern or name matches no module; the stages named by hand differ
             in shape; the network fails on ``example_inputs``.
 
-    >>> dun = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)))
-    >>> stage_map = find_stages(dun, stages=["0", "1", "2"])
+    >>> blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3))
+    >>> stage_map = find_stages(nn.ModuleDict({"blocks": blocks}))
     >>> len(stage_map), [str(site) for site in stage_map.groups[0].sites]
-    (3, ['0', '1', '2'])
-    >>> len(find_stages(nn.ModuleDict({"p": nn.Linear(4, 4)}), calls={"p": 8}, stages=["p"]))
+    (3, ['blocks.0', 'blocks.1', 'blocks.2'])
+    >>> len(find_stages(nn.ModuleDict({"p": nn.Linear(4, 4)}), stages="p", calls={"p": 8}))
     8
     """
     trace = CallTrace(dun, {}) if example_inputs is None else trace_calls(dun, example_inputs)

@@ -27,7 +27,7 @@ WINDOW = 11  # pixels: the side of SSIM's Gaussian window
 
 @dataclass(frozen=True)
 class Score:
-    """PSNR in dB and SSIM of one image, restored by the original and the converted network; None where one is missing."""
+    """PSNR in dB and SSIM of one image, restored by the original and the converted network; None without one."""
 
     name: str
     psnr: float | None

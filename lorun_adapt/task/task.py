@@ -87,12 +87,12 @@ class Task:
 
     @property
     def schedule(self) -> Callable[[nn.Module, Sequence[float]], None] | None:
-        """The task's ``schedule(net, sigmas)``, which gives each stage its noise level (0..255); None without one."""
+        """The task's ``schedule(net, sigmas)``, which gives each stage its noise level (0..255), or None."""
         return self._optional("schedule")
 
     @property
     def noise_level(self) -> Callable[[tuple[Any, ...]], float] | None:
-        """The task's ``noise_level(arguments)``, which estimates sigma (0..255) from a forward's; None without one."""
+        """The task's ``noise_level(arguments)``, which estimates sigma (0..255) from a forward's, or None."""
         return self._optional("noise_level")
 
     def _optional(self, function: str) -> Callable[..., Any] | None:
@@ -107,7 +107,7 @@ class Task:
         net = self._call("build")
         if not isinstance(net, nn.Module):
             raise LoRunError(
-                f"expected build() of {self.name} to return an nn.Module, found {type(net).__name__}: return the network"
+                f"expected build() of {self.name} to return an nn.Module, found {type(net).__name__}: return one"
             )
         return net.eval()
 
@@ -259,9 +259,7 @@ def load_task(name: str) -> Task:
         ) from error
     for function in ("build", "measure", "restore"):
         if not callable(getattr(module, function, None)):
-            raise LoRunError(
-                f"{name} has no function {function}(): a task file needs build, measure and restore"
-            )
+            raise LoRunError(f"{name} has no function {function}(): a task file needs build, measure and restore")
     options: dict[str, Any] = {}
     for option, least in (("channels", 1), ("patch", 1), ("border", 0)):
         value = getattr(module, option, None)
@@ -307,7 +305,7 @@ def _module_of_file(path: Path) -> ModuleType:
 
 
 def _line_of(error: BaseException) -> str:
-    """The innermost line of the traceback that is in no installed package and not in this one: most often the user's."""
+    """The innermost line of the traceback that is in no installed package and not in this one: the user's, often."""
     frames = traceback.extract_tb(error.__traceback__)
     chosen = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith("<")] or frames
     package = str(Path(__file__).parents[1])

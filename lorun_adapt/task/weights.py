@@ -34,9 +34,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         try:
             return _without_prefix(load_file(path))
         except SafetensorError as error:
-            raise LoRunError(
-                f"{path} is a damaged safetensors file: {error}; download it again"
-            ) from error
+            raise LoRunError(f"{path} is a damaged safetensors file: {error}; download it again") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, pickle.UnpicklingError among them
