@@ -241,7 +241,7 @@ def test_as_a_process(task_file, weights, tmp_path) -> None:
     [
         ("measure = None", r"has no function measure\(\)"),
         ("def build(): return 3", "found int"),
-        ("def build(): raise KeyError('phi')", r"found KeyError: 'phi' \(.*my_task.py, line \d+\)"),
+        ("def build(): raise KeyError('phi')", r"failed with KeyError: 'phi'; see .*my_task.py, line \d+"),
         ("def measure(images, sigma=0.0): return images", "write `return"),
         ("def restore(output, images): return output['image'][..., :-1]", r"found \(1, 3, 16, 15\)"),
         ("def restore(output, images): return output['nothing']", "KeyError"),
