@@ -1,14 +1,21 @@
-"""The one exception that this library raises for a user's mistake or a file it can't accept."""
+"""The exception that this library raises for a user's mistake or a file that it cannot accept."""
 
 from __future__ import annotations
 
-LONGEST = 1000
+MAX_LENGTH = 1000
 
 
 class LoRunError(ValueError):
-    """What was expected, what was found, where, and what to do: one sentence, on one line."""
+    """A mistake in how the library is used, or a file that it cannot accept.
+
+    The message is one sentence on one line: what is wrong, where, and what to do about it.
+
+    >>> LoRunError("two lines\\nbecome one")
+    LoRunError('two lines become one')
+    """
 
     def __init__(self, message: str) -> None:
-        # Names from files are in it, and may be anything.
+        # Messages quote names from files, which may hold line breaks or control characters, or be very long.
         line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
-        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 3 :]}")
+        shortened = f"{line[: MAX_LENGTH // 2]} … {line[-MAX_LENGTH // 3 :]}"
+        super().__init__(line if len(line) <= MAX_LENGTH else shortened)

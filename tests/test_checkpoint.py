@@ -137,7 +137,7 @@ def test_other_folders_are_not_replaced(lorun: LoRunModel, tmp_path: Path) -> No
 
 def test_the_current_folder_is_not_replaced(lorun: LoRunModel, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(LoRunError, match="in which this program runs"):
+    with pytest.raises(LoRunError, match="the current directory"):
         lorun.save_pretrained(".")
     lorun.save_pretrained("within")
     assert (tmp_path / "within/lorun_config.json").exists()
@@ -221,7 +221,7 @@ def test_damage_is_an_error(saved: Path, blocks: Case, tmp_path: Path) -> None:
                 (tmp_path / "damaged" / name).unlink()
             else:
                 (tmp_path / "damaged" / name).write_bytes(damage((saved / name).read_bytes()))
-            with pytest.raises(LoRunError, match="expected .*found"):
+            with pytest.raises(LoRunError, match="expected .*found|cannot read .*; |not valid JSON: "):
                 lorun_adapt.from_pretrained(tmp_path / "damaged", blocks.net)
 
 

@@ -234,7 +234,7 @@ def test_weight_norm_is_an_error_with_the_way_out() -> None:
             for denoiser in net.denoisers:
                 norm(denoiser.body)
         name = way_out.__name__ if way_out else "remove_parametrizations"
-        with torch.no_grad(), pytest.raises(LoRunError, match=rf"denoisers.0.body.*bake it in.*{name}"):
+        with torch.no_grad(), pytest.raises(LoRunError, match=rf"denoisers.0.body.*remove it first.*{name}"):
             convert(net)
         for denoiser in net.denoisers:
             if way_out:

@@ -827,4 +827,4 @@ def test_one_image_is_too_few(made, capsys, monkeypatch) -> None:
     for i in range(1, 8):
         (made / f"images/{i}.png").unlink()
     code, _, err = finetune(made, capsys, monkeypatch, "--steps", 3)
-    assert code == 2 and "2 images or more" in err
+    assert code == 2 and "2 or more images" in err

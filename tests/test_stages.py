@@ -138,9 +138,9 @@ def test_named_by_hand(stages, expected) -> None:
 @pytest.mark.parametrize(
     "stages, message",
     [
-        ("fcs.*", "match 'fcs.\\*' in ListOfBlocks, found none: its modules are blocks"),
-        (["blocks.0", "nothing"], "found 'nothing'"),
-        (["blocks.0"], "expected two stages or more"),
+        ("fcs.*", "no module of ListOfBlocks matches 'fcs.\\*': its modules are blocks"),
+        (["blocks.0", "nothing"], "no module 'nothing'"),
+        (["blocks.0"], "expected two or more stages"),
         (["blocks.0", "blocks.1.denoiser"], "expected stages of equal shape in stages=, found tensor 'step'"),
         (["blocks.0", "blocks.0.denoiser"], "inside another"),
     ],
@@ -160,14 +160,14 @@ def test_unequal_shapes_by_hand_are_an_error() -> None:
 def test_nothing_repeated_is_an_error(net: nn.Module) -> None:
     if isinstance(net, nn.Sequential):
         net = nn.Sequential(*[layer for layer in net if not isinstance(layer, Residual)])
-    with pytest.raises(LoRunError, match="expected a repeated stage"):
+    with pytest.raises(LoRunError, match="no repeated stage"):
         find_stages(net)
 
 
 def test_wrong_calls_and_inputs_are_errors() -> None:
-    with pytest.raises(LoRunError, match="found 'q'"):
+    with pytest.raises(LoRunError, match="no module 'q'"):
         find_stages(Looped(), calls={"q": 3})
-    with pytest.raises(LoRunError, match="expected two calls"):
+    with pytest.raises(LoRunError, match="expected two or more calls"):
         find_stages(Looped(), calls={"p": 1})
-    with pytest.raises(LoRunError, match="to run on example_inputs"):
+    with pytest.raises(LoRunError, match="cannot run on example_inputs"):
         find_stages(Looped(), example_inputs=(torch.zeros(1),))

@@ -20,7 +20,8 @@ from torch import nn
 from lorun_adapt import LoRunError
 from lorun_adapt.cli import main as cli
 from lorun_adapt.task.evaluate import psnr, ssim
-from lorun_adapt.task.task import load_task, read_state_dict
+from lorun_adapt.task.task import load_task
+from lorun_adapt.task.weights import read_state_dict
 from lorun_adapt.util.nested import to_device
 
 TASK = """
@@ -206,19 +207,19 @@ def test_the_same_seed_the_same_noise(task_file, weights, images, capsys, monkey
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["inspect", "nothing.py"], "found none at nothing.py"),
+        (["inspect", "nothing.py"], "no task file at nothing.py"),
         (["inspect", "no.such.module"], "ModuleNotFoundError"),
-        (["inspect", "{task}", "--weights", "nothing.pth"], "no file at nothing.pth"),
-        (["inspect", "{task}", "--stages", "fcs.*"], "match 'fcs.*'"),
-        (["convert", "{task}", "--out", "x"], "expected weights"),
+        (["inspect", "{task}", "--weights", "nothing.pth"], "no weights file at nothing.pth"),
+        (["inspect", "{task}", "--stages", "fcs.*"], "matches 'fcs.*'"),
+        (["convert", "{task}", "--out", "x"], "no weights for"),
         (["convert", "{task}", "--weights", "{weights}", "--out", "{images}"], "found other files"),
         (["convert", "{task}", "--weights", "{weights}", "--rank", "0", "--out", "x"], "rank"),
         (["convert", "{task}", "--weights", "{weights}", "--rank", "many", "--out", "x"], "not a valid integer"),
         (["convert", "{task}", "--weights", "{weights}", "--out", "x", "--device", "cuda:77"], "device"),
-        (["eval", "{task}", "--weights", "{weights}", "--images", "nothing"], "expected a folder of images"),
+        (["eval", "{task}", "--weights", "{weights}", "--images", "nothing"], "no folder of images"),
         (["eval", "{task}", "--weights", "{weights}", "--images", "{images}", "--sigma", "-1"], "sigma"),
         (["eval", "{task}", "--weights", "{weights}", "--images", "{images}", "--converted", "x"], "lorun_config.json"),
-        (["convert", "{task}", "--weights", "{images}/notes.txt", "--out", "x"], "a file of tensors alone"),
+        (["convert", "{task}", "--weights", "{images}/notes.txt", "--out", "x"], "cannot read tensors from"),
     ],
 )
 def test_mistakes_end_with_a_sentence(arguments, message, task_file, weights, images, capsys, monkeypatch) -> None:
@@ -238,9 +239,9 @@ def test_as_a_process(task_file, weights, tmp_path) -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ("measure = None", r"expected a function measure\(\)"),
+        ("measure = None", r"has no function measure\(\)"),
         ("def build(): return 3", "found int"),
-        ("def build(): raise KeyError('phi')", r"found KeyError: 'phi' \(.*my_task.py, line \d+\)"),
+        ("def build(): raise KeyError('phi')", r"failed with KeyError: 'phi'; see .*my_task.py, line \d+"),
         ("def measure(images, sigma=0.0): return images", "write `return"),
         ("def restore(output, images): return output['image'][..., :-1]", r"found \(1, 3, 16, 15\)"),
         ("def restore(output, images): return output['nothing']", "KeyError"),

@@ -1,1 +1,4 @@
-"""."""
+"""Reading files within bounds, and writing folders that appear whole or not at all.
+
+May import ``util`` and ``errors``.
+"""

@@ -1,8 +1,7 @@
-"""Folders that appear whole or not at all, and files that are what their hash says."""
+"""Write folders and files that appear whole or not at all; hash files."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import glob
@@ -11,127 +10,137 @@ import os
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from ..errors import LoRunError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from .locks import lock, locked, unlock
 
 Loaded = TypeVar("Loaded")
 
 PARTIAL, OLD = ".partial", ".old"
 RETRIES = 20
-PATIENCE = 20.0  # seconds to wait for another process's save
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
-
-
-def tensor_bytes(folder: Path) -> int:
-    """The bytes of all safetensors files in a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-
-
-def _digest(file) -> str:  # Python 3.10 has no hashlib.file_digest
+    """Return the SHA-256 hash of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
+def tensor_bytes(folder: Path) -> int:
+    """Return the total size in bytes of the safetensors files in ``folder`` and the folders within it."""
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
 def replace_folder(
-    target: Path, foreign: Callable[[Path], Iterable[str]], marker: str, fill: Callable[[Path], None]
+    target: Path, foreign: Callable[[Path], Iterable[str]], marker: str, fill: Callable[[Path], object]
 ) -> None:
-    """Make ``target`` the folder that ``fill`` writes; a killed process leaves the old or the new one.
+    """Replace the folder ``target`` by one that ``fill`` writes; a process killed meanwhile leaves the old or new one.
 
     Args:
-        foreign: the names within the folder that is there of what is not ours to replace; it is carried over.
-        marker: the file that an existing folder must hold to be replaced.
+        target: the folder; it and the folders around it are made where they do not exist.
+        foreign: called with the old folder, returns the paths within it that were not written by an earlier save;
+            they are copied into the new folder, unless ``fill`` has written the same.
+        marker: the file that an existing folder must hold to be replaced; an empty folder need not.
+        fill: called with an empty folder beside ``target``, writes the content.
 
     Raises:
-        LoRunError: ``target`` exists and is something else, or can't be written.
+        LoRunError: ``target`` is a file, a folder without the marker, read-only or the current folder, or the
+            disk refuses to write.
+
+    >>> with tempfile.TemporaryDirectory() as here:
+    ...     target = Path(here) / "saved"
+    ...     for text in ("old", "new"):
+    ...         replace_folder(
+    ...             target,
+    ...             foreign=lambda folder: [],
+    ...             marker="config.json",
+    ...             fill=lambda folder: (folder / "config.json").write_text(text),
+    ...         )
+    ...     (target / "config.json").read_text()
+    'new'
     """
     try:
         target = Path(os.path.realpath(target))
         target.parent.mkdir(parents=True, exist_ok=True)
         restore_interrupted_save(target)
         _check_replaceable(target, marker)
-        with _locked(target.parent) as alone:
-            _remove_abandoned(target, alone)
+        with locked(target.parent) as is_locked:
+            _remove_abandoned(target, is_locked)
             new = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=PARTIAL, dir=target.parent))
-            mine = _lock(new)
+            lock_of_new = lock(new)
     except OSError as error:
         raise LoRunError(
-            f"expected to write beside {target}, found {_reason(error)}: choose another folder, or make room"
+            f"cannot write in {target.parent}: {_reason_of(error)}; choose another folder, or make room"
         ) from error
     try:
         new.chmod(0o777 & ~_umask())
         fill(new)
-        with _locked(target.parent):
+        with locked(target.parent):
             for name in foreign(target) if target.is_dir() else ():
                 if not os.path.lexists(new / name):
                     (new / name).parent.mkdir(parents=True, exist_ok=True)
-                    _carry_over(target / name, new / name)
+                    _copy(target / name, new / name)
             _sync(new)
             _swap(new, target)
             _sync_entry(target.parent)
     except OSError as error:
         raise LoRunError(
-            f"expected to write {target}, found {_reason(error)}: what was there is unchanged; choose another folder, "
-            "or make room"
+            f"cannot write {target}: {_reason_of(error)}; what was there is unchanged: choose another folder, or make "
+            "room"
         ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        _unlock(mine)
+        unlock(lock_of_new)
 
 
 def check_place(target: Path, marker: str) -> None:
-    """Refuse, before long work, what :func:`replace_folder` would refuse after it.
+    """Check before long work that :func:`replace_folder` could write ``target`` after it.
 
     Raises:
-        LoRunError: as there.
+        LoRunError: as :func:`replace_folder`.
     """
     target = Path(os.path.realpath(target))
     try:
         _check_replaceable(target, marker)
-        above = next(path for path in target.parents if path.exists())
+        parent = next(path for path in target.parents if path.exists())
     except OSError as error:
-        raise LoRunError(f"expected to write {target}, found {_reason(error)}: choose another folder") from error
-    if not target.exists() and not os.access(above, os.W_OK):
-        raise LoRunError(f"expected to write {target}, found that nothing may be in {above}: choose another folder")
+        raise LoRunError(f"cannot write {target}: {_reason_of(error)}; choose another folder") from error
+    if not target.exists() and not os.access(parent, os.W_OK):
+        raise LoRunError(f"cannot write {target}: {parent} is not writable; choose another folder")
 
 
 def _check_replaceable(target: Path, marker: str) -> None:
     if target.exists() and not target.is_dir():
-        raise LoRunError(f"expected a folder to save to, found a file at {target}: choose another place")
+        raise LoRunError(f"expected a folder to save to, found a file at {target}: choose another path")
     here = Path(os.path.realpath(os.curdir))
     if target.is_dir() and (here == target or target in here.parents):
-        raise LoRunError(
-            f"expected a folder that can be replaced, found {target}, in which this program runs: save to one within it"
-        )
+        raise LoRunError(f"cannot replace {target}: it is, or holds, the current directory; save to a folder within it")
     if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
         raise LoRunError(
             f"expected an empty folder or a saved network in {target}, found other files: choose another folder"
         )
     if target.is_dir() and not os.access(target, os.W_OK):
-        raise LoRunError(
-            f"expected a folder that can be replaced, found a read-only one at {target}: choose another folder"
-        )
+        raise LoRunError(f"cannot replace {target}: it is read-only; choose another folder")
 
 
 def write_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Write one file, which appears whole or not at all.
+    """Write the file ``path``, which appears whole or not at all, with the bytes that ``fill`` writes.
+
+    Folders around it are made where they do not exist.
 
     Raises:
-        LoRunError: the folder can't be made or written to.
+        LoRunError: the disk refuses to make the folder or to write.
+
+    >>> with tempfile.TemporaryDirectory() as here:
+    ...     write_file(Path(here) / "new/page.html", lambda file: file.write(b"<html>"))
+    ...     (Path(here) / "new/page.html").read_bytes()
+    b'<html>'
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,14 +154,15 @@ def write_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
             os.unlink(partial)
             raise
     except OSError as error:
-        raise LoRunError(f"expected to write {path}, found {_reason(error)}: choose another folder") from error
+        raise LoRunError(f"cannot write {path}: {_reason_of(error)}; choose another folder") from error
 
 
 def _prefix(target: Path) -> str:
+    """How the names of temporary folders beside ``target`` begin."""
     return f".{target.name[:100]}."
 
 
-def _carry_over(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path) -> None:
     if source.is_dir() and not source.is_symlink():
         shutil.copytree(source, target, symlinks=True)
     else:
@@ -160,6 +170,7 @@ def _carry_over(source: Path, target: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
+    """Make the system write all of ``folder`` to the disk."""
     for path in [*folder.rglob("*"), folder]:
         if not path.is_symlink():
             _sync_entry(path)
@@ -168,7 +179,7 @@ def _sync(folder: Path) -> None:
 def _sync_entry(path: Path) -> None:
     try:
         handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
+    except PermissionError:  # Windows cannot open folders
         if not path.is_dir():
             raise
         return
@@ -181,59 +192,24 @@ def _sync_entry(path: Path) -> None:
         os.close(handle)
 
 
-# --- several processes ---------------------------------------------------------------------------
-#
-# A process holds a lock on the folder that it fills; the system lets go of it when the process
-# ends, however it ends. The folder around is locked while entries in it change.
-
-
-def _lock(folder: Path, seconds: float = 0.0) -> int | None:
-    """A handle that holds the lock; None where another process keeps it, or the system has no such locks."""
-    if fcntl is None:
-        return None
-    handle, end = os.open(folder, os.O_RDONLY), time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES) or time.monotonic() > end:
-                os.close(handle)
-                return None
-        time.sleep(0.005)
-
-
-def _unlock(handle: int | None) -> None:
-    if handle is not None:
-        fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough where a forked process has the handle too
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Whether no other process is saving in ``folder`` meanwhile, as far as locks can tell."""
-    handle = _lock(folder, PATIENCE)  # without it, two saves at the same moment could fail, but lose nothing
-    try:
-        yield handle is not None
-    finally:
-        _unlock(handle)
+# --- after a killed process -----------------------------------------------------------------------
 
 
 def restore_interrupted_save(target: Path) -> None:
-    """Put the old folder back where a process was killed before it had put the new one into its place.
+    """Put the old folder back where a process was killed between moving it away and putting the new one in its place.
 
-    That can only be where the system has no exchange of folders in one step, see :func:`_swap`.
+    This can only happen on systems that cannot exchange two folders in one step, see :func:`_swap`.
     """
     if os.path.lexists(target) or not any(target.parent.glob(f"{glob.escape(_prefix(target))}*{OLD}")):
         return
-    with _locked(target.parent) as alone:
+    with locked(target.parent) as is_locked:
         olds = [path for path in target.parent.glob(f"{glob.escape(_prefix(target))}*{OLD}") if any(path.iterdir())]
-        if alone and olds and not os.path.lexists(target):
+        if is_locked and olds and not os.path.lexists(target):
             os.rename(max(olds, key=lambda path: path.stat().st_ctime), target)
 
 
 def retry_if_replaced(folder: Path, load: Callable[[], Loaded]) -> Loaded:
-    """What ``load`` returns, tried again where a save has put another folder in the place meanwhile."""
+    """Return what ``load`` returns; call it again where it fails because a save has replaced ``folder`` meanwhile."""
     for _ in range(RETRIES):
         before = _identity(folder)
         try:
@@ -245,35 +221,36 @@ def retry_if_replaced(folder: Path, load: Callable[[], Loaded]) -> Loaded:
 
 
 def _identity(folder: Path) -> tuple[int, ...] | None:
+    """What changes where another folder is put in the place of ``folder``; None where there is none."""
     try:
-        found = os.stat(folder)
+        status = os.stat(folder)
     except (OSError, ValueError):
         return None
-    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+    return (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def _remove_abandoned(target: Path, alone: bool) -> None:
-    """Remove what killed processes have left of saves of ``target``."""
-    if alone and target.is_dir():
+def _remove_abandoned(target: Path, is_locked: bool) -> None:
+    """Remove what killed processes have left beside ``target``; old folders only where the parent is locked."""
+    if is_locked and target.is_dir():
         for path in target.parent.glob(f"{glob.escape(_prefix(target))}*{OLD}"):
             shutil.rmtree(path, ignore_errors=True)
     for path in target.parent.glob(f"{glob.escape(_prefix(target))}*{PARTIAL}"):
-        handle = _lock(path) if path.is_dir() and not path.is_symlink() else None
+        handle = lock(path) if path.is_dir() and not path.is_symlink() else None
         if handle is not None:
             shutil.rmtree(path, ignore_errors=True)
-            _unlock(handle)
+            unlock(handle)
 
 
 # --- the swap ------------------------------------------------------------------------------------
 
 
 def _swap(new: Path, target: Path) -> None:
-    """Put ``new`` in the place of ``target`` in one step where the system has one."""
+    """Put ``new`` in the place of ``target``, in one step where the system can."""
     if not target.exists():
         os.rename(new, target)
     elif not _exchange(new, target):
         old = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=OLD, dir=target.parent))
-        old.rmdir()  # Windows puts no folder in the place of another
+        old.rmdir()  # Windows cannot rename a folder onto another
         os.replace(target, old)
         try:
             os.rename(new, target)
@@ -284,38 +261,42 @@ def _swap(new: Path, target: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two folders atomically: renameat2 on Linux, renamex_np on macOS; False without them."""
+    """Exchange two folders in one step, with renameat2 (Linux) or renamex_np (macOS); return False without them."""
     if sys.platform == "win32":
         return False
     libc = ctypes.CDLL(None, use_errno=True)
     first, second = os.fsencode(a), os.fsencode(b)
     if sys.platform.startswith("linux") and hasattr(libc, "renameat2"):
-        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-        return libc.renameat2(here, first, here, second, exchange) == 0
+        at_fdcwd, rename_exchange = -100, 2
+        return libc.renameat2(at_fdcwd, first, at_fdcwd, second, rename_exchange) == 0
     if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
-        return libc.renamex_np(first, second, 2) == 0  # RENAME_SWAP
+        rename_swap = 2
+        return libc.renamex_np(first, second, rename_swap) == 0
     return False
 
 
 def as_path(path: object) -> Path:
-    """A path as users give it.
+    """Return a path that a user has given, a str or a path object, as a Path.
 
     Raises:
-        LoRunError: what can't be one.
+        LoRunError: it is neither, or holds what no path can.
+
+    >>> as_path("saved/net").name
+    'net'
     """
     try:
         text = os.fspath(path)  # type: ignore[call-overload]
         os.fsencode(text)
         if not isinstance(text, str) or "\0" in text:
-            raise ValueError("no text, or a zero byte")
+            raise ValueError("bytes, or a zero character")
     except (TypeError, ValueError) as error:
         raise LoRunError(f"expected a path, found {path!r}: give a str or a pathlib.Path") from error
     return Path(text)
 
 
-def _reason(error: OSError) -> str:
+def _reason_of(error: OSError) -> str:
     if isinstance(error, shutil.Error):
-        return "files beside the network's that can't be copied"
+        return "it holds other files, which cannot be copied"
     return error.strerror or str(error) or type(error).__name__
 
 

@@ -20,8 +20,8 @@ from .._version import __version__
 from ..disk.reading import parse_json, read_file
 from ..errors import LoRunError
 from ..network.converted import Card, Converted
-from ..stages.checks import check_parameters
-from ..stages.find import check_alike, tensor_specs
+from ..stages.checks import check_alike, check_parameters
+from ..stages.specs import tensor_specs
 from ..stages.stage_map import Group, Site, StageMap, stage_key
 from ..util.text import is_short
 from .layout import CONFIG_FILE, NAMES, is_adapter_name

@@ -12,11 +12,12 @@ import functools
 import inspect
 import sys
 from collections.abc import Collection, Iterator
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 
 from torch import nn
 
 from ..network.adapted import original_class
+from ..util.modules import closure_values
 
 WEIGHTS = {"weight", "bias", "parameters", "named_parameters", "_parameters", "state_dict", "get_parameter"}
 CLASSES = {"isinstance", "issubclass", "type", "__class__"}
@@ -118,9 +119,8 @@ def _code_of(module: nn.Module) -> Iterator[tuple[CodeType, str | None]]:
         yield code, code.co_varnames[0] if is_method and code.co_argcount else None
         pending += [(constant, False) for constant in code.co_consts if isinstance(constant, CodeType)]
         pending.append((getattr(value, "__wrapped__", None), is_method))
-        for cell in getattr(value, "__closure__", None) or ():
-            if not inspect.isclass(content := _content(cell)) and _is_followed(content):
-                pending.append((content, is_method))
+        contents = [item for item in closure_values(value) if not inspect.isclass(item) and _is_followed(item)]
+        pending += [(item, is_method) for item in contents]
         around = getattr(value, "__globals__", {})
         names = [*code.co_names, *(text for text in code.co_consts if isinstance(text, str))]
         for name in names:
@@ -132,13 +132,6 @@ def _code_of(module: nn.Module) -> Iterator[tuple[CodeType, str | None]]:
                 if isinstance(around[name], ModuleType):
                     inner = [getattr(around[name], other, None) for other in names]
                     pending += [(item, False) for item in inner if _is_followed(item)]
-
-
-def _content(cell: CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # the variable has no value yet
-        return None
 
 
 def _is_followed(value: object) -> bool:

@@ -1,111 +1,139 @@
-"""What a network must be to be shared: plain, finite weights that modules hold."""
+"""What a network must be to be shared: stages built alike, with finite weights that their modules hold."""
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import LoRunError
-from ..util.modules import has_valid_values, tensors_of
+from ..util.modules import closure_values, has_valid_values, tensors_of
+from .locations import Location, any_inside
+from .stage_map import abridged
 
-WAYS_OUT = {
+REMOVED_BY = {  # class of the hook that computes a weight -> what makes it an ordinary parameter
     "WeightNorm": "torch.nn.utils.remove_weight_norm(module)",
     "SpectralNorm": "torch.nn.utils.remove_spectral_norm(module)",
 }
 
 
-def check_parameters(dun: nn.Module, stages: Iterable[str]) -> None:
-    """Refuse stages whose weights are made anew in each forward, or hold what files have names for.
+def check_alike(dun: nn.Module, locations: Sequence[Location], where: str) -> None:
+    """Check that ``locations``, given in ``where``, can be the stages of one group.
 
     Raises:
-        LoRunError: weight_norm, spectral_norm or another parametrization; an adapter; a slash in a
-            name; lazy modules.
+        LoRunError: there are fewer than two, one appears twice or inside another, or their tensors differ in name,
+            shape or dtype.
+        AttributeError: there is no such module.
+    """
+    names = [path for path, _ in locations]
+    if len(locations) < 2:
+        raise LoRunError(
+            f"expected two or more stages in {where}, found {', '.join(names) or 'none'}: name them all, or give the "
+            "number of calls of the module with calls="
+        )
+    if any_inside(locations, locations) or len(set(locations)) < len(locations):
+        raise LoRunError(
+            f"the stages in {where} are not separate, as one appears twice or inside another among {abridged(names)}: "
+            "name the outer or the inner ones"
+        )
+    first = {name: (tuple(t.shape), t.dtype) for name, t, _ in tensors_of(dun.get_submodule(names[0]))}
+    if not first:
+        raise LoRunError(f"{names[0]}, a stage in {where}, has no parameters: name other modules")
+    for other in names[1:]:
+        here = {name: (tuple(t.shape), t.dtype) for name, t, _ in tensors_of(dun.get_submodule(other))}
+        for name in (*first, *here):
+            if first.get(name) != here.get(name):
+                raise LoRunError(
+                    f"expected stages of equal shape in {where}, found tensor {name!r} with "
+                    f"{_text_of(first.get(name))} in {names[0]} and {_text_of(here.get(name))} in {other}: name only "
+                    "stages that are built alike"
+                )
+
+
+def _text_of(shape_and_dtype: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "nothing" if shape_and_dtype is None else f"{shape_and_dtype[0]} of {shape_and_dtype[1]}"
+
+
+def check_parameters(dun: nn.Module, stages: Iterable[str]) -> None:
+    """Check that the stages' weights are ordinary parameters, with names that files can hold.
+
+    Raises:
+        LoRunError: a weight is computed in each forward, by weight_norm, spectral_norm or another parametrization; a
+            module holds an adapter already, has a slash in a name, or is lazy.
     """
     for stage in dict.fromkeys(stages):
         for name, module in dun.get_submodule(stage).named_modules():
             where = f"{stage}.{name}".rstrip(".")
             hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
-            made = next((kind for kind in hooks if kind in WAYS_OUT), None)
-            if made is not None or parametrize.is_parametrized(module):
+            hook = next((kind for kind in hooks if kind in REMOVED_BY), None)
+            if hook is not None or parametrize.is_parametrized(module):
                 parametrized = "torch.nn.utils.parametrize.remove_parametrizations(module, name)"
                 raise LoRunError(
-                    f"expected plain weights in {where}, found {made or 'a parametrization'}: bake it in first, with "
-                    f"{WAYS_OUT.get(made or '', parametrized)}"
+                    f"expected ordinary weights in {where}, found {hook or 'a parametrization'}: remove it first, with "
+                    f"{REMOVED_BY.get(hook or '', parametrized)}"
                 )
             names = (*module._modules, *module._parameters, *module._buffers)
             if any(name in ("lora_A", "lora_B") or name.startswith("lorun_") for name in names):
-                raise LoRunError(
-                    f"expected a plain network, found the parts of an adapter in {where}: call merge_and_unload() first"
-                )
+                raise LoRunError(f"{where} holds the parts of an adapter already: call merge_and_unload() first")
             if any("/" in name for name in names):
                 raise LoRunError(f"expected names without a slash, found {names!r} in {where}: rename the module")
-            if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in module.parameters(recurse=False)):
-                raise LoRunError(f"expected weights in {where}, found a lazy module: run the network once, then load")
+            if any(isinstance(p, nn.UninitializedParameter) for p in module.parameters(recurse=False)):
+                raise LoRunError(f"{where} is lazy, without weights yet: run the network once, then load its weights")
 
 
 def check_reachable(dun: nn.Module, stages: Iterable[str]) -> None:
-    """Refuse stages that hold modules or parameters where an adapter can't reach them.
+    """Check that the stages hold all their modules and parameters where an adapter can reach them.
 
     Raises:
-        LoRunError: parameters in plain attributes.
+        LoRunError: one is in a Python list, tuple, dict or closure that a module keeps as an attribute.
     """
     for stage in dict.fromkeys(stages):
         for name, module in dun.get_submodule(stage).named_modules():
             if (attribute := _hidden_tensors(module)) is not None:
                 where = f"{stage}.{name}".rstrip(".")
                 raise LoRunError(
-                    f"expected modules and parameters in {where}, found them in the plain attribute {attribute!r}, "
-                    "where an adapter can't reach them: use nn.ModuleList, nn.ParameterList or a method instead"
+                    f"{where} keeps parameters in the attribute {attribute!r}, where an adapter cannot reach them: use "
+                    "nn.ModuleList, nn.ParameterList or a method instead"
                 )
 
 
 def check_dense(dun: nn.Module) -> None:
-    """Refuse tensors that can't be shared or stored.
+    """Check that all tensors are dense and have values.
 
     Raises:
-        LoRunError: a tensor on the meta device, or a sparse one.
+        LoRunError: a tensor is sparse, or on the meta device.
     """
     for name, tensor, _ in tensors_of(dun):
         if tensor.is_meta or tensor.layout != torch.strided:
             raise LoRunError(
                 f"expected a dense tensor with values, found {'no values' if tensor.is_meta else tensor.layout} in "
-                f"{name!r} of {type(dun).__name__}: build it on the CPU, dense"
+                f"{name!r} of {type(dun).__name__}: build the network dense, on the CPU"
             )
 
 
 def check_finite(dun: nn.Module) -> None:
-    """Refuse weights that are not finite.
+    """Check that all weights are finite.
 
     Raises:
-        LoRunError: NaN, or Inf in a parameter.
+        LoRunError: a tensor holds NaN, or a parameter Inf.
     """
     for name, tensor, buffer in tensors_of(dun):
         if not has_valid_values(tensor.detach(), buffer):
             raise LoRunError(
-                f"expected finite weights, found NaN or Inf in {name!r} of {type(dun).__name__}: take a checkpoint "
-                "that is not damaged"
+                f"expected finite weights, found NaN or Inf in {name!r} of {type(dun).__name__}: load weights that are "
+                "not damaged"
             )
 
 
 def _hidden_tensors(module: nn.Module) -> str | None:
-    """An attribute through which a forward would read parameters past the module that owns them."""
+    """The name of an attribute through which a forward would read parameters, where no module registers them."""
     for name, value in vars(module).items():
         if isinstance(value, (list, tuple, dict)) and not name.startswith("_"):
             items = value.values() if isinstance(value, dict) else value
             if any(isinstance(item, nn.Parameter) for item in items):
                 return name
-        cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _filled(cell)]
-        if any(isinstance(cell, (nn.Module, nn.Parameter)) for cell in cells):
+        if any(isinstance(item, (nn.Module, nn.Parameter)) for item in closure_values(value)):
             return name
     return None
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # a variable that has no value yet
-        return False

@@ -1,4 +1,4 @@
-"""."""
+"""The matrix that a tensor is folded to, of which a low-rank term has two factors."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from collections.abc import Sequence
 from torch import nn
 
 DEFAULT_RANK = 8
-
-
-LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.Bilinear)
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.Bilinear)  # their weights fold as in PEFT
 
 
 def fold(shape: Sequence[int], owner: type[nn.Module] | None = None) -> tuple[int, int]:
-    """The matrix (rows, columns) that a tensor of ``shape`` is folded to.
+    """Return the (rows, columns) of the matrix that a tensor of ``shape`` is folded to.
 
-    Weights of linear and convolution layers fold as in PEFT: the first dimension against the
-    rest. Other tensors fold where rows + columns, and so a low-rank pair, is smallest.
+    The weight of a linear, convolution, embedding or bilinear layer folds as in PEFT: the first dimension against the
+    rest. Other tensors fold where rows + columns, and so a pair of factors, is smallest.
+
+    Args:
+        shape: the tensor's shape; one with fewer than two dimensions folds to a single column.
+        owner: the class of the layer of which the tensor is the weight; None where it is another tensor.
+
+    >>> fold((32, 16, 3, 3), nn.Conv2d), fold((1, 1, 2, 8, 8)), fold((32,))
+    ((32, 144), (16, 8), (32, 1))
     """
     size = math.prod(shape)
     if len(shape) < 2 or size == 0:
@@ -30,5 +35,9 @@ def fold(shape: Sequence[int], owner: type[nn.Module] | None = None) -> tuple[in
 
 
 def pair_size(matrix: tuple[int, int], rank: int) -> int:
-    """Numbers in the factors of a (rows, columns) matrix at ``rank``."""
+    """Return how many numbers the two factors of a (rows, columns) matrix have at ``rank``.
+
+    >>> pair_size((32, 144), rank=8)
+    1408
+    """
     return rank * sum(matrix)

@@ -1,4 +1,4 @@
-"""What the stages of a network are: groups of equal denoisers, where they are, and their tensors."""
+"""The stages of a network as plain data: groups of denoisers built alike, where they are, and their tensors."""
 
 from __future__ import annotations
 
@@ -9,54 +9,76 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from ..util.numbers import is_numeric
 from ..util.tables import plain_text, table
 from .fold import DEFAULT_RANK, fold, pair_size
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that every stage of a group has, under the same name relative to the denoiser."""
+    """A tensor that every stage of a group has, under the same name relative to the denoiser.
+
+    Attributes:
+        name: its first name.
+        shape, dtype: the same in all stages.
+        buffer: whether it is a persistent buffer, not a parameter.
+        aliases: all its names within the denoiser, ``name`` first.
+        owner: the class of the module that holds it.
+        frozen: the authors do not train it, in a network of which they train something else.
+        common: the authors tie it, or it is a constant: there is one for all stages, which is never adapted.
+        without_base: it has no base (the base is zero): each stage's low-rank term is the whole tensor.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     buffer: bool
-    aliases: tuple[str, ...]  # all names of the tensor inside the denoiser, `name` first
-    owner: type[nn.Module]  # class of the module that holds it
-    frozen: bool = False  # the authors don't train it (in a network of which they train something)
-    common: bool = False  # the authors tie it, or it is a constant: one for all stages, never adapted
-    without_base: bool = False  # it has no base, which is zero then: each stage's low-rank term is the whole tensor
+    aliases: tuple[str, ...]
+    owner: type[nn.Module]
+    frozen: bool = False
+    common: bool = False
+    without_base: bool = False
 
     @property
     def matrix(self) -> tuple[int, int]:
+        """The (rows, columns) of the matrix that it is folded to."""
         return fold(self.shape, self.owner if self.name.rpartition(".")[2] == "weight" else None)
 
     @property
     def numel(self) -> int:
+        """How many numbers it has, in one stage."""
         return int(torch.Size(self.shape).numel())
 
     @property
     def adaptable(self) -> bool:
-        """Whether a low-rank term can stand for it at all."""
-        numeric = self.dtype.is_floating_point or self.dtype.is_complex
+        """Whether it can have a low-rank term at all."""
         # Recurrent layers keep a second list of their weights, which a parametrization would miss.
         return (
             not self.buffer
             and not self.frozen
             and not self.common
-            and numeric
+            and is_numeric(self.dtype)
             and not issubclass(self.owner, nn.RNNBase)
             and (len(self.shape) >= 2 and self.numel > 0)
         )
 
     def smaller(self, rank: int) -> bool:
-        """Whether a low-rank pair takes less than the dense tensor."""
+        """Whether it can have a low-rank term of ``rank``, with fewer numbers than the tensor itself."""
         return self.adaptable and pair_size(self.matrix, rank) < self.numel
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where one stage's denoiser is: a module, or one call of a module that is called in a loop."""
+    """Where one stage's denoiser is: a module, or one call of a module that is called in a loop.
+
+    Attributes:
+        stage: the stage's index, from 0.
+        module: the module's path in the network.
+        call: which of the module's calls in a forward, from 0; None where the module is a stage of its own.
+
+    >>> str(Site(2, "p", 2))
+    'p (call 2)'
+    """
 
     stage: int
     module: str
@@ -68,7 +90,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Group:
-    """Denoisers that are equal in shape and share one base."""
+    """Denoisers that are built alike and share one base: where they are, and the tensors of each."""
 
     name: str
     sites: tuple[Site, ...]
@@ -76,13 +98,13 @@ class Group:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of one denoiser."""
+        """The number of parameters of one denoiser."""
         return sum(spec.numel for spec in self.tensors if not spec.buffer)
 
 
 @dataclass(frozen=True)
 class NotTaken:
-    """Modules that look repeated but are left as they are."""
+    """Modules that look repeated but are left as they are, and why."""
 
     modules: tuple[str, ...]
     num_parameters: int
@@ -91,15 +113,28 @@ class NotTaken:
 
 @dataclass(frozen=True)
 class StageMap:
-    """The stages of a network; ``len()`` is their number, ``print()`` shows a table."""
+    """The stages of a network; ``len()`` is their number, ``print()`` shows them in a table.
+
+    Attributes:
+        network: the name of the network's class.
+        groups: the denoisers that share a base, in the order in which they stand in the network.
+        not_taken: modules that repeat too, but are left as they are.
+        ranks: by group and tensor, the ranks of the low-rank terms, once these are planned.
+
+    >>> spec = TensorSpec("weight", (32, 32, 3, 3), torch.float32, False, ("weight",), nn.Conv2d)
+    >>> group = Group("denoiser", (Site(0, "blocks.0"), Site(1, "blocks.1")), (spec,))
+    >>> stage_map = StageMap("Net", (group,))
+    >>> len(stage_map), stage_map.num_tensors, group.num_parameters, stage_map.adapted(group)
+    (2, 2, 9216, {'weight': 8})
+    """
 
     network: str
     groups: tuple[Group, ...]
     not_taken: tuple[NotTaken, ...] = ()
-    ranks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # group -> tensor -> rank, once planned
+    ranks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def dropping_bases(self, names: Mapping[str, Collection[str]]) -> StageMap:
-        """The same, where tensors of these names, by group, have no base."""
+        """Return a copy in which the tensors named for each group, and only these, have no base."""
         groups = [
             replace(
                 group,
@@ -114,16 +149,17 @@ class StageMap:
 
     @property
     def num_tensors(self) -> int:
-        """How many there are in all stages."""
+        """The number of tensors in all stages together."""
         return sum(len(group.sites) * len(group.tensors) for group in self.groups)
 
     def adapted(self, group: Group) -> dict[str, int]:
-        """The tensors with a low-rank term, and its rank: as planned, or as by default."""
+        """Return the rank of each tensor with a low-rank term: as planned, or else the default."""
         if group.name in self.ranks:
             return dict(self.ranks[group.name])
         return {spec.name: DEFAULT_RANK for spec in group.tensors if spec.smaller(DEFAULT_RANK)}
 
     def tables(self) -> list[Table]:
+        """Return a table of the stages and, where modules are not taken, one of these."""
         rows = []
         for stage in range(len(self)):
             for group in self.groups:
@@ -146,9 +182,18 @@ class StageMap:
 
 
 def abridged(names: Sequence[str]) -> str:
+    """Return ``names`` in one line, the middle left out where there are more than six.
+
+    >>> abridged([f"blocks.{i}" for i in range(9)])
+    'blocks.0, blocks.1, blocks.2, … blocks.8 (9)'
+    """
     return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])}, … {names[-1]} ({len(names)})"
 
 
 def stage_key(stage: int) -> str:
-    """A stage's name in attributes and folders."""
+    """Return a stage's name in attributes and folders.
+
+    >>> stage_key(3)
+    'stage_03'
+    """
     return f"stage_{stage:02d}"

@@ -1,4 +1,4 @@
-"""."""
+"""The tensors of a network with shared stages: the base's, each stage's, and those outside the stages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .stage_map import Group, StageMap, TensorSpec
 
 
 def base_tensors(base: nn.Module, stage_map: StageMap) -> dict[str, Tensor]:
-    """Those that a base holds: all but the zeros that stand in for a base where a tensor has none."""
+    """Return the tensors of ``base`` by name, without the zeros that stand in where a tensor has no base."""
     zeros = {
         id(tensor)
         for group in stage_map.groups
@@ -21,7 +21,10 @@ def base_tensors(base: nn.Module, stage_map: StageMap) -> dict[str, Tensor]:
 
 
 def outside_parameters(base: nn.Module, stage_map: StageMap) -> dict[str, nn.Parameter]:
-    """Those that are no stage's own: step sizes kept beside the stages, condition networks, heads and tails."""
+    """Return the parameters outside the stages: step sizes kept beside them, condition networks, heads and tails.
+
+    Parameters that the authors tie between all stages are among them.
+    """
     inside = {
         id(tensor)
         for group in stage_map.groups
@@ -37,10 +40,10 @@ def outside_parameters(base: nn.Module, stage_map: StageMap) -> dict[str, nn.Par
 
 
 def stage_values(dun: nn.Module, group: Group, spec: TensorSpec) -> list[Tensor]:
-    """The tensor of each site, in the order of the stages."""
+    """Return the values of the tensor at each site, detached, in the order of the stages."""
     return [tensor.detach() for tensor in stage_parameters(dun, group, spec)]
 
 
-def stage_parameters(network: nn.Module, group: Group, spec: TensorSpec) -> list[nn.Parameter]:
-    """The parameter itself at each site, in the order of the stages."""
+def stage_parameters(network: nn.Module, group: Group, spec: TensorSpec) -> list[Tensor]:
+    """Return the parameter, or buffer, itself at each site, in the order of the stages."""
     return [tensor_of(network.get_submodule(site.module), spec.name) for site in group.sites]

@@ -9,51 +9,65 @@ from torch import nn
 
 from ..errors import LoRunError
 from ..util.modules import copy_network
+from .locations import Location
 
 
-class Trace:
-    """The calls of one forward; empty where nothing was run."""
+class CallTrace:
+    """The calls of the modules of ``dun`` in one forward; empty where nothing was run.
 
-    def __init__(self, dun: nn.Module, events: Mapping[int, Sequence[int]]) -> None:
+    Args:
+        dun: the network.
+        calls: by the id of a module, the positions of its calls among all calls of the forward.
+    """
+
+    def __init__(self, dun: nn.Module, calls: Mapping[int, Sequence[int]]) -> None:
         self._dun = dun
-        self._events = events  # module -> positions of its calls in the forward
+        self._calls = calls
 
-    def _calls(self, path: str) -> Sequence[int]:
-        return self._events.get(id(self._dun.get_submodule(path)), ())
+    def _calls_of(self, path: str) -> Sequence[int]:
+        return self._calls.get(id(self._dun.get_submodule(path)), ())
 
     @property
-    def ran(self) -> bool:
-        return bool(self._events)
+    def is_empty(self) -> bool:
+        return not self._calls
 
-    def count(self, path: str) -> int:
-        return len(self._calls(path))
+    def num_calls(self, path: str) -> int:
+        return len(self._calls_of(path))
 
-    def in_order(self, sites: list[tuple[str, int | None]]) -> list[tuple[str, int | None]]:
-        """The sites in the order in which they run; as they are where that is not known."""
-        if not all(self.count(path) > (call or 0) for path, call in sites):
-            return sites
-        return sorted(sites, key=lambda site: self._calls(site[0])[site[1] or 0])
+    def in_order(self, locations: list[Location]) -> list[Location]:
+        """Return ``locations`` in the order in which they run, or unchanged where that is not known."""
+        if not all(self.num_calls(path) > (call or 0) for path, call in locations):
+            return locations
+        return sorted(locations, key=lambda location: self._calls_of(location[0])[location[1] or 0])
 
 
-def trace_calls(dun: nn.Module, example_inputs: Sequence[object]) -> Trace:
-    """Run a copy of ``dun`` in evaluation mode, with the caller's random state left as it was."""
-    twin = copy_network(dun).eval()
-    # Paired by name: a module object that stands under several names is one object in the copy too.
-    originals = {id(twin.get_submodule(name)): id(module) for name, module in dun.named_modules()}
-    events: dict[int, list[int]] = {}
+def trace_calls(dun: nn.Module, example_inputs: Sequence[object]) -> CallTrace:
+    """Run a copy of ``dun`` in evaluation mode and note the calls; the caller's random state is left as it was.
+
+    Raises:
+        LoRunError: the forward fails on ``example_inputs``.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> trace_calls(nn.Sequential(layer, nn.ReLU(), layer), (torch.ones(1, 2),)).num_calls("0")
+    2
+    """
+    network = copy_network(dun).eval()
+    # Paired by name: a module object under several names is one object in the copy too.
+    originals = {id(network.get_submodule(name)): id(module) for name, module in dun.named_modules()}
+    calls: dict[int, list[int]] = {}
     clock = iter(range(1 << 62))
 
     def note(module: nn.Module, *_: object) -> None:
-        events.setdefault(originals[id(module)], []).append(next(clock))
+        calls.setdefault(originals[id(module)], []).append(next(clock))
 
-    for module in twin.modules():
+    for module in network.modules():
         module.register_forward_pre_hook(note)
     try:
         with torch.no_grad(), torch.random.fork_rng():
-            twin(*example_inputs)
+            network(*example_inputs)
     except Exception as error:
         raise LoRunError(
-            f"expected {type(dun).__name__} to run on example_inputs, found {type(error).__name__}: {error}; pass the "
-            "arguments of its forward as a tuple"
+            f"{type(dun).__name__} cannot run on example_inputs: {type(error).__name__}: {error}; pass the arguments "
+            "of its forward as a tuple"
         ) from error
-    return Trace(dun, events)
+    return CallTrace(dun, calls)

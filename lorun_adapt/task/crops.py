@@ -1,4 +1,4 @@
-"""Batches to recover and to fine-tune on: a user's iterable, or crops of a folder of images."""
+"""Batches to recover and to fine-tune on: random crops of images, and the images held out to judge by."""
 
 from __future__ import annotations
 
@@ -17,49 +17,67 @@ from ..util.nested import to_device
 from ..util.seeds import seeded
 from .task import Task
 
-MOST_HELD_OUT = 20  # images
-JUDGED = 4  # batches of crops of these
-PIXELS = 16 * 33 * 33  # in a batch of crops: enough to steady a step, few enough to take many
+MAX_HELD_OUT = 20  # images
+NUM_JUDGED = 4  # batches of crops to judge by
+BATCH_PIXELS = 16 * 33 * 33  # enough to steady a step, few enough to take many steps
 
 
 def held_out_of(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """A fifth of the images, but no more than 20, to judge by, and the others to train on.
+    """Split image files into those to judge by, a fifth but at most 20, and those to train on.
 
     Raises:
-        LoRunError: fewer than two images.
+        LoRunError: there are fewer than two images.
+
+    >>> held_out, training = held_out_of([Path(f"{i}.png") for i in range(6)])
+    >>> [len(held_out), len(training)]
+    [1, 5]
     """
     if len(files) < 2:
         raise LoRunError(
-            f"expected 2 images or more, of which one is held out, found only {files[0]}: give others, or cut it up"
+            f"expected 2 or more images, one of them to hold out, found {', '.join(map(str, files)) or 'none'}: add "
+            "images, or cut one into several"
         )
-    count = min(MOST_HELD_OUT, max(1, len(files) // 5))
-    kept = {len(files) * i // count for i in range(count)}
-    return [file for i, file in enumerate(files) if i in kept], [file for i, file in enumerate(files) if i not in kept]
+    count = min(MAX_HELD_OUT, max(1, len(files) // 5))
+    places = {len(files) * i // count for i in range(count)}
+    held_out = [file for i, file in enumerate(files) if i in places]
+    return held_out, [file for i, file in enumerate(files) if i not in places]
 
 
 class Measurements(tuple):
-    """The arguments of a forward, and the images (B, C, H, W) that they are measurements of."""
+    """The arguments of a forward, as a tuple, and in ``truth`` the images (B, C, H, W) that were measured."""
 
     truth: Tensor
 
     def to(self, device: torch.device) -> Measurements:
+        """Return a copy on ``device``."""
         moved = Measurements(to_device(tuple(self), device))
         moved.truth = self.truth.to(device)
         return moved
 
 
 class Crops:
-    """Batches of random crops of images, turned and mirrored, without end, as the arguments that a task makes.
+    """An endless iterable of batches: random crops of images, rotated and mirrored, as the task measures them.
+
+    Each iteration starts the same sequence of crops again.
 
     Args:
-        task: says how large a crop is (``patch``) and how it is measured.
-        files: the images; one that is smaller than a crop is used whole if all are so, and else left out.
-        sigma: noise on the measurements, on a scale of 0 to 255.
+        task: gives the side of a crop (``patch``), reads the images and measures the crops.
+        files: the images. Those smaller than a crop are left out, or where all are, crops are as large as fits the
+            largest.
+        sigma: noise on the measurements (0..255).
         seed: of the choice of crops.
-        size: crops in a batch; by default as many as make 17,000 pixels.
+        size: how many crops are in a batch; by default as many as make 17,000 pixels.
 
     Raises:
-        LoRunError: an image that can't be read, or that holds NaN.
+        LoRunError: an image cannot be read, or holds NaN or Inf.
+
+    >>> from types import SimpleNamespace
+    >>> task = SimpleNamespace(
+    ...     patch=8, read=lambda path: torch.rand(1, 20, 30), measure=lambda images, sigma: (images / 2,)
+    ... )
+    >>> batch = next(iter(Crops(task, [Path("a.png"), Path("b.png")], size=4)))
+    >>> batch[0].shape, torch.equal(batch[0] * 2, batch.truth)
+    (torch.Size([4, 1, 8, 8]), True)
     """
 
     def __init__(
@@ -79,7 +97,7 @@ class Crops:
                 stacklevel=2,
             )
         self.task, self.sigma, self.seed = task, sigma, seed
-        self.size = size or max(1, round(PIXELS / self.side**2))
+        self.size = size or max(1, round(BATCH_PIXELS / self.side**2))
 
     def __iter__(self) -> Iterator[Measurements]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -90,12 +108,12 @@ class Crops:
             yield batch
 
     def some(self) -> list[Measurements]:
-        """A few batches, to judge by."""
-        with seeded(self.seed):  # of the noise
-            return list(itertools.islice(self, JUDGED))
+        """Return the first batches, to judge by: the same ones each time, noise included."""
+        with seeded(self.seed):
+            return list(itertools.islice(self, NUM_JUDGED))
 
     def loss(self, output: Any, batch: Measurements) -> Tensor:
-        """The relative squared error of the restored images to the truth."""
+        """Return the squared error of the restored images relative to the energy of the truth, a scalar."""
         return relative_error(self.task.restored(output, batch.truth), batch.truth)
 
     def _crop(self, generator: torch.Generator) -> Tensor:

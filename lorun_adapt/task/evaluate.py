@@ -1,4 +1,4 @@
-"""PSNR and SSIM of a network, and of its conversion, over a folder of images."""
+"""PSNR and SSIM of a network and of its conversion, over a folder of images."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ..util.tables import table
 from ..util.text import shortened
 from .task import Task
 
-PERFECT = 999.0  # dB, in a file: JSON has no infinity
+PERFECT = 999.0  # dB, stands for infinity in files, as JSON has none
 WINDOW = 11  # pixels: the side of SSIM's Gaussian window
 
 
 @dataclass(frozen=True)
 class Score:
-    """One image: PSNR in dB and SSIM, of the original network and of the converted one."""
+    """PSNR in dB and SSIM of one image, restored by the original and the converted network; None without one."""
 
     name: str
     psnr: float | None
@@ -38,16 +38,20 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
+    """The scores of all images, and the numbers of parameters of the original and the converted network."""
+
     images: tuple[Score, ...]
     num_parameters: int
     num_parameters_converted: int | None
 
     def mean(self) -> dict[str, float | None]:
+        """Return the mean PSNR in dB and SSIM over the images, by the names of a :class:`Score`."""
         names = ("psnr", "ssim", "psnr_converted", "ssim_converted")
         columns = {name: [getattr(score, name) for score in self.images] for name in names}
         return {name: None if None in values else fmean(values) for name, values in columns.items()}
 
     def as_dict(self) -> dict[str, Any]:
+        """Return all scores and their means, as ``eval --json`` prints them."""
         return {
             "images": [asdict(score) for score in self.images],
             "mean": self.mean(),
@@ -56,19 +60,27 @@ class Evaluation:
         }
 
     def quality(self, images: str, sigma: float) -> Quality:
-        """What the card says of the conversion; ``images``: what they are called."""
+        """Return the means as the quality of the conversion, for its card.
+
+        Args:
+            images: what the images are called, such as ``"BSD68"``.
+            sigma: noise on the measurements (0..255).
+        """
         mean = {name: None if value is None else min(value, PERFECT) for name, value in self.mean().items()}
+        psnr, ssim = mean["psnr_converted"], mean["ssim_converted"]
+        assert psnr is not None and ssim is not None, "the evaluation has no converted network"
         return Quality(
             shortened(images),
             len(self.images),
             sigma,
-            psnr=mean["psnr_converted"],
-            ssim=mean["ssim_converted"],
+            psnr=psnr,
+            ssim=ssim,
             psnr_original=mean["psnr"],
             ssim_original=mean["ssim"],
         )
 
     def tables(self) -> list[Table]:
+        """Return a table of the scores and, with a converted network, one of the numbers of parameters."""
         columns = ("image", "PSNR>", "SSIM>", "PSNR converted>", "SSIM converted>")
         rows = [(s.name, *_cells(asdict(s))) for s in self.images]
         sizes = table(
@@ -91,10 +103,29 @@ def evaluate(
     num_parameters_converted: int | None = None,
     doing: str = "restoring",
 ) -> Evaluation:
-    """Restore each image with both networks, from the same measurements; ``doing``: what the progress bar says.
+    """Restore each image with both networks, from the same measurements, and score the results.
+
+    Args:
+        task: reads the images, measures them and runs the networks.
+        files: the images.
+        original, converted: the networks; None leaves one out.
+        sigma: noise on the measurements (0..255).
+        num_parameters, num_parameters_converted: sizes of the networks, for the report.
+        doing: what the progress bar says.
 
     Raises:
-        LoRunError: an image, or a function of the task, that fails.
+        LoRunError: an image cannot be read or is too small for SSIM, or a function of the task fails.
+
+    >>> from types import SimpleNamespace
+    >>> task = SimpleNamespace(
+    ...     border=0,
+    ...     read=lambda path: torch.full((1, 16, 16), 0.5),
+    ...     measure=lambda images, sigma: (images + 0.1,),
+    ...     run=lambda net, arguments, images: net(*arguments),
+    ... )
+    >>> result = evaluate(task, [Path("a.png")], nn.Identity(), None)
+    >>> round(result.mean()["psnr"], 3)
+    20.0
     """
     scores = []
     for path in progress(files, doing, "image", delay=2, leave=False):
@@ -113,19 +144,26 @@ def evaluate(
 
 
 def check_size(images: Tensor, border: int, path: Path) -> None:
-    """Refuse images (B, C, H, W) that are too small for SSIM.
+    """Check that ``images`` (B, C, H, W), read from ``path``, are large enough for SSIM.
 
     Raises:
-        LoRunError: an image of ``path`` with less than 11 pixels a side within the border.
+        LoRunError: a side has fewer than 11 pixels within the border.
     """
     if min(images.shape[-2:]) - 2 * border < WINDOW:
         raise LoRunError(
-            f"expected images of {WINDOW} pixels a side or more, found {tuple(images.shape[-2:])} in {path}: remove it"
+            f"expected images of at least {WINDOW + 2 * border} pixels a side, found {tuple(images.shape[-2:])} in "
+            f"{path}: remove the image"
         )
 
 
 def psnr(image: Tensor, truth: Tensor, border: int = 0) -> float:
-    """Peak signal-to-noise ratio in dB of (C, H, W) images in [0, 1]."""
+    """Return the peak signal-to-noise ratio in dB of ``image`` to ``truth``, both (C, H, W) in [0, 1].
+
+    ``border`` pixels at each side are left out. Equal images have infinity.
+
+    >>> round(psnr(torch.full((1, 16, 16), 0.6), torch.full((1, 16, 16), 0.5)), 3)
+    20.0
+    """
     image, truth = _cut(image, border), _cut(truth, border)
     if torch.equal(image, truth):
         return float("inf")
@@ -133,7 +171,14 @@ def psnr(image: Tensor, truth: Tensor, border: int = 0) -> float:
 
 
 def ssim(image: Tensor, truth: Tensor, border: int = 0) -> float:
-    """Structural similarity of (C, H, W) images in [0, 1], with the window of Wang et al. (2004)."""
+    """Return the structural similarity of ``image`` to ``truth``, both (C, H, W) in [0, 1].
+
+    It has the Gaussian window of Wang et al. (2004), of 11 pixels; ``border`` pixels at each side are left out.
+
+    >>> image = torch.linspace(0, 1, 256).reshape(1, 16, 16)
+    >>> round(ssim(image, image), 3), ssim(1 - image, image) < 0.5
+    (1.0, True)
+    """
     return float(
         structural_similarity(
             _cut(truth, border).double().numpy(),

@@ -6,9 +6,14 @@ A task file is a Python file (or ``package.module``) with
     def measure(images, sigma=0.0): ...         # (B, C, H, W) in [0, 1] -> the arguments of the network's forward
     def restore(output, images): ...            # what the forward returned -> images, same shape
 
-and, where the defaults don't fit, ``channels``, ``patch``, ``border``, ``weights``, ``read`` and
-``load``; for sets of adapters for several noise levels ``schedule`` and ``noise_level``; and for
-the card of what is shared ``license`` and ``base_model``.
+and optionally
+
+    channels, patch, border, weights            # where the defaults of Task do not fit
+    def read(path): ...                         # an image file -> (C, H, W) in [0, 1]
+    def load(path, net): ...                    # a weights file -> a state_dict of the network
+    def schedule(net, sigmas): ...              # give each stage its noise level, for sets of several noise levels
+    def noise_level(arguments): ...             # the arguments of a forward -> the sigma of the measurements
+    license, base_model                         # for the model card
 """
 
 from __future__ import annotations
@@ -19,38 +24,50 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import LoRunError
+from ..util.numbers import is_whole_number
 from ..util.text import is_short
-
-IMAGES = {".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-STATE_KEYS = ("state_dict", "model", "net", "params", "params_ema")
-PREFIXES = ("module.", "_orig_mod.")  # left by nn.DataParallel and torch.compile
+from .images import IMAGE_SUFFIXES, read_image
+from .weights import read_state_dict
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task file, read and checked.
+    """A task file, read and checked; see :func:`load_task`.
 
     Attributes:
-        channels: image channels.
-        patch: side of the crops for training, and of the image that ``inspect`` runs on.
-        border: pixels at each side that the metrics leave out.
-        weights: the checkpoint used where none is given.
-        license, base_model: for the card of what is shared: how it is licensed, and a repository of the Hub that
-            holds the original network.
+        name: the file or module that it was read from.
+        module: the Python module.
+        channels: the number of image channels.
+        patch: the side, in pixels, of the crops to train on, and of the image that ``inspect`` runs on.
+        border: how many pixels at each side the metrics leave out.
+        weights: the original network's weights, where none are given.
+        license: the license that the model card names.
+        base_model: the repository of the Hub that holds the original network, for the model card.
+
+    >>> import tempfile
+    >>> text = '''
+    ... from torch import nn
+    ... patch = 8
+    ... def build(): return nn.Conv2d(1, 1, 3, padding=1)
+    ... def measure(images, sigma=0.0): return (images / 2,)
+    ... def restore(output, images): return output.clamp(0, 1)
+    ... '''
+    >>> with tempfile.TemporaryDirectory() as here:
+    ...     _ = (Path(here) / "halved.py").write_text(text)
+    ...     task = load_task(str(Path(here) / "halved.py"))
+    >>> images = torch.rand(2, 1, 8, 8)
+    >>> task.run(task.build(), task.measure(images), images).shape
+    torch.Size([2, 1, 8, 8])
     """
 
     name: str
@@ -64,33 +81,46 @@ class Task:
 
     @property
     def title(self) -> str:
-        """What the task is, in one line: the first of the file's docstring."""
+        """The first line of the file's docstring, or the task's name."""
         lines = (self.module.__doc__ or "").strip().splitlines()
         return lines[0].strip() if lines else self.name
 
     @property
     def schedule(self) -> Callable[[nn.Module, Sequence[float]], None] | None:
-        """Hands a network the noise of each of its stages, on a scale of 0 to 255; None where the task has no such."""
+        """The task's ``schedule(net, sigmas)``, which gives each stage its noise level (0..255), or None."""
         return self._optional("schedule")
 
     @property
     def noise_level(self) -> Callable[[tuple[Any, ...]], float] | None:
-        """Estimates sigma, on a scale of 0 to 255, from the arguments of a forward; None where the task can't."""
+        """The task's ``noise_level(arguments)``, which estimates sigma (0..255) from a forward's, or None."""
         return self._optional("noise_level")
 
     def _optional(self, function: str) -> Callable[..., Any] | None:
         return functools.partial(self._call, function) if callable(getattr(self.module, function, None)) else None
 
     def build(self) -> nn.Module:
+        """Return the network, in evaluation mode, with the weights that the task's ``build()`` gives it.
+
+        Raises:
+            LoRunError: the task's function fails, or returns something else.
+        """
         net = self._call("build")
         if not isinstance(net, nn.Module):
             raise LoRunError(
-                f"expected build() of {self.name} to return an nn.Module, found {type(net).__name__}: return it"
+                f"expected build() of {self.name} to return an nn.Module, found {type(net).__name__}: return one"
             )
         return net.eval()
 
     def measure(self, images: Tensor, sigma: float = 0.0) -> tuple[Any, ...]:
-        """The arguments of the network's forward for ``images`` (B, C, H, W) in [0, 1]."""
+        """Return the arguments of the network's forward for ``images`` (B, C, H, W) in [0, 1].
+
+        Args:
+            images: what is measured.
+            sigma: noise on the measurements (0..255).
+
+        Raises:
+            LoRunError: the task's function fails, or returns no tuple.
+        """
         arguments = self._call("measure", images, sigma=sigma) if sigma else self._call("measure", images)
         if not isinstance(arguments, (tuple, list)):
             raise LoRunError(
@@ -100,82 +130,97 @@ class Task:
         return tuple(arguments)
 
     def run(self, net: nn.Module, arguments: tuple[Any, ...], images: Tensor) -> Tensor:
-        """Restored images, shape of ``images``, on the CPU."""
-        with torch.no_grad():  # not inference_mode: some forwards differentiate within themselves
+        """Run ``net`` on ``arguments`` and return the restored images, on the CPU, in float32.
+
+        Args:
+            net: the network, or its conversion.
+            arguments: what :meth:`measure` returned, on the device of ``net``.
+            images: the images that were measured, (B, C, H, W); the result has their shape.
+
+        Raises:
+            LoRunError: the forward or the task's function fails.
+        """
+        with torch.no_grad():  # not inference_mode, as some forwards compute gradients within
             output = self._guard("the network's forward", net, *arguments)
         return self.restored(output, images).float().cpu()
 
     def restored(self, output: Any, images: Tensor) -> Tensor:
-        """The images, of the shape of ``images``, in what the network's forward returned."""
+        """Return the restored images in ``output``, which the network's forward returned, in the shape of ``images``.
+
+        Raises:
+            LoRunError: the task's function fails, or returns another shape.
+        """
         restored = self._call("restore", output, images)
         if not isinstance(restored, Tensor) or restored.shape != images.shape:
-            found = tuple(restored.shape) if isinstance(restored, Tensor) else type(restored).__name__
             raise LoRunError(
                 f"expected restore() of {self.name} to return images of shape {tuple(images.shape)}, found "
-                f"{found}: cut off what measure() added"
+                f"{_shape_or_type(restored)}: cut off what measure() added"
             )
         return restored
 
     def example_inputs(self) -> tuple[Any, ...]:
-        """The arguments for one image of noise."""
+        """Return the arguments of the network's forward for one random image of ``patch`` pixels a side."""
         generator = torch.Generator().manual_seed(0)
         return self.measure(torch.rand(1, self.channels, self.patch, self.patch, generator=generator))
 
     def images(self, folder: Path) -> list[Path]:
-        """The image files of ``folder``, sorted by name."""
+        """Return the image files of ``folder``, sorted by name; all files where the task defines ``read``.
+
+        Raises:
+            LoRunError: there is no such folder, or no image file in it.
+        """
         if not folder.is_dir():
-            raise LoRunError(f"expected a folder of images, found none at {folder}: give an existing folder")
-        own = hasattr(self.module, "read")
+            raise LoRunError(f"no folder of images at {folder}: give an existing folder")
+        any_suffix = hasattr(self.module, "read")
         files = sorted(
             p
             for p in folder.iterdir()
-            if p.is_file() and not p.name.startswith(".") and (own or p.suffix.lower() in IMAGES)
+            if p.is_file() and not p.name.startswith(".") and (any_suffix or p.suffix.lower() in IMAGE_SUFFIXES)
         )
         if not files:
-            raise LoRunError(f"expected images in {folder}, found none: give a folder with files such as .png")
+            raise LoRunError(f"no image files in {folder}: give a folder with files such as .png")
         return files
 
     def read(self, path: Path) -> Tensor:
-        """An image of shape (C, H, W) in [0, 1]."""
+        """Read an image file as a tensor of shape (C, H, W), float32 in [0, 1].
+
+        Raises:
+            LoRunError: the file is no image, or the task's ``read`` fails or returns another number of channels.
+        """
         if hasattr(self.module, "read"):
             image = self._call("read", path)
             if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != self.channels:
-                found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
                 raise LoRunError(
-                    f"expected read() of {self.name} to return a tensor ({self.channels}, H, W), found {found} "
-                    f"for {path}: mind channels"
+                    f"expected read() of {self.name} to return a tensor ({self.channels}, H, W), found "
+                    f"{_shape_or_type(image)} for {path}: change read(), or channels"
                 )
             return image.float()
         if self.channels not in (1, 3):
             raise LoRunError(
-                f"expected 1 or 3 channels in {self.name}, found {self.channels}: define read(path) for others"
+                f"expected 1 or 3 channels in {self.name}, found {self.channels}: define read(path) for other images"
             )
-        try:
-            with Image.open(path) as image:
-                return image_tensor(image, self.channels)
-        except (UnidentifiedImageError, OSError) as error:
-            raise LoRunError(
-                f"expected an image, found {error} in {path}: remove the file or define read(path)"
-            ) from error
+        return read_image(path, self.channels)
 
     def load_weights(self, net: nn.Module, path: Path | None) -> None:
-        """Load a checkpoint, or the task's own weights, into ``net``."""
+        """Load the weights file ``path``, or else the task's own, into ``net``.
+
+        Raises:
+            LoRunError: no file is given or there is none, it cannot be read, or it is for another network.
+        """
         path = path or self.weights
         if path is None:
-            raise LoRunError(
-                f"expected weights for {self.name}, found none: give --weights, or set weights in the task"
-            )
+            raise LoRunError(f"no weights for {self.name}: give --weights, or set weights in the task")
         if not path.is_file():
-            raise LoRunError(f"expected a checkpoint, found no file at {path}: give an existing file")
-        own = hasattr(self.module, "load")
-        state = self._call("load", path, net) if own else read_state_dict(path)
+            raise LoRunError(f"no weights file at {path}: give an existing file")
+        has_load = hasattr(self.module, "load")
+        state = self._call("load", path, net) if has_load else read_state_dict(path)
         try:
             net.load_state_dict(state)
         except (RuntimeError, TypeError, AttributeError) as error:
             detail = " ".join(str(error).split())
             raise LoRunError(
-                f"expected the weights of {type(net).__name__}, found others in {path}: {detail[:600]}; build the "
-                f"network they are for{'' if own else ', or define load(path, net) in the task'}"
+                f"the weights in {path} do not fit {type(net).__name__}: {detail[:600]}; build the network they are for"
+                f"{'' if has_load else ', or define load(path, net) in the task'}"
             ) from error
 
     def _call(self, function: str, *args: Any, **kwargs: Any) -> Any:
@@ -187,16 +232,22 @@ class Task:
         except LoRunError:
             raise
         except Exception as error:
-            raise LoRunError(
-                f"expected {what} to run, found {type(error).__name__}: {error} ({_where(error)})"
-            ) from error
+            raise LoRunError(f"{what} failed with {type(error).__name__}: {error}; see {_line_of(error)}") from error
 
 
 def load_task(name: str) -> Task:
     """Read a task file, or import a task module.
 
+    Args:
+        name: the path of a ``.py`` file, or a module's name such as ``package.module``.
+
     Raises:
-        LoRunError: no such file or module, an error in it, or a function that is missing.
+        LoRunError: there is no such file or module, it fails, or a function is missing or an option wrong.
+
+    >>> load_task("examples/no_such_task.py")
+    Traceback (most recent call last):
+        ...
+    lorun_adapt.errors.LoRunError: no task file at examples/no_such_task.py: give an existing .py file
     """
     try:
         module = _module_of_file(Path(name)) if name.endswith(".py") else _module_by_name(name)
@@ -204,27 +255,27 @@ def load_task(name: str) -> Task:
         raise
     except Exception as error:
         raise LoRunError(
-            f"expected a task file or module, found {type(error).__name__} in {name}: {error} ({_where(error)})"
+            f"cannot load the task {name}: {type(error).__name__}: {error}; see {_line_of(error)}"
         ) from error
     for function in ("build", "measure", "restore"):
         if not callable(getattr(module, function, None)):
-            raise LoRunError(
-                f"expected a function {function}() in {name}, found none: a task file needs build, measure and restore"
-            )
+            raise LoRunError(f"{name} has no function {function}(): a task file needs build, measure and restore")
     options: dict[str, Any] = {}
     for option, least in (("channels", 1), ("patch", 1), ("border", 0)):
         value = getattr(module, option, None)
         if value is not None:
-            if not isinstance(value, int) or value < least:
+            if not is_whole_number(value, least):
                 raise LoRunError(
-                    f"expected {option} in {name} to be a whole number from {least}, found {value!r}: change it"
+                    f"expected {option} in {name} to be a whole number of at least {least}, found {value!r}: change it"
                 )
             options[option] = value
     for option in ("license", "base_model"):
         value = getattr(module, option, None)
         if value is not None:
             if not is_short(value):
-                raise LoRunError(f"expected {option} in {name} to be a name, found {str(value)[:300]!r}: change it")
+                raise LoRunError(
+                    f"expected {option} in {name} to be a name in one line, found {str(value)[:300]!r}: change it"
+                )
             options[option] = value
     weights = getattr(module, "weights", None)
     if weights is not None:
@@ -234,83 +285,33 @@ def load_task(name: str) -> Task:
 
 def _module_by_name(name: str) -> ModuleType:
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does; a console script does not
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, and a console script does not
     return importlib.import_module(name)
 
 
 def _module_of_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise LoRunError(f"expected a task file, found none at {path}: give an existing .py file")
+        raise LoRunError(f"no task file at {path}: give an existing .py file")
     name = f"lorun_task_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     folder = str(path.resolve().parent)
     if folder not in sys.path:
-        sys.path.insert(0, folder)  # as for a script, so that it finds the network's code beside it
+        sys.path.insert(0, folder)  # as for a script, so that it finds the network's code in its folder
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-def _where(error: BaseException) -> str:
-    """The innermost line that is not in an installed package: the user's, most often."""
+def _line_of(error: BaseException) -> str:
+    """The innermost line of the traceback that is in no installed package and not in this one: the user's, often."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith("<")] or frames
-    here = str(Path(__file__).parents[1])
-    own = [f for f in own if not f.filename.startswith(here)] or own
-    return f"{own[-1].filename}, line {own[-1].lineno}"
+    chosen = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith("<")] or frames
+    package = str(Path(__file__).parents[1])
+    chosen = [f for f in chosen if not f.filename.startswith(package)] or chosen
+    return f"{chosen[-1].filename}, line {chosen[-1].lineno}"
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The state_dict in a safetensors or torch file, without the prefixes of wrappers."""
-    if path.suffix == ".safetensors":
-        try:
-            return _without_prefix(load_file(path))
-        except SafetensorError as error:
-            raise LoRunError(
-                f"expected a safetensors file, found damage in {path}: {error}; download it again"
-            ) from error
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds, pickle.UnpicklingError among them
-        raise LoRunError(
-            f"expected a file of tensors alone, found {type(error).__name__} in {path}: {str(error).splitlines()[0]}; "
-            "if it holds other objects, save its state_dict by itself, or define load(path, net) in the task"
-        ) from error
-    found = _state_dict_in(held, 2)
-    if found is None:
-        raise LoRunError(
-            f"expected a state_dict in {path}, found {_contents(held)}: define load(path, net) in the task"
-        )
-    return _without_prefix(found)
-
-
-def _state_dict_in(held: object, depth: int) -> Mapping[str, Tensor] | None:
-    if not isinstance(held, Mapping):
-        return None
-    if held and all(isinstance(value, Tensor) for value in held.values()):
-        return held
-    found = (_state_dict_in(held[key], depth - 1) for key in STATE_KEYS if key in held and depth)
-    return next((state for state in found if state is not None), None)
-
-
-def _contents(held: object) -> str:
-    if not isinstance(held, Mapping):
-        return type(held).__name__
-    return "a dict of " + ", ".join(f"{key!r} ({type(value).__name__})" for key, value in list(held.items())[:12])
-
-
-def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    state = dict(state)
-    while prefix := next((p for p in PREFIXES if state and all(name.startswith(p) for name in state)), None):
-        state = {name[len(prefix) :]: tensor for name, tensor in state.items()}
-    return state
-
-
-def image_tensor(image: Image.Image, channels: int) -> Tensor:
-    """(C, H, W) in [0, 1]; 16-bit grey images keep their depth."""
-    if image.mode[0] == "I" and channels == 1:  # I;16, or I where Pillow has read 16 bits into 32
-        return torch.from_numpy(np.asarray(image).astype(np.float32))[None] / 65535
-    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
-    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1).contiguous()
+def _shape_or_type(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__

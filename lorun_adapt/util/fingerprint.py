@@ -1,4 +1,4 @@
-"""What names a base in files."""
+"""A fingerprint of tensors, by which files name the base that they belong to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from torch import Tensor
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, shapes and values, the same whether a value is stored as float16 or float32."""
+    """Return the SHA-256 hash, in hexadecimal, of the names, shapes and values of ``tensors``.
+
+    The order of the tensors does not matter, nor whether a floating-point value is stored as float16 or float32.
+
+    >>> half = fingerprint_of({"a": torch.ones(2, dtype=torch.float16), "b": torch.zeros(1)})
+    >>> half == fingerprint_of({"b": torch.zeros(1), "a": torch.ones(2)})
+    True
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu()

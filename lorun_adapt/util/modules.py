@@ -1,4 +1,4 @@
-"""."""
+"""Modules and their tensors: copies, names, and where a tensor is held."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .numbers import is_numeric
+
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """``eval()`` within the block, and each module's own mode afterwards."""
+    """Put ``network`` into evaluation mode within the block, and each module back into its own mode afterwards.
+
+    >>> layer = nn.Dropout()
+    >>> with evaluating(layer):
+    ...     print(layer.training)
+    False
+    >>> layer.training
+    True
+    """
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -23,15 +33,27 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def buffer_names(network: nn.Module) -> set[str]:
+    """Return all names of the persistent buffers.
+
+    >>> sorted(buffer_names(nn.BatchNorm1d(2)))
+    ['num_batches_tracked', 'running_mean', 'running_var']
+    """
     return {name for name, _, buffer in tensors_of(network) if buffer}
 
 
 def copy_network(
     network: nn.Module, *, share_tensors: bool = False, memo: dict[int, object] | None = None
 ) -> nn.Module:
-    """``copy.deepcopy`` of a network, or, with ``share_tensors``, of its modules around the same tensors.
+    """Return a deep copy of ``network``, or with ``share_tensors`` a copy of its modules around the same tensors.
 
-    Activations that modules keep as attributes, which deepcopy refuses, are taken without their graph.
+    Tensors that modules keep as attributes and that are part of a graph, which ``copy.deepcopy`` refuses, are copied
+    without their graph. ``memo`` is deepcopy's: from the ids of originals to their copies.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> copy_network(layer).weight is layer.weight
+    False
+    >>> copy_network(layer, share_tensors=True).weight is layer.weight
+    True
     """
     memo = {} if memo is None else memo
     if share_tensors:
@@ -44,41 +66,79 @@ def copy_network(
 
 
 def distinct_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, each once, under the first of its names."""
-    found: dict[int, tuple[str, Tensor]] = {}
+    """Return the parameters and persistent buffers, each once, under the first of its names.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> list(distinct_tensors(nn.Sequential(layer, layer)))
+    ['0.weight', '0.bias']
+    """
+    distinct: dict[int, tuple[str, Tensor]] = {}
     for name, tensor, _ in tensors_of(network):
-        found.setdefault(id(tensor), (name, tensor))
-    return dict(found.values())
+        distinct.setdefault(id(tensor), (name, tensor))
+    return dict(distinct.values())
 
 
 def owner_of(denoiser: nn.Module, name: str) -> tuple[int, str]:
-    """Where a tensor is, so that one reached in two ways is known as one: (its module's id, attribute)."""
+    """Return the id of the module that holds the tensor ``name``, and the attribute that it holds it in.
+
+    Two names of one tensor of one module give the same result.
+    """
     path, _, attribute = name.rpartition(".")
     return id(denoiser.get_submodule(path)), attribute
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor:
-    """The tensor of that name, relative to ``module``."""
+    """Return the parameter or buffer ``name``, a path relative to ``module``.
+
+    >>> tensor_of(nn.Sequential(nn.Linear(3, 2)), "0.weight").shape
+    torch.Size([2, 3])
+    """
     path, _, attribute = name.rpartition(".")
     return getattr(module.get_submodule(path), attribute)
 
 
 def tensors_of(module: nn.Module) -> list[tuple[str, Tensor, bool]]:
-    """All names of all parameters and persistent buffers: (name, tensor, is it a buffer)."""
-    found: list[tuple[str, Tensor, bool]] = []
+    """Return (name, tensor, whether it is a buffer) for all parameters and persistent buffers, under all their names.
+
+    >>> [(name, buffer) for name, _, buffer in tensors_of(nn.BatchNorm1d(2, track_running_stats=False))]
+    [('weight', False), ('bias', False)]
+    """
+    named: list[tuple[str, Tensor, bool]] = []
     for path, child in module.named_modules(remove_duplicate=False):
         prefix = path + "." if path else ""
-        found += [(prefix + name, p, False) for name, p in child._parameters.items() if p is not None]
-        found += [
+        named += [(prefix + name, p, False) for name, p in child._parameters.items() if p is not None]
+        named += [
             (prefix + name, b, True)
             for name, b in child._buffers.items()
             if b is not None and name not in child._non_persistent_buffers_set
         ]
-    return found
+    return named
 
 
 def has_valid_values(tensor: Tensor, buffer: bool) -> bool:
-    """Whether a tensor can be a trained network's: no NaN, and no Inf but in a buffer, as a mask has it."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
+    """Whether a trained network can hold ``tensor``: no NaN, and Inf only in a buffer, where masks have it.
+
+    >>> mask = torch.tensor([0.0, float("inf")])
+    >>> has_valid_values(mask, buffer=True), has_valid_values(mask, buffer=False)
+    (True, False)
+    """
+    if not is_numeric(tensor):
         return True
     return not bool(torch.isnan(tensor).any()) if buffer else bool(torch.isfinite(tensor).all())
+
+
+def closure_values(function: object) -> list[object]:
+    """Return the values of the variables that ``function`` closes over; none where it is no closure.
+
+    >>> def adder(step):
+    ...     return lambda x: x + step
+    >>> closure_values(adder(3)), closure_values(len)
+    ([3], [])
+    """
+    values = []
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            values.append(cell.cell_contents)
+        except ValueError:  # a variable that has no value yet
+            continue
+    return values

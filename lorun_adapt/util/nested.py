@@ -9,11 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .numbers import is_numeric
+
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The floating-point and complex tensors in ``value``, in a fixed order."""
+    """Return the floating-point and complex tensors in ``value``, in a fixed order.
+
+    >>> tensors_in({"image": torch.ones(1), "more": [torch.arange(3), (torch.zeros(2), None)]})
+    [tensor([1.]), tensor([0., 0.])]
+    """
     if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() or value.is_complex() else []
+        return [value] if is_numeric(value) else []
     if isinstance(value, Mapping):
         return [tensor for item in value.values() for tensor in tensors_in(item)]
     if isinstance(value, (list, tuple)):
@@ -24,7 +30,11 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """``value`` on ``device``: tensors (as copies), lists, tuples, dicts, and whatever has ``.to``."""
+    """Return ``value`` on ``device``: copies of its tensors, within lists, tuples, dicts and objects with ``.to``.
+
+    >>> to_device((torch.ones(2), {"sigma": 25}), torch.device("meta"))
+    (tensor(..., device='meta', size=(2,)), {'sigma': 25})
+    """
     if isinstance(value, Tensor):
         return value.to(device, copy=True)
     if isinstance(value, Mapping):
@@ -37,11 +47,21 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def device_of(network: nn.Module) -> torch.device:
+    """Return the device of the first parameter, or the CPU where ``network`` has none.
+
+    >>> device_of(nn.Linear(1, 1, device="meta"))
+    device(type='meta')
+    """
     return next((p.device for p in network.parameters()), torch.device("cpu"))
 
 
 def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
-    """``value`` with ``new`` in the place of ``old``: within lists, tuples, dicts and dataclasses."""
+    """Return ``value`` with ``new`` in place of ``old``, within lists, tuples, dicts and dataclasses.
+
+    >>> image = torch.zeros(1)
+    >>> replaced({"image": image, "steps": [1, 2]}, image, torch.ones(1))
+    {'image': tensor([1.]), 'steps': [1, 2]}
+    """
     if value is old:
         return new
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Where long work is."""
+"""Progress bars for long work."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-LOG_EVERY = 20.0  # seconds
+SECONDS_BETWEEN_LOG_LINES = 20.0
 
 
-def progress(items: Iterable[Any] | None, doing: str, unit: str, **options: Any) -> tqdm:
-    """A bar on standard error: on a terminal one that moves, in a log a line now and then."""
-    seconds = 0.5 if sys.stderr.isatty() else LOG_EVERY
-    # Without miniters, tqdm would print each of a log's lines twice: its monitor, and the next step.
-    return tqdm(items, desc=doing, unit=unit, mininterval=seconds, miniters=1, **options)
+def progress(items: Iterable[Any] | None, description: str, unit: str, **options: Any) -> tqdm:
+    """Return a tqdm bar on standard error that moves on a terminal, and prints a line every 20 seconds in a log."""
+    seconds = 0.5 if sys.stderr.isatty() else SECONDS_BETWEEN_LOG_LINES
+    # Without miniters, tqdm would print each line of a log twice: once from its monitor, once at the next step.
+    return tqdm(items, desc=description, unit=unit, mininterval=seconds, miniters=1, **options)
