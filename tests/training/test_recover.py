@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from dun_zoo import ZOO, Block, Case, Denoiser, ListOfBlocks
 from peft import LoraConfig
+from recovery_runs import Batch, Stopping, distance, launch, mean_squared_error, measurements, same, teacher, values
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,36 +26,6 @@ from lorun_adapt.network.observe import Observer
 from lorun_adapt.task.task import load_task
 from lorun_adapt.training import distill
 from lorun_adapt.training.distill import Distillation
-
-Batch = tuple[Tensor, Tensor]
-
-
-def teacher(stages: int = 3) -> nn.Module:
-    torch.manual_seed(0)
-    net = ListOfBlocks([Block(Denoiser()) for _ in range(stages)])
-    for p in net.parameters():
-        p.data.mul_(1.5)
-    return net.eval()
-
-
-def measurements(count: int = 8) -> list[Batch]:
-    generator = torch.Generator().manual_seed(2)
-    mask = (torch.rand(1, 1, 8, 8, generator=generator) > 0.5).float()
-    return [(torch.rand(4, 1, 8, 8, generator=generator) * mask, mask) for _ in range(count)]
-
-
-def values(lorun: lorun_adapt.LoRunModel) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in lorun.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def distance(net: nn.Module, original: nn.Module, batch: Batch | None = None) -> float:
-    batch = batch or measurements(9)[-1]
-    with torch.no_grad():
-        return float((net(*batch) - original(*batch)).square().mean())
 
 
 def test_every_shape_of_network_recovers(case: Case) -> None:
@@ -104,21 +71,6 @@ def test_modes_and_random_numbers_of_the_caller_stay() -> None:
 
 
 # --- stopped, resumed, repeated ------------------------------------------------------------------
-
-
-class Stopping:
-    """Batches that stop the run where the ``at``-th is asked for."""
-
-    def __init__(self, at: int, how: str) -> None:
-        self.at, self.how = at, how
-
-    def __iter__(self) -> Iterator[Batch]:
-        for index, batch in enumerate(measurements(60)):
-            if index == self.at and self.how == "signal":
-                os.kill(os.getpid(), signal.SIGINT)
-            elif index == self.at:
-                raise KeyboardInterrupt
-            yield batch
 
 
 @pytest.mark.parametrize("how", ["signal", "exception"])
@@ -373,11 +325,6 @@ def test_memory_of_a_training_step() -> None:
     assert saved(lambda: distillation(lambda: batch, 0)[0]) <= 1.01 * plain
 
 
-def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """Whose mean over two batches is that of the batches put together, other than with each one's energy."""
-    return 10 * (output - target).square().mean()
-
-
 LAUNCHED = """
 import sys
 import torch
@@ -386,7 +333,7 @@ import lorun_adapt
 from lorun_adapt.factorise import weigh
 from lorun_adapt.training import distill
 from lorun_adapt.training.processes import process_state
-from test_recover import mean_squared_error, measurements, teacher
+from recovery_runs import mean_squared_error, measurements, teacher
 
 weigh.PROBES = 0  # these would be batches of another size
 distill.relative_error = mean_squared_error
@@ -397,22 +344,6 @@ if process_state().is_main_process:
     state = lorun.merge_and_unload().state_dict()
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, sys.argv[1])
 """
-
-
-def launch(script: str, tmp_path: Path) -> dict[str, Tensor]:
-    """The tensors that a script on two processes writes into the file that it is given."""
-    (tmp_path / "launched.py").write_text(script)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    done = subprocess.run(
-        [*command, str(tmp_path / "launched.py"), str(tmp_path / "out.safetensors")],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    return load_file(tmp_path / "out.safetensors")
 
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch) -> None:

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from conftest import train_a_bit
+from conversions import train_a_bit
 from dun_zoo import ZOO, Case, HeadBodyTail, Looped
 from torch import nn
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import relative
+from conversions import relative
 from dun_zoo import ZOO, Attention, Block, Denoiser, Layers, ListOfBlocks, ListOfDenoisers, dncnn
 from peft import LoraConfig
 from torch import nn

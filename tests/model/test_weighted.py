@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import train_a_bit
+from conversions import train_a_bit
 from dun_zoo import ZOO, Case
 from peft import LoraConfig
 from torch import Tensor

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from dun_zoo import Block, Denoiser, ListOfBlocks, ListOfDenoisers, Looped, gradient_step
+from fine_tuning_runs import converted, frozen, noisy, same, to_truth
 from hub_server import HubServer
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
-from test_finetune import converted, frozen, noisy, same, to_truth
-from test_task import call
+from tasks import GREY_TASK, call
 from torch import Tensor, nn
 
 import lorun_adapt
@@ -598,37 +598,11 @@ def test_a_task_may_be_a_network() -> None:
 
 # --- the command line ----------------------------------------------------------------------------
 
-TASK = '''
-"""Grey images behind a mask."""
-import torch
-from dun_zoo import Block, Denoiser, ListOfBlocks
-
-patch = 16
-license = "mit"
-base_model = "alice/original"
-
-def build():
-    torch.manual_seed(0)
-    return ListOfBlocks([Block(Denoiser()) for _ in range(3)])
-
-def measure(images, sigma=0.0):
-    return images + sigma / 255 * torch.randn_like(images), torch.ones(1, 1, *images.shape[-2:])
-
-def restore(output, images):
-    return output
-
-def noise_level(args):
-    return 255 * float(args[0].std())
-
-def schedule(net, sigmas):
-    net.sigmas = sigmas
-'''
-
 
 @pytest.fixture
 def made(tmp_path: Path, capsys, monkeypatch) -> Path:
     """A task, eight images, and a conversion."""
-    (tmp_path / "my_task.py").write_text(TASK)
+    (tmp_path / "my_task.py").write_text(GREY_TASK)
     task = load_task(str(tmp_path / "my_task.py"))
     torch.save(task.build().state_dict(), tmp_path / "net.pth")
     (tmp_path / "images").mkdir()
@@ -702,7 +676,7 @@ def schedule(net, sigmas):
 
 def test_original_and_conversion_are_told_the_same(made, capsys, monkeypatch) -> None:
     file = made / "told.py"
-    file.write_text(TASK + TOLD)
+    file.write_text(GREY_TASK + TOLD)
     task = load_task(str(file))
     given = (file, "--weights", made / "net.pth")
     images = ("--images", made / "images", "--json")

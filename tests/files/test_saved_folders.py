@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import train_a_bit
+from conversions import train_a_bit
 from dun_zoo import ZOO, Block, Case, Denoiser, HeadBodyTail, ListOfBlocks
 from peft import LoraConfig
 from safetensors import safe_open

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import all_tensors, relative, train_a_bit
+from conversions import all_tensors, relative, train_a_bit
 from dun_zoo import ZOO, Denoiser, Layers, ListOfDenoisers, PairBlocks, dncnn
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_readers import READERS

@@ -9,52 +9,13 @@ import warnings
 import pytest
 import torch
 from dun_zoo import ZOO, Block, Case, Denoiser, ListOfBlocks
-from test_recover import launch
+from fine_tuning_runs import converted, error, frozen, noisy, same, stopping, to_half, to_truth
+from recovery_runs import launch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel
-from lorun_adapt.training.distill import Loss
-
-
-def converted() -> tuple[LoRunModel, nn.Module]:
-    torch.manual_seed(0)
-    net = ListOfBlocks([Block(Denoiser()) for _ in range(3)]).eval()
-    return lorun_adapt.convert(net, rank=2), net
-
-
-def noisy(count: int = 8, seed: int = 2) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Measurements with noise, masks, and the truth."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = (torch.rand(1, 1, 8, 8, generator=generator) > 0.3).float()
-    found = []
-    for _ in range(count):
-        truth = torch.rand(4, 1, 1, 1, generator=generator).expand(4, 1, 8, 8)
-        found.append((mask * (truth + 0.3 * torch.randn(truth.shape, generator=generator)), mask, truth))
-    return found
-
-
-def to_truth(output: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
-    return (output - batch[2]).square().mean()
-
-
-def to_half(output: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
-    return (output - 0.5).square().mean()
-
-
-def error(lorun: nn.Module, batches: list[tuple[Tensor, Tensor, Tensor]]) -> float:
-    with torch.no_grad():
-        return sum(float(to_truth(lorun(y, mask), (y, mask, truth))) for y, mask, truth in batches) / len(batches)
-
-
-def frozen(lorun: LoRunModel) -> dict[str, Tensor]:
-    """All but the new set."""
-    return {name: tensor.clone() for name, tensor in lorun.state_dict().items() if ".new." not in f".{name}."}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_only_the_new_set_trains() -> None:
@@ -181,19 +142,6 @@ def test_runs_repeat_and_resume(tmp_path) -> None:
     assert same(run(resume_from=state), whole) and not state.exists()
 
 
-def stopping() -> Loss:
-    """A loss that presses Ctrl-C when it is called the 20th time."""
-    seen: list[int] = []
-
-    def loss(output: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
-        seen.append(1)
-        if len(seen) == 20:
-            os.kill(os.getpid(), signal.SIGINT)
-        return to_truth(output, batch)
-
-    return loss
-
-
 def test_a_state_is_of_one_noise_and_one_start(tmp_path) -> None:
     state = tmp_path / "state.safetensors"
     lorun, _ = converted()
@@ -201,7 +149,7 @@ def test_a_state_is_of_one_noise_and_one_start(tmp_path) -> None:
     with torch.no_grad():
         for parameter in lorun.adapters["other"].parameters():
             parameter.mul_(1.1)
-    given = {"steps": 30, "loss": to_truth, "checkpoint": state}
+    given = {"steps": 30, "loss": to_truth, "resume_from": state}
     with pytest.warns(UserWarning, match="fine-tuning was stopped"):
         lorun.finetune(noisy(), "new", noise_schedule=5, **(given | {"loss": stopping()}))
     before = {name: tensor.clone() for name, tensor in lorun.state_dict().items()}
@@ -309,7 +257,7 @@ LAUNCHED = """
 import sys
 from safetensors.torch import save_file
 from lorun_adapt.training.processes import process_state
-from test_finetune import converted, noisy, to_truth
+from fine_tuning_runs import converted, noisy, to_truth
 
 lorun, _ = converted()
 lorun.finetune(noisy(2 + 2 * 12), "new", steps=12, loss=to_truth)

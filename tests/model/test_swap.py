@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conftest import train_a_bit
+from conversions import SET, train_a_bit
 from dun_zoo import ZOO, Case
 
 import lorun_adapt
@@ -18,7 +18,6 @@ from lorun_adapt import LoRunError, LoRunModel
 from lorun_adapt.model.ready import MOST_READY
 
 THREADS, SWAPS = 8, 10_000
-SET = "adapters/default"
 
 
 @pytest.fixture(autouse=True)

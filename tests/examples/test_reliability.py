@@ -8,7 +8,7 @@ import pytest
 
 
 def test_mutations_and_kills(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     import reliability
 
     outcomes, grown, killed, wrong = reliability.measure(mutations=10_000, kills=200, seed=0)

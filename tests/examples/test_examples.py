@@ -13,15 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from skimage.data import camera
-from test_noise import TASK
-from test_task import call
+from tasks import GREY_TASK, call
 
 import lorun_adapt
 from lorun_adapt.cli.demo import shipped
 from lorun_adapt.task.evaluate import evaluate
 from lorun_adapt.task.task import load_task
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = ("linear estimate", "original", "rank 8, as converted", "rank 8, recovered")
 PUBLISHED = os.environ.get("ISTA_NET_PLUS")
 JUDGED = os.environ.get("BSD68")
@@ -147,7 +146,7 @@ def test_example_finetune(photographs, tmp_path, monkeypatch, capsys) -> None:
 
 def test_table_of_noise_levels(tmp_path, monkeypatch, capsys) -> None:
     """On a small network and for no time."""
-    (tmp_path / "task.py").write_text(TASK)
+    (tmp_path / "task.py").write_text(GREY_TASK)
     task = load_task(str(tmp_path / "task.py"))
     net = task.build()
     torch.save(net.state_dict(), tmp_path / "net.pth")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import FULL, convert_fully, relative, train_a_bit
+from conversions import FULL, convert_fully, relative, train_a_bit
 from dun_zoo import ZOO, Case
 from torch import Tensor
 
@@ -126,7 +126,7 @@ def test_merged_is_the_original_class(case: Case) -> None:
 FRESH_PROCESS = """
 import sys, torch, warnings
 warnings.simplefilter("ignore")
-sys.path.insert(0, {tests!r})
+sys.path[:] = {path!r}
 from dun_zoo import ZOO
 import lorun_adapt
 torch.set_num_threads(1)
@@ -152,7 +152,7 @@ def test_loaded_in_a_fresh_process_gives_the_same_bits(tmp_path: Path) -> None:
         expected[name] = lorun(*case.inputs).detach()
         assert bool(expected[name].isfinite().all())
     torch.set_num_threads(threads)
-    script = FRESH_PROCESS.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    script = FRESH_PROCESS.format(path=sys.path, folder=str(tmp_path))
     subprocess.run([sys.executable, "-c", script], check=True)
     outputs = torch.load(tmp_path / "outputs.pt", weights_only=True)
     assert [name for name in ZOO if not torch.equal(outputs[name], expected[name])] == []

@@ -197,7 +197,8 @@ def run(place: Path, *names: str, mount: bool = False) -> None:
     if mount:  # in a name space of its own, which ends with the process
         inner = 'mount -t tmpfs -o size=2m none "$1" && shift && exec "$@"'
         command = ["unshare", "-rm", "sh", "-c", inner, "sh", str(place), *command]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

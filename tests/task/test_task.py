@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import textwrap
 from collections import namedtuple
@@ -15,47 +13,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tasks import COLOUR_TASK, call, run
 from torch import nn
 
 from lorun_adapt import LoRunError
-from lorun_adapt.cli import main as cli
 from lorun_adapt.task.evaluate import psnr, ssim
 from lorun_adapt.task.task import load_task, read_state_dict
 from lorun_adapt.util.nested import to_device
 
-TASK = """
-import torch
-from torch import nn
-from dun_zoo import Block, Denoiser, ListOfBlocks
-
-channels = 3
-patch = 16
-
-class Colour(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = ListOfBlocks([Block(Denoiser()) for _ in range(3)])
-    def forward(self, y, extra):
-        b, c, h, w = y.shape
-        flat = y.reshape(b * c, 1, h, w)
-        return {"image": self.net(flat, extra["mask"][0].expand_as(flat)).reshape(y.shape)}
-
-def build():
-    return Colour()
-
-def measure(images, sigma=0.0):
-    mask = torch.ones(1, 1, *images.shape[-2:])
-    mask[..., ::2, ::3] = 0
-    return (images + sigma / 255 * torch.randn_like(images)) * mask, {"mask": [mask]}
-
-def restore(output, images):
-    return output["image"].clamp(0, 1)
-"""
-
 
 @pytest.fixture
 def task_file(tmp_path: Path) -> Path:
-    (tmp_path / "my_task.py").write_text(TASK)
+    (tmp_path / "my_task.py").write_text(COLOUR_TASK)
     return tmp_path / "my_task.py"
 
 
@@ -76,26 +45,6 @@ def images(tmp_path: Path) -> Path:
         Image.fromarray(smooth.astype(np.uint8)).resize(size[::-1]).save(folder / name)
     (folder / "notes.txt").write_text("no image")
     return folder
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    """The command in a process of its own, as a user runs it."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    command = [sys.executable, "-m", "lorun_adapt", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    return done.returncode, done.stdout, done.stderr
-
-
-def call(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
-) -> tuple[int, str, str]:
-    """The same within this process."""
-    monkeypatch.setattr(sys, "argv", ["lorun-adapt", *map(str, arguments)])
-    monkeypatch.setattr("warnings.showwarning", None)
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(exit_.value.code or 0), captured.out, captured.err
 
 
 def test_from_checkpoint_to_scores(task_file, weights, images, tmp_path, capsys, monkeypatch) -> None:
@@ -251,7 +200,7 @@ def test_as_a_process(task_file, weights, tmp_path) -> None:
     ],
 )
 def test_mistakes_in_a_task(task_file: Path, change: str, message: str) -> None:
-    task_file.write_text(TASK + change)
+    task_file.write_text(COLOUR_TASK + change)
     with pytest.raises(LoRunError, match=message):
         task = load_task(str(task_file))
         net = task.build()
@@ -273,7 +222,7 @@ def test_a_forward_that_differentiates(task_file: Path) -> None:
             z = y.detach().requires_grad_()
             y = y - 0.1 * torch.autograd.grad(z.square().sum(), z)[0]
         flat = y.reshape"""
-    task_file.write_text(TASK.replace("flat = y.reshape", step))
+    task_file.write_text(COLOUR_TASK.replace("flat = y.reshape", step))
     task = load_task(str(task_file))
     image = torch.rand(1, 3, 16, 16)
     assert task.run(task.build(), task.measure(image), image).shape == image.shape
@@ -281,7 +230,7 @@ def test_a_forward_that_differentiates(task_file: Path) -> None:
 
 def test_a_task_that_adds_no_noise(task_file: Path) -> None:
     task_file.write_text(
-        TASK
+        COLOUR_TASK
         + textwrap.dedent("""
         def measure(images, sigma=0.0):
             if sigma:
@@ -297,7 +246,7 @@ def test_a_task_that_adds_no_noise(task_file: Path) -> None:
 
 def test_own_read_and_load(task_file: Path, tmp_path: Path) -> None:
     task_file.write_text(
-        TASK
+        COLOUR_TASK
         + textwrap.dedent("""
         import numpy as np
         def read(path):
@@ -323,7 +272,7 @@ def test_images_as_they_come(task_file: Path, tmp_path: Path) -> None:
     pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
     Image.fromarray(pixels).save(tmp_path / "grey.png")
     assert torch.equal(task.read(tmp_path / "grey.png"), torch.from_numpy(pixels).expand(3, 8, 8) / 255)
-    task_file.write_text(TASK.replace("channels = 3", "channels = 1"))
+    task_file.write_text(COLOUR_TASK.replace("channels = 3", "channels = 1"))
     Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     assert torch.allclose(load_task(str(task_file)).read(tmp_path / "deep.png")[0], torch.from_numpy(pixels) / 255)
     (tmp_path / "bad.png").write_bytes(b"not an image")
@@ -386,13 +335,13 @@ def test_psnr_and_ssim() -> None:
 
 
 def test_ways_are_compared_at_equal_bytes(tmp_path, images, capsys, monkeypatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     import compare_methods
 
     # So wide that a file's header, which grows where a stage's bias is not to the bit the base's plus a
     # difference, is no matter.
     task_file, weights = tmp_path / "wide.py", tmp_path / "wide.safetensors"
-    task_file.write_text(TASK.replace("Denoiser()", "Denoiser(32)"))
+    task_file.write_text(COLOUR_TASK.replace("Denoiser()", "Denoiser(32)"))
     save_file(load_task(str(task_file)).build().state_dict(), weights)
     given = [task_file, images, "--judge", images, "--weights", weights, "--minutes", "0.02", "--budgets", "0.6"]
     monkeypatch.setattr(sys, "argv", ["compare", *map(str, given)])

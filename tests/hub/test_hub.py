@@ -11,11 +11,10 @@ from pathlib import Path
 import hub_server
 import pytest
 import torch
-from conftest import train_a_bit
+from conversions import SET, train_a_bit
 from dun_zoo import ZOO, Case
 from hub_server import ROUTES, HubServer
 from huggingface_hub import constants, utils
-from test_swap import SET
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from dun_zoo import Block, Denoiser, ListOfBlocks
-from test_recover import Stopping, distance, measurements, same, teacher, values
+from recovery_runs import Stopping, distance, measurements, same, teacher, values
 from torch import Tensor, nn
 
 import lorun_adapt
