@@ -107,5 +107,6 @@ def test_tests_mirror_the_package_and_do_not_import_each_other() -> None:
     tests = REPOSITORY / "tests"
     folders = {path.name for path in tests.iterdir() if any(path.glob("*.py"))}
     assert folders - {"support", "examples"} <= {folder.name for folder in FOLDERS}
-    pattern = re.compile(r"^\s*(?:from|import) (?:test_\w+|conftest)\b", re.MULTILINE)  # in scripts that they launch too
+    # in scripts that they launch too
+    pattern = re.compile(r"^\s*(?:from|import) (?:test_\w+|conftest)\b", re.MULTILINE)
     assert [str(file) for file in tests.rglob("*.py") if pattern.search(file.read_text())] == []
