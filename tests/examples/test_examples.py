@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from skimage.data import camera
 from tasks import GREY_TASK, call
 
@@ -71,21 +72,24 @@ def test_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch, capsys) -> 
     Image.fromarray(np.tile(np.arange(120, dtype=np.uint8) * 2, (120, 1))).save(tmp_path / "images/a.png")
     out = tmp_path / "net.safetensors"
     arguments = ["train", str(tmp_path / "images"), "--batch", "1", "--out", str(out), "--minutes"]
-    original = train.task.build
     monkeypatch.setattr(train.task, "build", lambda: train.task.UnfoldedISTA(stages=2, width=4))
 
-    monkeypatch.setattr(sys, "argv", [*arguments, "0.02"])
-    monkeypatch.setattr(train, "save_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(sys, "argv", [*arguments, "0.005"])
+    with monkeypatch.context() as within, pytest.raises(KeyboardInterrupt):
+        within.setattr(train, "save_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         train.main()
-    assert out.with_suffix(".checkpoint").exists() and not out.exists()
-    monkeypatch.undo()
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setattr(train.task, "build", lambda: train.task.UnfoldedISTA(stages=2, width=4))
-    monkeypatch.setattr(sys, "argv", [*arguments, "0.03"])
+    assert not out.exists()
+    saved = torch.load(out.with_suffix(".checkpoint"), weights_only=True)
+
+    done: list[float] = []  # with a learning rate of 0 from here on, the weights stay those of the checkpoint
+    monkeypatch.setattr(train, "learning_rate", lambda share, peak: done.append(share) or 0.0)
+    monkeypatch.setattr(sys, "argv", [*arguments, "0.01"])
     train.main()
-    assert out.exists() and not out.with_suffix(".checkpoint").exists()
-    assert original is not train.task.build
+    assert done[0] >= 0.5 and f"{saved['steps'] + len(done)} steps" in capsys.readouterr().out
+    trained = load_file(out)
+    assert trained.keys() == saved["net"].keys()
+    assert all(torch.equal(tensor, saved["net"][name]) for name, tensor in trained.items())
+    assert not out.with_suffix(".checkpoint").exists()
 
 
 # --- short scripts -------------------------------------------------------------------------------

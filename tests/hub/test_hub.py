@@ -211,6 +211,12 @@ def unchanged(lorun: LoRunModel, blocks: Case, message: str, source: str = "alic
     assert torch.equal(lorun(*blocks.inputs), before) and lorun.adapter_names == names
 
 
+def alike(lorun: LoRunModel, name: str, other: str) -> bool:
+    """Whether two sets hold the same tensors."""
+    a, b = (lorun.adapters[each].state_dict() for each in (name, other))
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
 def test_who_may(pushed: HubServer, lorun: LoRunModel, blocks: Case) -> None:
     pushed.repos["alice/net"].private = True
     unchanged(lorun, blocks, "a repository alice/net, found none, or a private one")
@@ -270,6 +276,7 @@ def test_peft_s_adapter_from_the_cache_without_a_connection(
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.fault("*", "error", method="*")
     lorun.load_adapter("bob/stage", "bob_again", stage=2)
+    assert alike(lorun, "bob_again", "bob")
 
 
 @pytest.mark.parametrize("kind", ["drop", "short", "damage", "error"])
@@ -292,6 +299,7 @@ def test_damage_in_the_cache_is_mended(pushed: HubServer, lorun: LoRunModel, blo
     blob.write_bytes(data)
     unchanged(lorun, blocks, "another hash", stage=2, cache_dir=tmp_path / "cache", local_files_only=True)
     lorun.load_adapter("alice/net", "again", stage=2, cache_dir=tmp_path / "cache")
+    assert alike(lorun, "again", "theirs")
 
 
 def test_damage_in_a_cache_without_links_is_mended(
@@ -352,6 +360,7 @@ def test_a_damaged_description_is_mended(pushed: HubServer, lorun: LoRunModel, b
     held.resolve().write_bytes(held.read_bytes().replace(b"fingerprint", b"fingerprinT"))
     unchanged(lorun, blocks, "another hash", cache_dir=tmp_path / "cache", local_files_only=True)
     lorun.load_adapter("alice/net", "again", cache_dir=tmp_path / "cache")
+    assert alike(lorun, "again", "default")
 
 
 def test_nothing_is_taken_without_its_description(

@@ -55,7 +55,8 @@ def test_convert_recovers_and_saves(tmp_path) -> None:
     loaded = lorun_adapt.from_pretrained(tmp_path / "saved", teacher())
     with torch.no_grad():
         assert torch.equal(loaded(*batches[0]), lorun(*batches[0]))
-    assert lorun_adapt.convert(net, rank=2, calibration=batches, minutes=0.01).num_parameters() > 0
+    timed = lorun_adapt.convert(net, rank=2, calibration=batches, minutes=0.02)
+    assert distance(timed, net) < distance(plain, net)
 
 
 def test_modes_and_random_numbers_of_the_caller_stay() -> None:
@@ -189,10 +190,11 @@ def test_batches_with_nan_are_left_out() -> None:
     kept = values(lorun)
     with pytest.raises(LoRunError, match="finite batches"):
         lorun.recover(net, [batches[4]], steps=3)
+    assert same(values(lorun), kept)
     with pytest.raises(LoRunError, match="mend"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lorun.recover(net, [*batches[:4], *[batches[4]] * 20], steps=30)
-    assert all(torch.isfinite(tensor).all() for tensor in values(lorun).values()) and kept.keys()
+    assert all(torch.isfinite(tensor).all() for tensor in values(lorun).values())
 
 
 # --- networks that work in place, draw random numbers, or return more than an image ----------------
