@@ -18,10 +18,16 @@ from lorun_adapt.training import speed
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _same_on_every_machine() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "_multiplies_in_bfloat16", lambda: False)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _same_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def _same_every_time() -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(speed, "_multiplies_in_bfloat16", lambda: False)
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 def save_often(lorun: LoRunModel, target: Path) -> None:
-    for _ in range(40):
+    for _ in range(20):
         lorun.save_pretrained(target)
 
 

@@ -17,7 +17,7 @@ from hub_server import HubServer
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
-from tasks import GREY_TASK, call
+from tasks import GREY_TASK, call, call_quietly
 from torch import Tensor, nn
 
 import lorun_adapt
@@ -599,22 +599,28 @@ def test_a_task_may_be_a_network() -> None:
 # --- the command line ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def made(tmp_path: Path, capsys, monkeypatch) -> Path:
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A task, eight images, and a conversion."""
-    (tmp_path / "my_task.py").write_text(GREY_TASK)
-    task = load_task(str(tmp_path / "my_task.py"))
-    torch.save(task.build().state_dict(), tmp_path / "net.pth")
-    (tmp_path / "images").mkdir()
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "my_task.py").write_text(GREY_TASK)
+    task = load_task(str(folder / "my_task.py"))
+    torch.save(task.build().state_dict(), folder / "net.pth")
+    (folder / "images").mkdir()
     smooth = np.linspace(0, 200, 40)[:, None] + np.linspace(0, 50, 40)
     for i in range(8):
-        Image.fromarray(np.roll(smooth, 5 * i, 0).astype(np.uint8)).save(tmp_path / f"images/{i}.png")
-    code, _, err = call(
-        capsys, monkeypatch, "convert", tmp_path / "my_task.py", "--weights", tmp_path / "net.pth", "--rank", 2,
-        "--calibration", tmp_path / "images", "--steps", 20, "--sigma", 0, "--out", tmp_path / "net",
+        Image.fromarray(np.roll(smooth, 5 * i, 0).astype(np.uint8)).save(folder / f"images/{i}.png")
+    call_quietly(
+        "convert", folder / "my_task.py", "--weights", folder / "net.pth", "--rank", 2,
+        "--calibration", folder / "images", "--steps", 20, "--sigma", 0, "--out", folder / "net",
     )  # fmt: skip
-    assert code == 0, err
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def made(made_once: Path, tmp_path: Path) -> Path:
+    """A copy of the same, to change."""
+    return Path(shutil.copytree(made_once, tmp_path, dirs_exist_ok=True))
 
 
 def finetune(made: Path, capsys, monkeypatch, *options: object) -> tuple[int, str, str]:

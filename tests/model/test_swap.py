@@ -17,7 +17,8 @@ import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel
 from lorun_adapt.model.ready import MOST_READY
 
-THREADS, SWAPS = 8, 10_000
+THREADS = 8
+SWAPS = pytest.mark.parametrize("swaps", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
 
 
 @pytest.fixture(autouse=True)
@@ -87,8 +88,9 @@ def run_under_swaps(
     return seen
 
 
+@SWAPS
 @pytest.mark.parametrize("name", ["list_of_blocks", "looped"])
-def test_forwards_see_one_set(name: str, tmp_path) -> None:
+def test_forwards_see_one_set(name: str, swaps: int, tmp_path) -> None:
     case = ZOO[name]()
     lorun = two_sets(case, tmp_path, **case.find())
     choices = ["a", "b", {0: "a", 1: "b"}]
@@ -97,7 +99,7 @@ def test_forwards_see_one_set(name: str, tmp_path) -> None:
         lambda: lorun(*case.inputs),
         lambda turn: lorun.set_adapter(choices[turn % 3], inference_mode=True),
         expected,
-        SWAPS,
+        swaps,
     )
     assert seen == {0, 1, 2}
 
@@ -134,8 +136,9 @@ def test_forwards_do_not_wait_for_each_other(tmp_path) -> None:
     assert len(results) == THREADS and all(torch.equal(one, expected[0]) for one in results)
 
 
+@SWAPS
 @pytest.mark.filterwarnings("default")
-def test_compiled_forwards_see_one_set_and_are_not_compiled_anew(tmp_path) -> None:
+def test_compiled_forwards_see_one_set_and_are_not_compiled_anew(swaps: int, tmp_path) -> None:
     case = ZOO["list_of_blocks"]()
     lorun = two_sets(case, tmp_path)
     torch._dynamo.reset()
@@ -149,7 +152,7 @@ def test_compiled_forwards_see_one_set_and_are_not_compiled_anew(tmp_path) -> No
                 return compiled(*case.inputs)
 
         seen = run_under_swaps(
-            forward, lambda turn: lorun.set_adapter("ab"[turn % 2], inference_mode=True), expected, SWAPS
+            forward, lambda turn: lorun.set_adapter("ab"[turn % 2], inference_mode=True), expected, swaps
         )
     assert seen == {0, 1}
 

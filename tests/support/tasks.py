@@ -85,3 +85,12 @@ def call(
         cli.main()
     captured = capsys.readouterr()
     return int(exit_.value.code or 0), captured.out, captured.err
+
+
+def call_quietly(*arguments: object) -> None:
+    """The same where there is no test to capture what it prints, as in a fixture that many tests share."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        patch.setattr(sys, "argv", ["lorun-adapt", *map(str, arguments)])
+        patch.setattr("warnings.showwarning", None)
+        cli.main()
+    assert not exit_.value.code
