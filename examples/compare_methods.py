@@ -235,7 +235,7 @@ def train(student: nn.Module, teacher: nn.Module, rates: list[TrainedTensor], cr
         batches = Batches(crops)
         distillation = Distillation(student, teacher, Observer(teacher, student.stage_map, batches.first))
         with channels_last(distillation, batches.first, 0):
-            trainer = Trainer(distillation, rates, batches, Duration(minutes), seed=0, resume_from=None, kind="")
+            trainer = Trainer(distillation, rates, batches, Duration(minutes), seed=0, resume_from=None, run_id="")
             if not trainer.train(stop):
                 raise KeyboardInterrupt
 

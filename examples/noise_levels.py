@@ -50,10 +50,10 @@ def train_whole(net: nn.Module, crops: Crops, judged: Crops, minutes: float) -> 
                 Duration(minutes),
                 seed=0,
                 resume_from=None,
-                kind="",
+                run_id="",
                 held_out=judged.some(),
                 patience=PATIENCE,
-                doing="fine-tuning the original",
+                label="fine-tuning the original",
             )
             if not trainer.train(stop):
                 raise KeyboardInterrupt

@@ -1,4 +1,7 @@
-"""Collapse a trained deep unfolding network into one shared denoiser and a small adapter per stage."""
+"""Collapse a trained deep unfolding network into one shared denoiser and a small adapter per stage.
+
+``README.md`` beside this file says where things live and which way imports go.
+"""
 
 from __future__ import annotations
 
@@ -12,45 +15,61 @@ if TYPE_CHECKING:
     from .errors import LoRunError
     from .model.lorun_model import LoRunModel
     from .model.pretrained import from_pretrained
-    from .network.converted import Card, Quality
+    from .network.converted import AdapterInfo, Card, Quality
     from .network.report import Report
     from .stages.find import find_stages
     from .stages.stage_map import StageMap
-    from .task.task import load_task
+    from .task.crops import Crops, held_out_of
+    from .task.evaluate import evaluate, psnr, ssim
+    from .task.task import Task, load_task
 
 __all__ = [
+    "AdapterInfo",
     "Card",
+    "Crops",
     "LoRunError",
     "LoRunModel",
     "Quality",
     "Report",
     "StageMap",
+    "Task",
     "__version__",
     "convert",
+    "evaluate",
     "find_stages",
     "from_pretrained",
+    "held_out_of",
     "load_task",
+    "psnr",
+    "ssim",
 ]
 
 # Imported when asked for: torch and PEFT take seconds, which `lorun-adapt --help` need not wait for.
-_HOMES = {
+_MODULES = {
+    "AdapterInfo": "network.converted",
     "Card": "network.converted",
+    "Crops": "task.crops",
     "LoRunError": "errors",
     "LoRunModel": "model.lorun_model",
     "Quality": "network.converted",
     "Report": "network.report",
     "StageMap": "stages.stage_map",
+    "Task": "task.task",
     "convert": "conversion",
+    "evaluate": "task.evaluate",
     "find_stages": "stages.find",
     "from_pretrained": "model.pretrained",
+    "held_out_of": "task.crops",
     "load_task": "task.task",
+    "psnr": "task.evaluate",
+    "ssim": "task.evaluate",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     globals()[name] = value
     return value
 

@@ -6,28 +6,24 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import LoRunError
-from .factorise.align import align
 from .factorise.allocate import allocate
-from .factorise.plan import Plan, plan
-from .factorise.ranks import config_for_rank
+from .factorise.group import factorise_group
+from .factorise.plan import plan
+from .factorise.ranks import config_for_energy, config_for_rank
 from .model.lorun_model import DEFAULT_SET, LoRunModel
 from .network.adapter import StageAdapter
 from .network.assemble import share
 from .network.batches import Batches
-from .network.converted import AdapterSet
+from .network.converted import AdapterSet, Converted
 from .peft_format.options import config_of_ranks
 from .stages.checks import check_dense, check_finite, check_parameters, check_reachable
 from .stages.find import find_stages
 from .stages.fold import DEFAULT_RANK
-from .stages.stage_map import Group
-from .stages.tensors import stage_values
-from .terms.factors import factorise
-from .terms.lowrank import LowRank, untrained
+from .terms.registry import kind_of
 from .training.duration import Duration
 from .util.modules import copy_network
 from .util.seeds import seeded
@@ -42,7 +38,8 @@ def convert(
     dun: nn.Module,
     config: LoraConfig | None = None,
     *,
-    rank: int | float | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
     budget: int | float | None = None,
     stages: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
     example_inputs: Sequence[object] | None = None,
@@ -56,29 +53,36 @@ def convert(
 ) -> LoRunModel:
     """Collapse the repeated denoisers of ``dun`` into one base and a low-rank adapter per stage.
 
-    The network itself is left untouched. Without data the quality falls, as the stages of a
-    trained network have little in common; ``calibration`` brings it back. A module called in a loop
-    is shared already, and its adapters start at zero.
+    The network itself stays as it is. Without data the quality falls, since the stages of a trained network have
+    little in common; ``calibration`` brings it back. A module that is called in a loop is shared already, and its
+    adapters start at zero.
 
     Args:
         dun: the trained network.
-        config: a PEFT ``LoraConfig``, with names relative to the denoiser. Read are ``r``,
-            ``lora_alpha``, ``use_rslora``, ``rank_pattern``, ``alpha_pattern``,
-            ``target_modules``, ``exclude_modules``, ``target_parameters`` and
-            ``modules_to_save`` (private by request).
-        rank: instead of ``config``: the rank of all adapters (default 8), or, in 0..1, the part
-            of the residuals' energy to keep, from which each tensor's rank is chosen.
-        budget: instead of these: how many parameters the whole network may have, or, in 0..1, which
-            part of what it has. Ranks, and the tensors that get no base, are chosen so as to keep most energy of
-            the stages' weights and, with ``calibration``, of what these do to the output.
+        config: a PEFT ``LoraConfig``, with names relative to the denoiser. It is read for ``r``, ``lora_alpha``,
+            ``use_rslora``, ``rank_pattern``, ``alpha_pattern``, ``target_modules``, ``exclude_modules``,
+            ``target_parameters`` and ``modules_to_save`` (which stay each stage's own). A config of another
+            ``peft_type`` asks for another kind of adapter, see ``lorun_adapt/terms``.
+        rank: instead of ``config``: the rank of all adapters, 8 by default.
+        energy: instead of ``config``: the share (0 to 1) of the residuals' energy to keep, from which the rank of each
+            tensor follows.
+        budget: instead of ``config``: how many parameters the whole network may have, or, in 0..1, what share of those
+            it has. The ranks, and the tensors that get no base, are chosen so as to keep most energy of the stages'
+            weights and, with ``calibration``, of what these do to the output.
         stages, example_inputs, calls: as for :func:`find_stages`.
         calibration, minutes, steps, loss, resume_from, seed: distil ``dun`` into the conversion, as
             :meth:`LoRunModel.recover` does.
 
     Raises:
-        LoRunError: as :func:`find_stages` and :meth:`LoRunModel.recover`; more than one of config,
-            rank and budget, or an option that means nothing here; weights that are not finite; a
-            parametrised or lazy stage.
+        LoRunError: as :func:`find_stages` and :meth:`LoRunModel.recover`; more than one of config, rank, energy and
+            budget, or an option that means nothing here; weights that are not finite; a parametrised or lazy stage.
+
+    >>> import lorun_adapt, torch
+    >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+    >>> net = ToyUnfoldingNet()
+    >>> lorun = lorun_adapt.convert(net, rank=2)
+    >>> lorun(torch.rand(1, 1, 8, 8)).shape
+    torch.Size([1, 1, 8, 8])
     """
     batches = None
     if calibration is not None:
@@ -86,11 +90,12 @@ def convert(
         with seeded(seed):
             batches = Batches(calibration)
     elif any(value is not None for value in (minutes, steps, loss, resume_from)):
-        raise LoRunError("expected calibration to recover with, found none: pass batches, or leave the rest out")
-    lorun = collapse(
+        raise LoRunError("minutes, steps, loss and resume_from are for recovery: pass calibration too, or leave them out")
+    converted = collapse(
         dun,
         config,
         rank=rank,
+        energy=energy,
         budget=budget,
         stages=stages,
         example_inputs=example_inputs,
@@ -98,6 +103,7 @@ def convert(
         calibration=batches,
         seed=seed,
     )
+    lorun = LoRunModel(converted)
     if batches is not None:
         lorun.recover(dun, batches, minutes=minutes, steps=steps, loss=loss, resume_from=resume_from, seed=seed)
     return lorun
@@ -107,7 +113,8 @@ def collapse(
     dun: nn.Module,
     config: LoraConfig | None = None,
     *,
-    rank: int | float | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
     budget: int | float | None = None,
     stages: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
     example_inputs: Sequence[object] | None = None,
@@ -115,15 +122,17 @@ def collapse(
     calibration: Batches | None = None,
     seed: int = 0,
     without_base: Collection[str] = (),
-) -> LoRunModel:
+) -> Converted:
     """:func:`convert` up to where recovery starts.
 
-    ``calibration`` says where a budget is best allocation, and with it tensors get no base where that is not worth its
-    parameters; ``without_base`` names them for a config.
+    Args:
+        calibration: says where a budget is best spent.
+        without_base: names of tensors that get no base; a budget chooses them itself.
     """
-    given = [name for name, value in (("config", config), ("rank", rank), ("budget", budget)) if value is not None]
+    named = {"config": config, "rank": rank, "energy": energy, "budget": budget}
+    given = [name for name, value in named.items() if value is not None]
     if len(given) > 1:
-        raise LoRunError(f"expected one of config, rank and budget, found {' and '.join(given)}: give one")
+        raise LoRunError(f"{' and '.join(given)} exclude each other: give one of config, rank, energy and budget")
     stage_map = find_stages(dun, stages=stages, example_inputs=example_inputs, calls=calls)
     modules = [site.module for group in stage_map.groups for site in group.sites]
     check_parameters(dun, modules)
@@ -133,103 +142,36 @@ def collapse(
     if budget is not None:
         sensitivity = None
         if calibration is not None:
-            from .factorise.weigh import weigh
+            from .factorise.weigh import measure_sensitivity
 
-            sensitivity = weigh(dun, stage_map, calibration, seed)
+            sensitivity = measure_sensitivity(dun, stage_map, calibration, seed)
         allocation = allocate(dun, stage_map, budget, sensitivity)
         if calibration is not None:
-            from .training.processes import agreed
+            from .training.processes import broadcast  # training needs libraries that conversion does not
 
-            allocation = agreed(allocation)
+            allocation = broadcast(allocation)
         config, without_base = config_of_ranks(allocation.ranks), allocation.without_base
+    elif energy is not None:
+        config = config_for_energy(dun, stage_map, energy)
     elif config is None:
-        config = config_for_rank(dun, stage_map, DEFAULT_RANK if rank is None else rank)
-    plans = plan(dun, stage_map, config)
-    # Of a tensor without a low-rank term, which stays each stage's own, nothing else would be left.
+        config = config_for_rank(DEFAULT_RANK if rank is None else rank)
+    plans, kind = plan(dun, stage_map, config), kind_of(config.peft_type)
+    # A tensor without a term stays each stage's own, and without a base nothing of it would be left.
     stage_map = stage_map.dropping_bases({name: set(without_base) & p.terms.keys() for name, p in plans.items()})
 
     base = copy_network(dun)
-    factored = {group.name: _Factored(dun, group, plans[group.name]) for group in stage_map.groups}
+    factorised = {group.name: factorise_group(dun, group, plans[group.name], kind) for group in stage_map.groups}
+    adapters: dict[int, dict[str, StageAdapter]] = {stage: {} for stage in range(len(stage_map))}
     for group in stage_map.groups:
-        share(base, group, factored[group.name].base)
-    adapters = {
-        (group.name, site): factored[group.name].adapter(i)
-        for group in stage_map.groups
-        for i, site in enumerate(group.sites)
-    }
-    residuals = {group.name: factored[group.name].residuals for group in stage_map.groups}
+        share(base, group, factorised[group.name].base)
+        for site, adapter in zip(group.sites, factorised[group.name].adapters):
+            adapters[site.stage][group.name] = adapter
     ranks = {name: {tensor: term.rank for tensor, term in planned.terms.items()} for name, planned in plans.items()}
-    return LoRunModel(
+    return Converted(
         base,
         dataclasses.replace(stage_map, ranks=ranks),
         {DEFAULT_SET: AdapterSet(adapters, config)},
-        residuals,
-        trainable={name for name, p in dun.named_parameters() if p.requires_grad},
+        dict.fromkeys(adapters, DEFAULT_SET),
+        {name: item.residuals for name, item in factorised.items()},
+        trainable_names=frozenset(name for name, p in dun.named_parameters() if p.requires_grad),
     )
-
-
-class _Factored:
-    """One group's tensors, factorised: the base and the adapter of each site."""
-
-    def __init__(self, dun: nn.Module, group: Group, planned: Plan) -> None:
-        self.group, terms = group, planned.terms
-        self.device = stage_values(dun, group, group.tensors[0])[0].device
-        # On the CPU: the matrices are small, and not every accelerator has float64.
-        stacks = {
-            spec.name: torch.stack([tensor.cpu() for tensor in stage_values(dun, group, spec)])
-            for spec in group.tensors
-            if not spec.common
-        }
-        if not all(bool((stack == stack[0]).all()) for stack in stacks.values()):
-            stacks = align(
-                group,
-                [dun.get_submodule(site.module) for site in group.sites],
-                stacks,
-                {
-                    spec.name: terms[spec.name].rank
-                    for spec in group.tensors
-                    if spec.name in terms and not spec.without_base
-                },
-                planned.kept,
-            )
-        self.base: dict[str, Tensor] = {}
-        self.residuals: dict[str, list[tuple[float, float]]] = {}  # norm lost, norm
-        self._terms: dict[str, list[LowRank]] = {}
-        self._private: dict[str, Tensor] = {}
-        generator = torch.Generator().manual_seed(0)
-        for spec in group.tensors:
-            if spec.common:
-                continue
-            stack = stacks[spec.name]
-            if spec.name not in terms:
-                self._private[spec.name] = stack
-                self.base[spec.name] = _mean(stack)
-                continue
-            matrices = stack.reshape(len(stack), *spec.matrix)
-            factors, scaling = factorise(matrices, terms[spec.name].rank, spec.without_base), terms[spec.name].scaling
-            self.base[spec.name] = factors.base.to(stack.dtype).reshape(spec.shape)
-            norms = torch.linalg.matrix_norm(matrices.to(factors.base.dtype))
-            self.residuals[spec.name] = list(zip(factors.error.sqrt().tolist(), norms.tolist()))
-            self._terms[spec.name] = [
-                LowRank(a.to(stack.dtype), (b / scaling).to(stack.dtype), scaling)
-                if bool((b @ a).any())
-                else untrained(spec.matrix, factors.rank, scaling, stack, generator)
-                for a, b in zip(factors.a, factors.b)
-            ]
-
-    def adapter(self, index: int) -> StageAdapter:
-        private = {}
-        for spec in self.group.tensors:
-            if spec.name in self._private:
-                value = self._private[spec.name][index].clone()
-                trains = not spec.buffer and (value.is_floating_point() or value.is_complex())
-                private[spec.name] = value if spec.buffer else nn.Parameter(value, requires_grad=trains)
-        frozen = [spec.name for spec in self.group.tensors if spec.frozen]
-        adapter = StageAdapter({name: terms[index] for name, terms in self._terms.items()}, private, frozen)
-        return adapter.to(self.device)
-
-
-def _mean(stack: Tensor) -> Tensor:
-    if not (stack.is_floating_point() or stack.is_complex()):
-        return stack[0].clone()
-    return stack.to(torch.complex128 if stack.is_complex() else torch.float64).mean(0).to(stack.dtype)

@@ -1,4 +1,4 @@
-"""The embedded example: a photograph restored with the reference network, and with what it was converted to."""
+"""The demo: a photograph restored with the network that comes with the package, before and after conversion."""
 
 from __future__ import annotations
 
@@ -20,13 +20,20 @@ from ..task.task import load_task
 from ..util.nested import to_device
 from ..util.tables import kilobytes, table
 
-ERROR_GAIN = 8  # how much brighter the error maps are than the errors
-PANEL = 384
-CAPTION = 26
+ERROR_GAIN = 8  # brightness of the error maps, relative to the errors
+PANEL = 384  # side of an image in the picture, in pixels
+CAPTION = 26  # height of a caption, in pixels
 
 
 def run_demo(out: Path, device: torch.device) -> tuple[LoRunModel, list[Table], Path]:
-    """Restore with the reference network, its conversion and that recovered, and write ``demo.png`` into ``out``."""
+    """Restore a photograph with the original network, its conversion and the recovered one; write ``demo.png``.
+
+    Args:
+        out: the folder for ``demo.png``.
+
+    Returns:
+        The conversion; tables of sizes and quality; the path of the picture.
+    """
     task = load_task(str(shipped("examples/compressive_sensing.py")))
     net = task.build()
     task.load_weights(net, None)
@@ -54,16 +61,21 @@ def run_demo(out: Path, device: torch.device) -> tuple[LoRunModel, list[Table], 
 
 
 def shipped(name: str) -> Path:
-    """A file or folder that comes with the package: in it where it is installed, beside it in a checkout."""
+    """The path of a file or folder that comes with the package: inside it if installed, beside it in a checkout."""
     package = Path(__file__).parents[1]
     for folder in (package, package.parent):
         if (folder / name).exists():
             return folder / name
-    raise LoRunError(f"expected {package / name} to come with the package, found none: install lorun-adapt again")
+    raise LoRunError(f"{package / name}, a part of the package, is missing: install lorun-adapt again")
 
 
 def picture(images: dict[str, Tensor], truth: Tensor) -> Image.Image:
-    """The photograph and its restorations above, their errors below; values (1, 1, H, W) in [0, 1]."""
+    """A sheet with the photograph and its restorations above, and the errors of these below.
+
+    Args:
+        images: the restorations by caption, each of shape (1, 1, H, W) with values in 0..1.
+        truth: the photograph, likewise.
+    """
     font = ImageFont.load_default(15)
     sheet = Image.new("L", ((PANEL + 8) * (len(images) + 1) + 8, 2 * (PANEL + CAPTION) + 8), 255)
     draw = ImageDraw.Draw(sheet)

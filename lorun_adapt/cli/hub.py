@@ -1,4 +1,4 @@
-"""The commands that send conversions to the Hub and bring them from there."""
+"""The commands for the Hugging Face Hub: push, pull and list."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ REVISION = click.option("--revision", help="Branch, tag or commit of the reposit
 @click.command()
 @click.argument("folder", metavar="DIR", type=FILE)
 @click.argument("repo", metavar="USER/NAME")
-@click.option("--private", is_flag=True, help="Make a new repository for yourself alone.")
+@click.option("--private", is_flag=True, help="If the repository is new, make it private.")
 @REVISION
 def push(folder: Path, repo: str, private: bool, revision: str | None) -> None:
-    """Upload the conversion in DIR to a repository of the Hub, which is made where there is none.
+    """Upload the converted network in DIR to a repository of the Hub; makes the repository if needed.
 
     Log in first with `hf auth login`, or set HF_TOKEN.
     """
@@ -31,9 +31,9 @@ def push(folder: Path, repo: str, private: bool, revision: str | None) -> None:
 @click.argument("repo", metavar="USER/NAME")
 @click.option("--out", type=FILE, required=True, help="Folder to save to.")
 @REVISION
-@click.option("--subfolder", help="Where in the repository the conversion is.")
+@click.option("--subfolder", help="Folder of the converted network in the repository.")
 def pull(repo: str, out: Path, revision: str | None, subfolder: str | None) -> None:
-    """Download the conversion, or the adapters, in a repository of the Hub."""
+    """Download a converted network, or adapters only, from a repository of the Hub."""
     from ..hub.repository import Repository
     from ..hub.transfer import pull as download
 
@@ -45,10 +45,11 @@ def pull(repo: str, out: Path, revision: str | None, subfolder: str | None) -> N
 @click.argument("source", metavar="DIR|USER/NAME")
 @REVISION
 def list_(source: str, revision: str | None) -> None:
-    """Show the adapter sets of a conversion, here or on the Hub."""
+    """Show the adapter sets of a converted network, in a folder or on the Hub."""
     from ..files.layout import ADAPTERS_FOLDER, BASE_FILE
     from ..hub.transfer import list_adapters
     from ..network.noise import is_sigma
+    from ..util.numbers import is_whole_number
     from ..util.tables import table
     from ..util.text import shortened
 
@@ -58,12 +59,12 @@ def list_(source: str, revision: str | None) -> None:
     for name, config in configs.items():
         stages = {file.split("/")[2] for file in files if file.startswith(f"{ADAPTERS_FOLDER}/{name}/stage_")}
         pattern = config.get("rank_pattern")
-        found = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
-        ranks = sorted({rank for rank in found if isinstance(rank, int) and rank > 0})
+        all_ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+        ranks = sorted({rank for rank in all_ranks if is_whole_number(rank) and rank > 0})
         noise = config.get("noise_schedule")
-        noises = [sigma for sigma in (noise if isinstance(noise, list) else [noise]) if is_sigma(sigma)]
-        shown = ", ".join(f"{sigma:g}" for sigma in noises)
-        rows.append((escape(shortened(name)), shown, len(stages), ", ".join(map(str, ranks))))
+        sigmas = [sigma for sigma in (noise if isinstance(noise, list) else [noise]) if is_sigma(sigma)]
+        noise_text = ", ".join(f"{sigma:g}" for sigma in sigmas)
+        rows.append((escape(shortened(name)), noise_text, len(stages), ", ".join(map(str, ranks))))
     base = "with its base" if BASE_FILE in files else f"for the base {str(description.get('fingerprint'))[:12]}"
     title = escape(shortened(f"{description.get('network')}, {base}"))
-    show([table(title, ("adapter set", "noise, sigma of 255", "stages>", "ranks of the first"), rows)])
+    show([table(title, ("adapter set", "sigma, of 255", "stages>", "ranks in its first stage"), rows)])

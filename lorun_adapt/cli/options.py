@@ -1,4 +1,4 @@
-"""What commands share: their options, how they begin, and how they show what they do and find."""
+"""What the commands share: options, loading of the task and its network, and output to the terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Number(click.ParamType):
-    """A whole number, or a share between 0 and 1."""
+    """A type of option: a whole number, or a share between 0 and 1."""
 
     name = "number"
 
@@ -57,7 +57,7 @@ def _dtype(ctx: click.Context, param: click.Parameter, value: str | None) -> tor
 
 
 class Command(click.Command):
-    """A command that takes ``--stages A B`` for ``--stages A --stages B`` once its TASK is given."""
+    """A command that accepts ``--stages A B`` for ``--stages A --stages B`` after its TASK."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if "--stages" in args and not args[0].startswith("-"):
@@ -70,19 +70,22 @@ class Command(click.Command):
 
 FILE = click.Path(path_type=Path)
 TASK = click.argument("task", metavar="TASK")
-WEIGHTS = click.option("--weights", type=FILE, help="Checkpoint of the original network.  [default: the task's]")
-STAGES = click.option("--stages", multiple=True, metavar="PATTERN ...", help="Name the stages, as 'fcs.*'.")
-RANK = click.option(
-    "--rank",
-    type=Number(),
-    help="Rank of the adapters, or the share (0 to 1) of the residuals' energy to keep.  [default: 8]",
+WEIGHTS = click.option("--weights", type=FILE, help="Weights of the original network.  [default: the task's]")
+STAGES = click.option("--stages", multiple=True, metavar="PATTERN ...", help="Names of the stages, such as 'fcs.*'.")
+RANK = click.option("--rank", type=int, help="Rank of every adapter.  [default: 8]")
+ENERGY = click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="SHARE",
+    help="Instead of a rank: the share (0 to 1) of the residuals' energy that the rank of each tensor keeps.",
 )
 BUDGET = click.option(
     "--budget",
     type=Number(),
-    help="Instead of a rank: parameters of the whole network, or the share (0 to 1) of those it has.",
+    metavar="N|SHARE",
+    help="Instead of a rank: parameters of the converted network, or a share (0 to 1) of the original's.",
 )
-CONVERTED = click.option("--converted", type=FILE, required=True, help="Folder of a conversion.")
+CONVERTED = click.option("--converted", type=FILE, required=True, help="Folder of a converted network.")
 
 
 def _out(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
@@ -98,36 +101,37 @@ DTYPE = click.option(
     "--dtype",
     type=click.Choice(("float32", "float16", "bfloat16")),
     callback=_dtype,
-    help="Store numbers as this.  [default: as they were stored, or are]",
-)
-SIGMA = click.option(
-    "--sigma",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="Noise on the measurements, on a scale of 0 to 255.",
+    help="Type of the numbers in the files.  [default: as in --converted, or as in the network]",
 )
 
 
+def sigma_option(note: str = "", **settings: Any) -> Callable[[Function], Function]:
+    """The option ``--sigma``; ``note`` ends its help text, ``settings`` are those of ``click.option``."""
+    help_text = "Standard deviation of the noise on the measurements, on a scale of 0 to 255." + note
+    return click.option("--sigma", type=click.FloatRange(min=0), help=help_text, **settings)
+
+
+SIGMA = sigma_option(default=0.0, show_default=True)
 MINUTES = click.option("--minutes", type=float, help="How long to train.")
-STEPS = click.option("--steps", type=int, help="Instead of minutes: how many steps, for runs that repeat.")
+STEPS = click.option("--steps", type=int, help="Instead of minutes: how many steps to train, so that runs repeat.")
 BATCH = click.option("--batch", type=click.IntRange(min=1), help="Crops in a batch.  [default: 17,000 pixels]")
-RESUME_FROM = click.option("--resume-from", type=FILE, help="File to keep the state in, and to go on from.")
+RESUME_FROM = click.option(
+    "--resume-from",
+    type=FILE,
+    metavar="FILE",
+    help="State file: keeps the state of the run, and resumes from it if it exists.",
+)
 TRUTH = click.option("--truth", is_flag=True, help="Use the calibration images as ground truth as well.")
 
 
 def calibration_options(required: bool) -> Callable[[Function], Function]:
-    """The options of recovery."""
+    """The options of recovery; ``required``: whether ``--calibration`` must be given."""
 
     def decorate(command: Function) -> Function:
         folder = click.option(
-            "--calibration", type=FILE, required=required, help="Folder of images to recover the quality on."
+            "--calibration", type=FILE, required=required, help="Folder of images on which to recover the quality."
         )
-        noise = click.option(
-            "--sigma",
-            type=click.FloatRange(min=0),
-            help="Noise on the measurements, on a scale of 0 to 255.  [default: what the set is for, or 0]",
-        )
+        noise = sigma_option(note="  [default: that of the adapter set, or 0]")
         for option in reversed((folder, MINUTES, STEPS, TRUTH, BATCH, RESUME_FROM, noise)):
             command = option(command)
         return command
@@ -144,7 +148,7 @@ SEED = click.option("--seed", default=0, show_default=True, help="Seed of the ra
 
 
 def show(tables: list[Table]) -> None:
-    """Print tables, as wide as the terminal."""
+    """Print tables as wide as the terminal, or 160 characters wide in a file or pipe."""
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
@@ -153,7 +157,7 @@ def show(tables: list[Table]) -> None:
 
 
 def trained_network(task: str, weights: Path | None, seed: int) -> tuple[Task, nn.Module]:
-    """The task and its network, with its weights."""
+    """The task and its network with trained weights, built after seeding all random numbers."""
     from ..task.task import load_task
     from ..util.seeds import set_seed
 
@@ -165,6 +169,7 @@ def trained_network(task: str, weights: Path | None, seed: int) -> tuple[Task, n
 
 
 def example_inputs(task: Task, device: torch.device) -> tuple[Any, ...]:
+    """Arguments of a forward of the task's network, on ``device``."""
     from ..util.nested import to_device
 
     return to_device(task.example_inputs(), device)
@@ -172,7 +177,7 @@ def example_inputs(task: Task, device: torch.device) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """A spinner on a terminal, one line elsewhere; on standard error."""
+    """Show ``what`` is being done in the block, on standard error: a spinner on a terminal, one line elsewhere."""
     from rich.console import Console
 
     console = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a conversion: quality stage by stage, where parameters went, pictures."""
+"""A self-contained HTML page about a converted network: its quality by stage, its parameters, and pictures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -28,10 +29,10 @@ from ..task.task import Task
 from ..util.nested import device_of, replaced, to_device
 from ..util.progress import progress
 
-SHOWN = 3  # images that are pictured
-SIDE = 320  # pixels of their centres that are: what the page has room for without scaling
-HIGHEST = 100.0  # dB: what an exact image counts as
-ERROR_GAIN = 8  # how much brighter the error maps are than the errors
+NUM_PICTURED = 3  # images that are shown
+SIDE = 320  # pixels of the shown centre of an image; the page has room for as many without scaling
+MAX_PSNR = 100.0  # dB, for an exact image
+ERROR_GAIN = 8  # brightness of the error maps, relative to the errors
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #63686f; --rule: #d9dce0; --paper: #ffffff;
@@ -60,7 +61,7 @@ svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px
 
 @dataclass(frozen=True)
 class Alternative:
-    """Another network of the same class, and what it restores."""
+    """A network to compare with: its size, and its mean PSNR (dB) and SSIM over the images."""
 
     name: str
     num_parameters: int
@@ -69,10 +70,14 @@ class Alternative:
 
 
 def write_page(path: Path, task: Task, original: nn.Module, lorun: LoRunModel, files: Sequence[Path]) -> None:
-    """Restore ``files`` with both networks, and write the page.
+    """Restore images with the original and the converted network, and write a page that compares them.
+
+    Args:
+        path: the page to write.
+        files: the images.
 
     Raises:
-        LoRunError: an image or a function of the task that fails, or a page that can't be written.
+        LoRunError: an image can't be read, a function of the task fails, or the page can't be written.
     """
     observer = Observer(original, lorun.stage_map, to_device(task.example_inputs(), device_of(original)))
     without_base = {spec.name for group in lorun.stage_map.groups for spec in group.tensors if spec.without_base}
@@ -83,7 +88,7 @@ def write_page(path: Path, task: Task, original: nn.Module, lorun: LoRunModel, f
         "the same ranks, not recovered": (unrecovered, unrecovered.num_parameters()),
     }
     scores: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}
-    bare: list[tuple[float, float]] = []
+    scores_of_base: list[tuple[float, float]] = []
     curves: dict[str, list[list[float]]] = {"original": [], "this conversion": []}
     pictures = []
     for place, file in enumerate(progress(files, "restoring", "image", delay=2, leave=False)):
@@ -95,15 +100,15 @@ def write_page(path: Path, task: Task, original: nn.Module, lorun: LoRunModel, f
             restored[name] = task.run(network, to_device(arguments, device_of(network)), truth)
             scores[name].append(_score(restored[name], truth, task))
         with lorun.disable_adapter():
-            bare.append(_score(task.run(lorun, to_device(arguments, device_of(lorun)), truth), truth, task))
+            scores_of_base.append(_score(task.run(lorun, to_device(arguments, device_of(lorun)), truth), truth, task))
         for name in curves:
             curves[name].append(stage_psnr(task, networks[name][0], observer, arguments, truth))
-        if place < SHOWN:
+        if place < NUM_PICTURED:
             pictures.append(_pictures(file.name, truth, restored["original"], restored["this conversion"], task))
     rows = [Alternative(name, networks[name][1], *_means(scores[name])) for name in networks]
     sets = sum(p.numel() for held in (lorun.adapters, lorun.outside) for p in held.parameters())
     base = lorun.num_parameters() - sets
-    rows.append(Alternative("its base in every stage, no adapters", base, *_means(bare)))
+    rows.append(Alternative("its base in every stage, no adapters", base, *_means(scores_of_base)))
     page = "\n".join(_page(lorun, rows, curves, pictures, len(files)))
     write_file(path, lambda out: out.write(page.encode()))
 
@@ -111,21 +116,24 @@ def write_page(path: Path, task: Task, original: nn.Module, lorun: LoRunModel, f
 def stage_psnr(
     task: Task, network: nn.Module, observer: Observer, arguments: tuple[object, ...], truth: Tensor
 ) -> list[float]:
-    """PSNR in dB of the image after each stage; empty where what stages hand on is no image.
+    """PSNR in dB of the image after each stage; empty where the stages do not pass images on.
 
-    It is one where it has as many values as the final output, in whose place the task restores from it.
+    A stage's output is taken for an image if it has as many values as the final output; the task then restores
+    from it in the place of that.
     """
     with torch.no_grad():
-        found = observer.run(network, arguments, 0)
-    images = [tensor for tensor in found.stages if found.final and tensor.numel() == found.final[0].numel()]
+        outputs = observer.run(network, arguments, 0)
+    images = [tensor for tensor in outputs.stages if outputs.final and tensor.numel() == outputs.final[0].numel()]
     values = []
     for tensor in images:
-        restored = task.restored(replaced(found.whole, found.final[0], tensor.reshape(found.final[0].shape)), truth)
-        values.append(min(psnr(restored[0].float().cpu(), truth[0], task.border), HIGHEST))
+        final = outputs.final[0]
+        restored = task.restored(replaced(outputs.whole, final, tensor.reshape(final.shape)), truth)
+        values.append(min(psnr(restored[0].float().cpu(), truth[0], task.border), MAX_PSNR))
     return values
 
 
 def _same_ranks(lorun: LoRunModel) -> LoraConfig:
+    """The config that converts the original to the ranks of ``lorun``."""
     ranks = {
         name: term.rank
         for group in lorun.stage_map.groups
@@ -136,7 +144,8 @@ def _same_ranks(lorun: LoRunModel) -> LoraConfig:
     return config
 
 
-def _named_stages(lorun: LoRunModel) -> dict[str, object]:
+def _named_stages(lorun: LoRunModel) -> dict[str, Any]:
+    """The arguments of ``convert`` that name the stages of ``lorun``."""
     groups = lorun.stage_map.groups
     if any(site.call is not None for group in groups for site in group.sites):
         calls: dict[str, int] = {}
@@ -148,7 +157,7 @@ def _named_stages(lorun: LoRunModel) -> dict[str, object]:
 
 
 def _score(image: Tensor, truth: Tensor, task: Task) -> tuple[float, float]:
-    return min(psnr(image[0], truth[0], task.border), HIGHEST), ssim(image[0], truth[0], task.border)
+    return min(psnr(image[0], truth[0], task.border), MAX_PSNR), ssim(image[0], truth[0], task.border)
 
 
 def _means(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -181,11 +190,11 @@ def _page(
         yield "mean over the images, in dB, by stage</p>"
         yield _chart(means["original"], means["this conversion"])
     else:
-        yield "<p>What the stages of this network hand on are no images.</p>"
+        yield "<p>The stages of this network do not pass images on.</p>"
     yield "<h2>Where the parameters went</h2>" + _sizes(report)
     yield "<h2>Rank and error of each tensor</h2>"
-    yield "<p>In each cell the rank, and what the stage's weights lost of themselves when they were factorised: the"
-    yield "stronger the colour, the more. Tensors that are not shown stay each stage's own.</p>" + _heat_map(lorun)
+    yield "<p>Each cell shows the rank, and the share of the weights' norm that was lost when they were factorised: the"
+    yield "stronger the colour, the more. Tensors that are not shown are private to each stage.</p>" + _heat_map(lorun)
     yield f"<h2>Images</h2><p>Errors are shown {ERROR_GAIN} times brighter than they are.</p>"
     yield from pictures
     yield "</html>"
@@ -215,18 +224,18 @@ def _heat_map(lorun: LoRunModel) -> str:
     parts = []
     for group in lorun.stage_map.groups:
         ranks = lorun.stage_map.adapted(group)
-        errors = lorun.residuals.get(group.name, {})
-        names = [name for name in ranks if name in errors]
-        alone = {spec.name for spec in group.tensors if spec.without_base}
+        residuals = lorun.residuals.get(group.name, {})
+        names = [name for name in ranks if name in residuals]
+        without_base = {spec.name for spec in group.tensors if spec.without_base}
         head = "".join(
-            f"<th>{html.escape(name).replace('.', '.<wbr>')}{'<br>no base' if name in alone else ''}</th>"
+            f"<th>{html.escape(name).replace('.', '.<wbr>')}{'<br>no base' if name in without_base else ''}</th>"
             for name in names
         )
         rows = []
         for place, site in enumerate(group.sites):
             cells = []
             for name in names:
-                lost, norm = errors[name][place]
+                lost, norm = residuals[name][place]
                 share = min(1.0, lost / max(norm, 1e-30))
                 cells.append(
                     f'<td style="background: color-mix(in srgb, var(--second) {round(70 * share)}%, var(--paper))" '
@@ -282,7 +291,7 @@ def _pictures(name: str, truth: Tensor, original: Tensor, converted: Tensor, tas
         figure(truth, f"{name}, its centre" if cut else name),
         figure(original, f"original network, {psnr(original[0], truth[0], task.border):.2f} dB"),
         figure(converted, f"converted, {psnr(converted[0], truth[0], task.border):.2f} dB"),
-        figure((converted - original).abs() * ERROR_GAIN, "converted against original"),
+        figure((converted - original).abs() * ERROR_GAIN, "difference of converted and original"),
         figure((original - truth).abs() * ERROR_GAIN, "error of the original"),
         figure((converted - truth).abs() * ERROR_GAIN, "error of the converted"),
     ]
@@ -290,7 +299,7 @@ def _pictures(name: str, truth: Tensor, original: Tensor, converted: Tensor, tas
 
 
 def _data_url(image: Tensor) -> str:
-    """The centre of an image (1, C, H, W); where it has other than 1 or 3 channels, the mean of these."""
+    """The centre of an image (1, C, H, W) as a ``data:`` URL; with other than 1 or 3 channels, their mean."""
     height, width = image.shape[-2:]
     top, left = max(0, height - SIDE) // 2, max(0, width - SIDE) // 2
     pixels = image[0, :, top : top + SIDE, left : left + SIDE]

@@ -30,6 +30,7 @@ from .options import (
     calibration_options,
     example_inputs,
     show,
+    sigma_option,
     trained_network,
     working,
 )
@@ -136,7 +137,7 @@ def recover(
 @click.command()
 @TASK
 @CONVERTED
-@click.option("--sigma", type=click.FloatRange(min=0), required=True, help="Noise on the measurements, of 255.")
+@sigma_option(required=True)
 @click.option("--adapter-name", required=True, metavar="NAME", help="What to call the new set.")
 @click.option(
     "--start-from",

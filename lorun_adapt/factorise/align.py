@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, fx, nn
 
 from ..stages.stage_map import Group
-from ..terms.factors import factorise
+from ..terms.term import Setting, Term
 from ..util.modules import copy_network
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -171,22 +171,23 @@ def align(
     group: Group,
     denoisers: Sequence[nn.Module],
     stacks: dict[str, Tensor],
-    ranks: Mapping[str, int],
+    settings: Mapping[str, Setting],
+    kind: type[Term],
     kept: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Permute hidden channels of ``stacks`` (name -> (N, *shape)) where that lowers the error.
 
-    ``ranks`` says at which rank each adapted tensor will be factorised; private tensors lose
-    nothing, and those in ``kept`` are not to be touched. Each place is judged by itself, on the two
-    tensors that it changes.
+    Each place is judged by itself, on the two tensors that it changes.
+
+    Args:
+        settings: how each tensor with a base and a term of this ``kind`` will be fitted. Private tensors lose nothing.
+        kept: tensors that stay as they are.
     """
     canonical = {alias: spec.name for spec in group.tensors if not spec.common for alias in spec.aliases}
     specs = {spec.name: spec for spec in group.tensors}
 
     def error(name: str, stack: Tensor) -> float:
-        if name not in ranks:
-            return 0.0
-        return float(factorise(stack.reshape(len(stack), *specs[name].matrix), ranks[name]).error.sum())
+        return float(kind.fit(stack, specs[name], settings[name]).lost.sum()) if name in settings else 0.0
 
     errors: dict[str, float] = {}
     places = hidden_channels(denoisers[0])
@@ -198,7 +199,7 @@ def align(
         if not all(name in canonical for name in names):
             continue
         rows, columns = [canonical[name] for name in place.rows], canonical[place.columns]
-        if {*rows, columns} & set(kept) or not {rows[0], columns} & set(ranks) or len({*rows, columns}) < len(names):
+        if {*rows, columns} & set(kept) or not {rows[0], columns} & set(settings) or len({*rows, columns}) < len(names):
             continue
         for name in (rows[0], columns):
             if name not in errors:

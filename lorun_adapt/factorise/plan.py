@@ -14,23 +14,17 @@ from torch import nn
 
 from ..errors import LoRunError
 from ..peft_format.options import check_config
-from ..stages.fold import LAYERS, pair_size
+from ..stages.fold import LAYERS
 from ..stages.stage_map import StageMap, TensorSpec
-
-
-@dataclass(frozen=True)
-class Term:
-    """The planned low-rank term of a tensor; ``scaling`` is PEFT's, alpha / r or alpha / sqrt(r)."""
-
-    rank: int
-    scaling: float
+from ..terms.registry import kind_of
+from ..terms.term import Setting
 
 
 @dataclass(frozen=True)
 class Plan:
     """What becomes of a group's tensors: those with a term, and those to be kept as they are by request."""
 
-    terms: dict[str, Term]
+    terms: dict[str, Setting]
     kept: frozenset[str]
 
 
@@ -71,7 +65,7 @@ class _Matches:
     """A config's names against tensors, and which of them were met."""
 
     def __init__(self, config: LoraConfig) -> None:
-        self.config = config
+        self.config, self.kind = config, kind_of(config.peft_type)
         self.by_name = config.target_modules is not None or config.target_parameters is not None
         self.targets = copy.copy(config)
         if not self.by_name:
@@ -88,7 +82,7 @@ class _Matches:
         self.met_saved |= met
         return bool(met)
 
-    def term(self, spec: TensorSpec) -> Term | None:
+    def term(self, spec: TensorSpec) -> Setting | None:
         for alias in spec.aliases:
             module, _, attribute = alias.rpartition(".")
             if self._parameter(alias):
@@ -96,7 +90,8 @@ class _Matches:
             if check_target_module_exists(self.targets, module):
                 if not self.by_name:
                     term = self._term(module if issubclass(spec.owner, LAYERS) else alias)
-                    return term if spec.smaller(term.rank) else None
+                    smaller = spec.adaptable and self.kind.size(spec, term.rank) < spec.numel
+                    return term if smaller else None
                 if spec.adaptable and (not self.linear_only or issubclass(spec.owner, nn.Linear)):
                     return self._named(spec, module)
         return None
@@ -105,7 +100,7 @@ class _Matches:
         # The rule of peft.tuners.tuners_utils.BaseTuner._inject_parameters (PEFT 0.21).
         return any(name == target or name.endswith("." + target) for target in self.config.target_parameters or ())
 
-    def _named(self, spec: TensorSpec, key: str) -> Term:
+    def _named(self, spec: TensorSpec, key: str) -> Setting:
         """A term that was asked for by name: made, whatever its size."""
         if not spec.adaptable:
             raise LoRunError(
@@ -114,19 +109,19 @@ class _Matches:
             )
         self.met_target = True
         term = self._term(key)
-        limit = min(spec.matrix)
-        if term.rank > limit:
+        limit = self.kind.highest_rank(spec)
+        if limit is not None and term.rank > limit:
             warnings.warn(f"rank {term.rank} is above the limit of {spec.name!r}: {limit} is used", stacklevel=2)
-            term = Term(limit, term.scaling)
-        elif pair_size(spec.matrix, term.rank) > spec.numel:
+            term = Setting(limit, term.scaling)
+        elif self.kind.size(spec, term.rank) > spec.numel:
             warnings.warn(f"the rank-{term.rank} term of {spec.name!r} is larger than the tensor itself", stacklevel=2)
         return term
 
-    def _term(self, key: str) -> Term:
+    def _term(self, key: str) -> Setting:
         config = self.config
         rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), key), config.r)
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), key), config.lora_alpha)
-        return Term(rank, alpha / math.sqrt(rank) if config.use_rslora else alpha / rank)
+        return Setting(rank, alpha / math.sqrt(rank) if config.use_rslora else alpha / rank)
 
     def check_all_used(self) -> None:
         config = self.config

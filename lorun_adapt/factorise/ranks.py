@@ -1,8 +1,6 @@
-"""From a rank or a share of energy to PEFT's ``LoraConfig``."""
+"""From a rank, or a share of energy, to PEFT's ``LoraConfig``."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import torch
 from peft import LoraConfig
@@ -16,27 +14,44 @@ from ..terms.factors import rank_for_energy
 from ..util.numbers import is_number
 
 
-def config_for_rank(dun: nn.Module, stage_map: StageMap, rank: int | float) -> LoraConfig:
-    """One rank for all adapters, or, in 0..1, the share of the residuals' energy that each tensor is to keep.
+def config_for_rank(rank: int) -> LoraConfig:
+    """One rank for all adapters, and a scaling of 1.
 
     Raises:
-        LoRunError: neither of them.
+        LoRunError: no whole number of 1 or more.
+
+    >>> from lorun_adapt.factorise.ranks import config_for_rank
+    >>> config_for_rank(4).r
+    4
     """
-    if not is_number(rank) or not 0 < rank < float("inf") or (rank >= 1 and rank != int(rank)):
-        raise LoRunError(
-            f"expected a rank of 1 or more, or a share of energy between 0 and 1, found {rank!r}: choose one"
-        )
-    if rank >= 1:
-        return LoraConfig(r=int(rank), lora_alpha=int(rank))
+    if not is_number(rank) or rank < 1 or rank != int(rank):
+        hint = "give the share of energy to keep as energy" if is_number(rank) and 0 < rank < 1 else "choose another"
+        raise LoRunError(f"expected a whole number of ranks of 1 or more, found {rank!r}: {hint}")
+    return LoraConfig(r=int(rank), lora_alpha=int(rank))
+
+
+def config_for_energy(dun: nn.Module, stage_map: StageMap, energy: float) -> LoraConfig:
+    """For each tensor the lowest rank that keeps a share of the energy of the residuals from the stages' mean.
+
+    Args:
+        energy: the share, between 0 and 1.
+
+    Raises:
+        LoRunError: no such number.
+    """
+    if not is_number(energy) or not 0 < energy < 1:
+        raise LoRunError(f"expected a share of energy between 0 and 1, found {energy!r}: give a number of ranks as rank")
     ranks: dict[str, int] = {}
     for group, spec in adaptable(stage_map):
-        ranks[spec.name] = max(rank_for_energy(matrices_of(dun, group, spec), rank), ranks.get(spec.name, 1))
+        ranks[spec.name] = max(rank_for_energy(matrices_of(dun, group, spec), energy), ranks.get(spec.name, 1))
     return config_of_ranks(ranks)
 
 
-def adaptable(stage_map: StageMap) -> Iterable[tuple[Group, TensorSpec]]:
+def adaptable(stage_map: StageMap) -> list[tuple[Group, TensorSpec]]:
+    """The tensors that a low-rank pair can be smaller than, with their groups."""
     return [(group, spec) for group in stage_map.groups for spec in group.tensors if spec.smaller(1)]
 
 
 def matrices_of(dun: nn.Module, group: Group, spec: TensorSpec) -> torch.Tensor:
+    """A tensor of all stages, folded to matrices: (N, m, n)."""
     return torch.stack(stage_values(dun, group, spec)).reshape(len(group.sites), *spec.matrix)

@@ -1,47 +1,49 @@
-"""Factorise the original anew by what its output is sensitive to, and put that into a converted network."""
+"""Factorise the original again by what its output is sensitive to, and put that into a converted network."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..network.adapter import lowrank_terms, private_tensors
+from ..network.adapter import private_tensors, terms_of
+from ..network.converted import Converted
 from ..stages.tensors import stage_parameters, stage_values
-from ..terms.factors import factorise_weighted
+from ..terms.term import Setting, Weighting
 from .sensitivity import Sensitivity
 
-if TYPE_CHECKING:
-    from ..model.lorun_model import LoRunModel
 
-
+@torch.no_grad()
 def refit(
-    lorun: LoRunModel, source: nn.Module, sensitivity: Mapping[tuple[str, str], Sensitivity], damping: float
+    converted: Converted, source: nn.Module, sensitivity: Mapping[tuple[str, str], Sensitivity], damping: float
 ) -> None:
-    """Make the stages of ``lorun`` those of ``source``, as near as its ranks allow, in the weights of ``sensitivity``.
+    """Make the stages of ``converted`` those of ``source``, as near as their terms allow, in place.
 
-    Tensors of which no sensitivity is known stay as they are, private ones become those of ``source``.
+    Tensors whose sensitivity is not known stay as they are. Private ones become those of ``source``.
+
+    Args:
+        source: a network of the original class.
+        sensitivity: by group and tensor, as :func:`~lorun_adapt.factorise.sensitivity.sensitivities` gives it.
+        damping: this part of the mean sensitivity is added to every direction.
     """
-    with torch.no_grad():
-        for group in lorun.stage_map.groups:
-            adapters = [lorun.adapter_of(group, site) for site in group.sites]
-            terms = [lowrank_terms(adapter) for adapter in adapters]
-            for spec in group.tensors:
-                values = stage_values(source, group, spec) if not spec.common else []
-                if spec.name in terms[0]:
-                    known = sensitivity.get((group.name, spec.name))
-                    if known is None:
-                        continue
-                    stack = torch.stack([value.cpu() for value in values]).reshape(len(values), *spec.matrix)
-                    found = factorise_weighted(
-                        stack, terms[0][spec.name].rank, known.rows, known.columns, damping, spec.without_base
-                    )
-                    stage_parameters(lorun.base, group, spec)[0].copy_(found.base.reshape(spec.shape))
-                    for own, a, b in zip(terms, found.a, found.b):
-                        own[spec.name].lora_A.copy_(a)
-                        own[spec.name].lora_B.copy_(b / own[spec.name].scaling)
-                else:
-                    for adapter, value in zip(adapters, values):
-                        private_tensors(adapter)[spec.name].copy_(value)
+    choice = converted.choice
+    for group in converted.stage_map.groups:
+        adapters = [choice[site.stage][group.name] for site in group.sites]
+        terms = [terms_of(adapter) for adapter in adapters]
+        for spec in group.tensors:
+            if spec.common:
+                continue
+            values = stage_values(source, group, spec)
+            if spec.name not in terms[0]:
+                for adapter, value in zip(adapters, values):
+                    private_tensors(adapter)[spec.name].copy_(value)
+            elif (known := sensitivity.get((group.name, spec.name))) is not None:
+                first = terms[0][spec.name]
+                stack = torch.stack([value.cpu() for value in values])
+                setting, weighting = Setting(first.rank, first.scaling), Weighting(known.rows, known.columns, damping)
+                fitted = type(first).fit(stack, spec, setting, weighting=weighting)
+                stage_parameters(converted.base, group, spec)[0].copy_(fitted.base)
+                for own, new in zip(terms, fitted.terms):
+                    for parameter, value in zip(own[spec.name].parameters(), new.parameters()):
+                        parameter.copy_(value)

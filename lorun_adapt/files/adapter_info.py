@@ -1,45 +1,63 @@
-"""``set_config.json``: what is known of a set of adapters beside its tensors."""
+"""``set_config.json``: what is known of an adapter set beside its tensors."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 from ..disk.reading import parse_json
 from ..errors import LoRunError
 from ..network.converted import MOST_QUALITIES, AdapterInfo, Quality
-from ..network.noise import Noise, checked
+from ..network.noise import as_noise
+from ..util.numbers import is_number
 from ..util.text import is_short
 
-LONGEST = 1 << 19  # bytes of the file
-MOST = 1e12  # of a number
+LARGEST_FILE = 1 << 19  # bytes
+LARGEST_NUMBER = 1e12
 
 
-def read_adapter_info(content: bytes, stages: int, where: str) -> AdapterInfo:
+def adapter_info_text(info: AdapterInfo) -> str:
+    """The file's text."""
+    quality = [dataclasses.asdict(item) for item in info.quality]
+    return json.dumps({"noise_schedule": info.noise, "measured": quality}, indent=2) + "\n"
+
+
+def read_adapter_info(content: bytes, num_stages: int, where: str) -> AdapterInfo:
     """What a file says.
 
+    Args:
+        content: the file's bytes.
+        num_stages: how many stages the network has.
+        where: the file's name, for errors.
+
     Raises:
-        LoRunError: anything that has not the right form.
+        LoRunError: content of another form.
     """
-    found = parse_json(content, where)
-    wrong = None
-    noise: Noise | None = None
-    if not isinstance(found, dict) or found.keys() != {"noise_schedule", "measured"}:
+    entry = parse_json(content, where)
+    info, wrong = AdapterInfo(), None
+    if not isinstance(entry, dict) or entry.keys() != {"noise_schedule", "measured"}:
         wrong = "keys"
     else:
         try:
-            noise = None if found["noise_schedule"] is None else checked(found["noise_schedule"], stages)
+            noise = entry["noise_schedule"]
+            info = info.with_noise(None if noise is None else as_noise(noise, num_stages))
         except LoRunError:
             wrong = "noise_schedule"
-        rows = found["measured"]
-        if not isinstance(rows, list) or len(rows) > MOST_QUALITIES or not all(map(_is_measured, rows)):
+        rows = entry["measured"]
+        if not isinstance(rows, list) or len(rows) > MOST_QUALITIES or not all(map(_is_quality, rows)):
             wrong = "measured"
     if wrong is not None:
-        raise LoRunError(f"expected what is known of a set, found wrong {wrong!r} in {where}: download it again")
-    return AdapterInfo(noise, tuple(Quality(**row) for row in found["measured"]))
+        raise LoRunError(f"{where} has an invalid {wrong!r}: download it again")
+    return dataclasses.replace(info, quality=tuple(Quality(**row) for row in entry["measured"]))
 
 
-def _is_measured(row: Any) -> bool:
+def is_storable(quality: Quality) -> bool:
+    """Whether :func:`read_adapter_info` would read it back."""
+    return _is_quality(dataclasses.asdict(quality))
+
+
+def _is_quality(row: Any) -> bool:
     if not isinstance(row, dict) or row.keys() != {field.name for field in dataclasses.fields(Quality)}:
         return False
     numbers = {name: value for name, value in row.items() if name not in ("images", "count")}
@@ -48,7 +66,7 @@ def _is_measured(row: Any) -> bool:
         and type(row["count"]) is int
         and 0 < row["count"] < 2**31
         and all(
-            (n is None and name.endswith("_original")) or (type(n) in (int, float) and -MOST < n < MOST)
+            (n is None and name.endswith("_original")) or (is_number(n) and -LARGEST_NUMBER < n < LARGEST_NUMBER)
             for name, n in numbers.items()
         )
     )

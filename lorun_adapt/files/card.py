@@ -1,43 +1,41 @@
-"""The cards: the README.md of a saved conversion, and that of each of its sets."""
+"""The model cards: the README.md of a saved conversion, and of each of its sets."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..disk.folder import tensor_bytes
-from ..network.adapter import lowrank_terms
-from ..network.converted import Quality
+from ..network.adapter import terms_of
+from ..network.converted import AdapterSet, Converted, Quality
 from ..network.noise import Noise
-
-if TYPE_CHECKING:
-    from ..model.lorun_model import LoRunModel
+from ..network.report import make_report
+from .layout import ADAPTERS_FOLDER, BASE_FILE
 
 TAGS = ["lorun", "deep-unfolding", "lora", "image-restoration"]
 KIND = "image-to-image"  # of the tasks that the Hub knows
 
 
-def model_card(lorun: LoRunModel, problems: Mapping[str, str], folder: Path) -> str:
+def model_card(converted: Converted, problems: Mapping[str, str], folder: Path) -> str:
     """What ``folder`` holds and how to load it; ``problems``: why PEFT can't read some stages."""
-    report, network = lorun.report(), lorun.stage_map.network
-    adapters_only = not (folder / "base.safetensors").exists()
+    report, network = make_report(converted), converted.stage_map.network
+    adapters_only = not (folder / BASE_FILE).exists()
     before, after = report.network_before, report.network_after
-    measured = [(name, row) for name in lorun.adapter_names for row in lorun.adapter_info[name].measured]
+    measured = [(name, row) for name in converted.sets for row in converted.sets[name].info.quality]
     lines = [
-        *_head(lorun, measured),
+        *_head(converted, measured),
         f"# {network}, one base and an adapter per stage",
         "",
-        *([_plain(lorun.card.task), ""] if lorun.card.task else []),
-        f"The {len(lorun.stage_map)} denoisers of a trained deep unfolding network, collapsed into one base that they "
+        *([_plain(converted.card.task), ""] if converted.card.task else []),
+        f"The {len(converted.stage_map)} denoisers of a trained deep unfolding network, collapsed into one base that they "
         "share and a low-rank adapter for each, with "
         "[LoRun](https://arxiv.org/abs/2602.18697)'s form and PEFT's files.",
         "",
     ]
     if adapters_only:
-        lines += [f"The base is elsewhere: that of the fingerprint `{lorun.fingerprint}`.", ""]
+        lines += [f"The base is elsewhere: that of the fingerprint `{converted.fingerprint}`.", ""]
     else:
         lines += [
             "| | original | here, with one set |",
@@ -50,38 +48,38 @@ def model_card(lorun: LoRunModel, problems: Mapping[str, str], folder: Path) -> 
         "| adapter set | noise, sigma of 255 | stages | ranks | bytes on disk |",
         "| --- | --- | ---: | --- | ---: |",
     ]
-    for name in lorun.adapter_names:
-        noise = _noise(lorun.adapter_info[name].noise_schedule)
-        size = tensor_bytes(folder / "adapters" / name)
-        lines.append(f"| `{name}` | {noise} | {len(lorun.adapters[name])} | {_ranks(lorun, name)} | {size:,} |")
+    for name, held in converted.sets.items():
+        noise = _noise(held.info.noise)
+        size = tensor_bytes(folder / ADAPTERS_FOLDER / name)
+        lines.append(f"| `{name}` | {noise} | {len(held.adapters)} | {_ranks(held)} | {size:,} |")
     lines.append("")
-    lines += [*_table(measured), *_loading(lorun, adapters_only)]
+    lines += [*_table(measured), *_loading(converted, adapters_only)]
     if problems:
         lines.append("`PeftModel.from_pretrained` refuses these adapters, because:")
         lines += [f"- {problem} (first in `{where}`)" for problem, where in problems.items()]
     else:
-        lines += _peft(lorun)
+        lines += _peft(converted)
     return "\n".join(lines) + "\n"
 
 
-def set_card(lorun: LoRunModel, name: str, folder: Path) -> str:
+def set_card(converted: Converted, name: str, folder: Path) -> str:
     """What a set's folder holds and how to load it."""
-    about, network = lorun.adapter_info[name], lorun.stage_map.network
-    measured = [(name, row) for row in about.measured]
-    parameters = sum(parameter.numel() for parameter in lorun.adapters[name].parameters())
-    outside = lorun.outside_of(name)
+    held, network = converted.sets[name], converted.stage_map.network
+    measured = [(name, row) for row in held.info.quality]
+    adapters = [adapter for stage in held.adapters.values() for adapter in stage.values()]
+    parameters = sum(parameter.numel() for adapter in adapters for parameter in adapter.parameters())
     lines = [
-        *_head(lorun, measured),
+        *_head(converted, measured),
         f"# {name}: adapters for {network}",
         "",
-        *([_plain(lorun.card.task), ""] if lorun.card.task else []),
-        f"{len(lorun.adapters[name])} stages, ranks {_ranks(lorun, name)}, {parameters:,} parameters, "
-        f"{tensor_bytes(folder):,} bytes, for the base of the fingerprint `{lorun.fingerprint[:12]}`.",
+        *([_plain(converted.card.task), ""] if converted.card.task else []),
+        f"{len(held.adapters)} stages, ranks {_ranks(held)}, {parameters:,} parameters, "
+        f"{tensor_bytes(folder):,} bytes, for the base of the fingerprint `{converted.fingerprint[:12]}`.",
     ]
-    if about.noise_schedule is not None:
-        lines.append(f"Noise on the measurements, on a scale of 0 to 255: {_noise(about.noise_schedule)}.")
-    if outside:
-        lines.append(f"It brings its own {', '.join(f'`{key}`' for key in outside)}, which stand outside the stages.")
+    if held.info.noise is not None:
+        lines.append(f"Noise on the measurements, on a scale of 0 to 255: {_noise(held.info.noise)}.")
+    if held.outside:
+        lines.append(f"It brings its own {', '.join(f'`{key}`' for key in held.outside)}, which stand outside the stages.")
     lines += [
         "",
         *_table(measured),
@@ -94,7 +92,7 @@ def set_card(lorun: LoRunModel, name: str, folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _head(lorun: LoRunModel, measured: Iterable[tuple[str, Quality]]) -> list[str]:
+def _head(converted: Converted, measured: Iterable[tuple[str, Quality]]) -> list[str]:
     """What the Hub reads."""
     results = [
         EvalResult(
@@ -110,11 +108,11 @@ def _head(lorun: LoRunModel, measured: Iterable[tuple[str, Quality]]) -> list[st
     ]
     data = ModelCardData(
         library_name="lorun-adapt",
-        license=lorun.card.license,
-        base_model=lorun.card.base_model,
+        license=converted.card.license,
+        base_model=converted.card.base_model,
         pipeline_tag=KIND,
         tags=TAGS,
-        **({"model_name": lorun.stage_map.network, "eval_results": results} if results else {}),
+        **({"model_name": converted.stage_map.network, "eval_results": results} if results else {}),
     )
     return ["---", data.to_yaml(), "---", ""]
 
@@ -133,8 +131,8 @@ def _table(measured: list[tuple[str, Quality]]) -> list[str]:
     return [*lines, ""]
 
 
-def _loading(lorun: LoRunModel, adapters_only: bool) -> list[str]:
-    network, name = lorun.stage_map.network, lorun.adapter_names[-1]
+def _loading(converted: Converted, adapters_only: bool) -> list[str]:
+    network, name = converted.stage_map.network, list(converted.sets)[-1]
     if adapters_only:
         load = ['lorun = lorun_adapt.from_pretrained("path or user/name of the base", net)']
         load.append(f'lorun.load_adapter("path or user/name of this", "{name}")')
@@ -151,9 +149,9 @@ def _loading(lorun: LoRunModel, adapters_only: bool) -> list[str]:
     ]
 
 
-def _peft(lorun: LoRunModel) -> list[str]:
-    first, group = lorun.adapter_names[0], lorun.stage_map.groups[0].name
-    several = len(lorun.stage_map.groups) > 1
+def _peft(converted: Converted) -> list[str]:
+    first, group = next(iter(converted.sets)), converted.stage_map.groups[0].name
+    several = len(converted.stage_map.groups) > 1
     return [
         "A stage in PEFT:",
         "",
@@ -164,13 +162,9 @@ def _peft(lorun: LoRunModel) -> list[str]:
     ]
 
 
-def _ranks(lorun: LoRunModel, name: str) -> str:
-    found = {
-        term.rank
-        for groups in lorun.adapters[name].values()
-        for adapter in groups.values()
-        for term in lowrank_terms(adapter).values()
-    }
+def _ranks(held: AdapterSet) -> str:
+    adapters = [adapter for stage in held.adapters.values() for adapter in stage.values()]
+    found = {term.rank for adapter in adapters for term in terms_of(adapter).values() if term.rank}
     return ", ".join(map(str, sorted(found))) or "none"
 
 

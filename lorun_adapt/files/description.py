@@ -9,53 +9,56 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import peft
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from .._version import __version__
 from ..disk.reading import parse_json, read_file
 from ..errors import LoRunError
-from ..network.converted import Card
+from ..network.converted import Card, Converted
 from ..stages.checks import check_parameters
 from ..stages.find import check_alike, tensor_specs
 from ..stages.stage_map import Group, Site, StageMap, stage_key
 from ..util.text import is_short
 from .layout import CONFIG_FILE, NAMES, is_adapter_name
 
-if TYPE_CHECKING:
-    from ..model.lorun_model import LoRunModel
-
 FORMAT = 1
 MOST_SETS, MOST_STAGES = 100, 1000
+LARGEST = 64 << 20  # bytes, where the network is not known
 
 
-def describe(lorun: LoRunModel, files: Mapping[str, str]) -> dict[str, Any]:
-    """What is written of a converted network; ``files``: the SHA-256 of each, by its place in the folder."""
-    import peft
+def describe(converted: Converted, files: Mapping[str, str]) -> dict[str, Any]:
+    """What the file says of a converted network.
 
-    from .. import __version__
+    Args:
+        files: the SHA-256 of each file, by its place in the folder.
 
-    card = dataclasses.asdict(lorun.card)
+    Raises:
+        LoRunError: a card with long or unprintable text.
+    """
+    card = dataclasses.asdict(converted.card)
     if not is_card(card):
-        raise LoRunError(f"expected short lines of text in the card, found {card}: change lorun.card")
+        raise LoRunError(f"the card must hold short lines of printable text, not {card}: change lorun.card")
     return {
         "format": FORMAT,
-        "network": lorun.stage_map.network,
-        "groups": groups_of(lorun.stage_map),
-        "adapters": lorun.adapter_names,
-        "errors": lorun.residuals,
-        "fingerprint": lorun.fingerprint,
+        "network": converted.stage_map.network,
+        "groups": groups_of(converted.stage_map),
+        "adapters": list(converted.sets),
+        "errors": converted.residuals,
+        "fingerprint": converted.fingerprint,
         "card": card,
-        "active": [lorun.active_adapters[stage] for stage in range(len(lorun.stage_map))],
+        "active": [converted.active[stage] for stage in range(len(converted.stage_map))],
         "versions": {"lorun-adapt": __version__, "torch": torch.__version__, "peft": peft.__version__},
         "files": dict(files),
     }
 
 
 def groups_of(stage_map: StageMap) -> list[dict[str, Any]]:
-    """Where the stages are, as it is written."""
+    """What the file says of where the stages are."""
     return [
         {
             "name": group.name,
@@ -73,40 +76,37 @@ def as_text(description: Mapping[str, Any]) -> str:
     return json.dumps({**description, "sha256": _digest(description)}, indent=2) + "\n"
 
 
-def read_description(folder: Path, tensors: int) -> dict[str, Any]:
-    """The description in ``folder``, of which everything has the right form.
+def read_description(folder: Path, num_tensors: int | None = None) -> dict[str, Any]:
+    """The description in ``folder``, with every part of the right form.
 
     Args:
-        tensors: how many the network's stages have.
+        num_tensors: how many tensors the network's stages have, which bounds the file; None where the network is
+            not known.
 
     Raises:
-        LoRunError: none, a damaged one, or one of a newer format.
+        LoRunError: no description, a damaged one, or one of a newer format.
     """
-    return parse_description(description_bytes(folder, tensors), folder / CONFIG_FILE)
+    return parse_description(description_bytes(folder, num_tensors), folder / CONFIG_FILE)
 
 
-def description_bytes(folder: Path, tensors: int) -> bytes:
-    file = folder / CONFIG_FILE
-    if not os.path.isfile(file):
-        raise LoRunError(f"expected {CONFIG_FILE} in {folder}, found none: give a folder that save_pretrained wrote")
-    return read_file(folder, CONFIG_FILE, 1_000_000 + 1000 * tensors)
+def description_bytes(folder: Path, num_tensors: int | None = None) -> bytes:
+    """The bytes of the description in ``folder``; see :func:`read_description`."""
+    if not os.path.isfile(folder / CONFIG_FILE):
+        raise LoRunError(f"no {CONFIG_FILE} in {folder}: give a folder that save_pretrained wrote")
+    return read_file(folder, CONFIG_FILE, LARGEST if num_tensors is None else 1_000_000 + 1000 * num_tensors)
 
 
 def parse_description(content: bytes, file: Path) -> dict[str, Any]:
+    """The description that ``content`` holds; ``file`` names it in errors."""
     description = parse_json(content, str(file))
     version = description.get("format") if isinstance(description, dict) else None
     if type(version) is int and version > FORMAT:
-        raise LoRunError(
-            f"expected format {FORMAT} in {file}, found {str(version)[:20]}, a newer one: update lorun-adapt"
-        )
+        raise LoRunError(f"{file} has the format {str(version)[:20]}, and this version reads {FORMAT}: update lorun-adapt")
     wrong = None if type(version) is int and version == FORMAT else "format"
     if wrong is None:
         wrong = _wrong_part(description) if is_unchanged(description) else "sha256"
     if wrong is not None:
-        raise LoRunError(
-            f"expected the description of a conversion, found a wrong {wrong!r} in {file}: save it anew or download it "
-            "again"
-        )
+        raise LoRunError(f"{file} has an invalid {wrong!r}: save the conversion again or download it again")
     return description
 
 

@@ -1,4 +1,16 @@
-"""."""
+"""The names of all files in a saved folder: each once, here.
+
+    lorun_config.json                                stages, fingerprint of the base, hashes of files, the card's words
+    base.safetensors                                 the whole network, each shared tensor once
+    adapters/<set>/stage_00/adapter_config.json      a PEFT LoraConfig
+    adapters/<set>/stage_00/adapter_model.safetensors
+    adapters/<set>/outside.safetensors               the set's own parameters outside the stages, if it has any
+    adapters/<set>/set_config.json                   its noise and its quality, where these are known
+    adapters/<set>/README.md                         the set's card
+    README.md                                        the model card
+
+A stage with several denoisers has a subfolder for each.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +19,34 @@ import re
 from torch import nn
 
 CONFIG_FILE, BASE_FILE, CARD_FILE, ADAPTERS_FOLDER = "lorun_config.json", "base.safetensors", "README.md", "adapters"
-
-
 OUTSIDE_FILE, SET_CONFIG_FILE = "outside.safetensors", "set_config.json"  # of a set
-
-
 TENSORS_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # of a stage
+
+TOP_LEVEL = (CONFIG_FILE, BASE_FILE, CARD_FILE, ADAPTERS_FOLDER)
+
+INTERPOLATED = "interpolated"  # the set that stands for a noise level between those of others; it is never saved
+
+
+def _any_of(*names: str) -> str:
+    return "|".join(map(re.escape, names))
 
 
 # What a saved conversion can hold beside its description.
-_TOP, _OF_SET, _OF_STAGE = (
-    "|".join(map(re.escape, names))
-    for names in ((BASE_FILE, CARD_FILE), (CARD_FILE, OUTSIDE_FILE, SET_CONFIG_FILE), (PEFT_CONFIG_FILE, TENSORS_FILE))
+NAMES = re.compile(
+    rf"{_any_of(BASE_FILE, CARD_FILE)}|{ADAPTERS_FOLDER}/[\w-]+/"
+    rf"({_any_of(CARD_FILE, OUTSIDE_FILE, SET_CONFIG_FILE)}"
+    rf"|stage_\d+(/[\w-]+)?/({_any_of(PEFT_CONFIG_FILE, TENSORS_FILE)}))",
+    re.ASCII,
 )
 
 
-NAMES = re.compile(rf"{_TOP}|{ADAPTERS_FOLDER}/[\w-]+/({_OF_SET}|stage_\d+(/[\w-]+)?/({_OF_STAGE}))", re.ASCII)
-
-
 def is_adapter_name(name: object) -> bool:
-    """Whether it can name a set, or a group: names become folders and attributes."""
+    """Whether ``name`` can name a set or a group: names become folders and attributes.
+
+    >>> from lorun_adapt.files.layout import is_adapter_name
+    >>> is_adapter_name("sigma25"), is_adapter_name("../sigma25")
+    (True, False)
+    """
     return (
         isinstance(name, str)
         and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name) is not None

@@ -1,4 +1,4 @@
-"""."""
+"""A saved folder, and its files with the hashes that its description has."""
 
 from __future__ import annotations
 
@@ -18,32 +18,44 @@ BASE_KEY = "lorun_base"  # the fingerprint of the base, in the metadata of a saf
 
 
 def stage_folder(stage_map: StageMap, group: Group, site: Site) -> str:
+    """Where in a set's folder the adapter of a denoiser is."""
     stage = stage_key(site.stage)
     return stage if len(stage_map.groups) == 1 else f"{stage}/{group.name}"
 
 
 @dataclass(frozen=True)
 class SavedFolder:
-    """A folder to read from, and the description that has its files' hashes, if there is one."""
+    """A folder to read from.
+
+    Attributes:
+        folder: where it is.
+        description: its ``lorun_config.json``, which has the files' hashes; None where there is none.
+        real_folders: folders within it that are known to be no links.
+    """
 
     folder: Path
     description: Mapping[str, Any] | None
-    plain: set[str] = field(default_factory=set)  # folders within that are no links
+    real_folders: set[str] = field(default_factory=set)
 
     def content(self, name: str, limit: int) -> bytes:
+        """The bytes of a file, at most ``limit``.
+
+        Raises:
+            LoRunError: a file that is missing, too large, leads out of the folder, or has another hash.
+        """
         known = self.description["files"].get(name) if self.description is not None else None
         if self.description is not None and known is None:
             raise LoRunError(
-                f"expected a hash of {name!r}, found none in {self.folder / CONFIG_FILE}: it was put there later, or "
-                "the folder is damaged; download it again"
+                f"{self.folder / CONFIG_FILE} has no hash of {name!r}: the file was added later, or the folder is damaged; "
+                "download it again"
             )
-        content = read_file(self.folder, name, limit, self.plain)
+        content = read_file(self.folder, name, limit, self.real_folders)
         if known is not None and hashlib.sha256(content).hexdigest() != known:
-            raise LoRunError(f"expected {self.folder / name} as it was saved, found another hash: download it again")
+            raise LoRunError(f"{self.folder / name} was changed after it was saved (another hash): download it again")
         return content
 
     def holds(self, name: str) -> bool:
-        """Whether there is such a file, as far as the description knows."""
+        """Whether there is such a file: one that the description lists, if there is a description."""
         if self.description is None:
             return os.path.lexists(self.folder / name)
         return name in self.description["files"]
@@ -57,15 +69,29 @@ class SavedFolder:
             return []
 
 
-def other_base(held: str, found: str, where: str) -> LoRunError:
-    return LoRunError(
-        f"expected an adapter for the base {held[:12]}, found one for {found[:12]} in {where}: load the base that it "
-        "was trained on with from_pretrained"
-    )
+def check_base(expected: str, found: str, where: str) -> None:
+    """Refuse adapters for another base.
+
+    Args:
+        expected, found: fingerprints of the base in memory, and of the one that the file names.
+
+    Raises:
+        LoRunError: they differ.
+    """
+    if expected != found:
+        raise LoRunError(
+            f"expected an adapter for the base {expected[:12]}, found one for {found[:12]} in {where}: load the base "
+            "that it was trained on with from_pretrained"
+        )
 
 
 def chosen_set(description: Mapping[str, Any], name: str, where: object) -> str:
+    """The set to load as ``name`` from a saved conversion: the one of that name, or its only one.
+
+    Raises:
+        LoRunError: several sets, and none of that name.
+    """
     names = description["adapters"]
     if name in names or len(names) == 1:
         return name if name in names else names[0]
-    raise LoRunError(f"expected one adapter set or {name!r} in {where}, found {names}: give the folder of a set")
+    raise LoRunError(f"{where} has several adapter sets and no {name!r}: give the folder of one of {names}")

@@ -1,7 +1,7 @@
-"""Conversions and adapters on the Hugging Face Hub, through ``huggingface_hub``'s own calls, cache and settings.
+"""A repository of the Hugging Face Hub, through ``huggingface_hub``'s own calls, cache and settings.
 
-Nothing is taken on trust: only files that the repository's ``lorun_config.json`` names are fetched, under names that
-a saved conversion has, and each is what its hash says, or is fetched anew.
+Nothing is trusted: only files that the repository's ``lorun_config.json`` names are fetched, under names that a saved
+conversion has. A file whose hash is wrong is fetched again.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from huggingface_hub.utils import (
 from ..disk.folder import sha256
 from ..disk.reading import parse_json, read_file
 from ..errors import LoRunError
-from ..files.description import is_unchanged
+from ..files.description import LARGEST, is_unchanged, parse_description
 from ..files.layout import ADAPTERS_FOLDER, CONFIG_FILE, NAMES
 
-LARGEST = 64 << 20  # of a description
 # With some versions, what is raised for a broken connection is no OSError but what the library for HTTP raises.
 BROKEN = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
 
-
-Needed = Callable[["Mapping[str, Any] | None", str], Iterable[str]]
+# From the description of a repository (None where it has none, as one of PEFT's) and the place in it that is asked for,
+# the names of the files to fetch.
+FilesNeeded = Callable[["Mapping[str, Any] | None", str], Iterable[str]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Repository:
     cache_dir: str | os.PathLike[str] | None = None
     local_files_only: bool = False
 
-    def fetch(self, needed: Needed) -> Path:
+    def fetch(self, needed: FilesNeeded) -> Path:
         """The folder in the cache that the repository's files are in, with those that are needed.
 
         Args:
@@ -90,11 +90,12 @@ class Repository:
         held = try_to_load_from_cache(self.repo_id, name, cache_dir=self.cache_dir, revision=self.revision)
         return held is _CACHED_NO_EXIST
 
-    def _fetch_described(self, found: Path, root: str, key: str, needed: Needed) -> Path:
+    def _fetch_described(self, found: Path, root: str, key: str, needed: FilesNeeded) -> Path:
         """Files that a description names, all of the commit that it is from."""
         own = f"{root}/{CONFIG_FILE}".lstrip("/")
         commit = _commit(found, own)
-        description = _description(self._whole(own, commit, _is_whole_description))
+        file = self._whole(own, commit, _is_whole_description)
+        description = parse_description(read_file(file.parent, file.name, LARGEST), file)
         for name in needed(description, key):
             if not NAMES.fullmatch(name) or name not in description["files"]:
                 raise LoRunError(
@@ -104,7 +105,7 @@ class Repository:
             self._whole(f"{root}/{name}".lstrip("/"), commit, lambda path, digest=digest: sha256(path) == digest)
         return found.parent / key
 
-    def _fetch_others(self, place: str, needed: Needed) -> Path:
+    def _fetch_others(self, place: str, needed: FilesNeeded) -> Path:
         """Files of which no description tells, as PEFT writes them."""
         commit, files = self.revision, [f"{place}/{name}".lstrip("/") for name in needed(None, "")]
         for name in files:
@@ -203,19 +204,10 @@ def _has_its_name(path: Path) -> bool:
 
 def _is_whole_description(path: Path) -> bool:
     try:
-        return is_unchanged(_description(path))
+        content = parse_json(read_file(path.parent, path.name, LARGEST), str(path))
     except LoRunError:
         return False
-
-
-def _description(path: Path) -> dict[str, Any]:
-    content = parse_json(read_file(path.parent, path.name, LARGEST), str(path))
-    files = content.get("files") if isinstance(content, dict) else None
-    names = content.get("adapters") if isinstance(content, dict) else None
-    right = isinstance(files, dict) and all(isinstance(value, str) for value in files.values())
-    if not right or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise LoRunError(f"expected the description of a conversion, found something else in {path}: save it anew")
-    return content
+    return isinstance(content, dict) and is_unchanged(content)
 
 
 def _first_line(error: BaseException) -> str:

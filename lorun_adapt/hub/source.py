@@ -1,27 +1,46 @@
-"""."""
+"""Where a source is: a folder on disk, or a repository of the Hub in its cache, with the files that are needed."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..disk.folder import as_path
 from ..errors import LoRunError
-from ..files.layout import ADAPTERS_FOLDER, OUTSIDE_FILE, PEFT_CONFIG_FILE, SET_CONFIG_FILE, TENSORS_FILE
+from ..files.layout import (
+    ADAPTERS_FOLDER,
+    CARD_FILE,
+    CONFIG_FILE,
+    OUTSIDE_FILE,
+    PEFT_CONFIG_FILE,
+    SET_CONFIG_FILE,
+    TENSORS_FILE,
+)
+from ..files.load import check_has_base
 from ..files.saved import chosen_set, stage_folder
 from ..stages.stage_map import StageMap
 
+if TYPE_CHECKING:
+    from .repository import FilesNeeded
 
-def local(
-    source: str | os.PathLike[str], needed: Callable[[Mapping[str, Any] | None, str], Iterable[str]], **hub: Any
-) -> Path:
-    """The folder, or file, that ``source`` is, or that of its repository in the Hub's cache, with the files needed."""
-    from .repository import Repository
 
+def resolve_source(source: str | os.PathLike[str], needed: FilesNeeded, **hub: Any) -> Path:
+    """The folder, or file, that ``source`` is, or in the Hub's cache its repository with the files that are needed.
+
+    Args:
+        source: a path, or a repository of the Hub as ``user/name``.
+        needed: which of a repository's files to fetch.
+        hub: of the repository: revision, subfolder, token, cache_dir, local_files_only.
+
+    Raises:
+        LoRunError: no path; options of a repository for a folder; what :meth:`Repository.fetch` raises.
+    """
     if is_repository(source):
+        from .repository import Repository  # huggingface_hub takes a while to import
+
         return Repository(os.fspath(source), **hub).fetch(needed)
     if given := [option for option, value in hub.items() if value]:
         raise LoRunError(
@@ -31,36 +50,54 @@ def local(
     return as_path(source)
 
 
-def _needed(
-    stage_map: StageMap, description: Mapping[str, Any] | None, key: str, name: str, stage: int | None
-) -> list[str]:
-    """The files of a set, or of one of its stages, in a repository."""
-    parts = [stage_folder(stage_map, g, s) for g in stage_map.groups for s in g.sites if stage in (None, s.stage)]
-    if description is None:
-        single = stage is not None and len(parts) == 1
-        return [
-            f"{part}/{file}".lstrip("/")
-            for part in ([""] if single else parts)
-            for file in (PEFT_CONFIG_FILE, TENSORS_FILE)
-        ]
-    key = key or f"{ADAPTERS_FOLDER}/{chosen_set(description, name, 'the repository')}"
-    whole = {f"{key}/{part}" for part in parts}
-    if stage is not None:  # where key is the folder of a stage with several denoisers
-        whole |= {f"{key}/{group.name}" for group in stage_map.groups}
-    beside = (
-        (OUTSIDE_FILE, SET_CONFIG_FILE) if stage is None else (PEFT_CONFIG_FILE, TENSORS_FILE)
-    )  # where key is a stage's own folder
-    return [
-        file
-        for file in description["files"]
-        if os.path.dirname(file) in whole or file in {f"{key}/{name}" for name in beside}
-    ]
-
-
 def is_repository(source: object) -> bool:
-    """Whether a source names a repository of the Hub, as ``user/name``, and no folder that is there."""
+    """Whether a source names a repository of the Hub, as ``user/name``, and no folder that is there.
+
+    >>> from lorun_adapt.hub.source import is_repository
+    >>> is_repository("user/name"), is_repository("./saved/net")
+    (True, False)
+    """
     return (
         isinstance(source, str)
         and re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", source, re.ASCII) is not None
         and not os.path.exists(source)
     )
+
+
+def files_of_conversion(description: Mapping[str, Any] | None, key: str) -> list[str]:
+    """The files of a repository to load a whole conversion from: all but the cards.
+
+    Raises:
+        LoRunError: a repository without a conversion, or with adapters alone.
+    """
+    if description is None or key:
+        lacking = f"one of a conversion's adapters, found in {key!r}" if key else f"a repository without {CONFIG_FILE}"
+        raise LoRunError(f"cannot load a conversion from {lacking}: load its base first, and this with load_adapter")
+    check_has_base(description, "the repository")
+    return [name for name in description["files"] if os.path.basename(name) != CARD_FILE]
+
+
+def files_of_set(stage_map: StageMap, name: str, stage: int | None) -> FilesNeeded:
+    """The files of a repository to load a set from, or one of its stages.
+
+    Args:
+        name: which set, where there are several.
+        stage: only this stage.
+    """
+    parts = [stage_folder(stage_map, g, s) for g in stage_map.groups for s in g.sites if stage in (None, s.stage)]
+
+    def needed(description: Mapping[str, Any] | None, key: str) -> list[str]:
+        if description is None:
+            places = [""] if stage is not None and len(parts) == 1 else parts
+            return [f"{part}/{file}".lstrip("/") for part in places for file in (PEFT_CONFIG_FILE, TENSORS_FILE)]
+        key = key or f"{ADAPTERS_FOLDER}/{chosen_set(description, name, 'the repository')}"
+        whole = {f"{key}/{part}" for part in parts}
+        if stage is None:
+            beside = (OUTSIDE_FILE, SET_CONFIG_FILE)
+        else:  # where key is the folder of a stage, or of a stage with several denoisers
+            whole |= {f"{key}/{group.name}" for group in stage_map.groups}
+            beside = (PEFT_CONFIG_FILE, TENSORS_FILE)
+        single = {f"{key}/{file}" for file in beside}
+        return [file for file in description["files"] if os.path.dirname(file) in whole or file in single]
+
+    return needed

@@ -1,4 +1,4 @@
-"""."""
+"""Send a saved conversion to the Hub, bring one from there, and list what one holds."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from huggingface_hub import HfApi
 from ..disk.folder import as_path, replace_folder, sha256
 from ..disk.reading import parse_json, read_file
 from ..errors import LoRunError
+from ..files.description import LARGEST, read_description
 from ..files.layout import ADAPTERS_FOLDER, BASE_FILE, CONFIG_FILE, NAMES, PEFT_CONFIG_FILE, SET_CONFIG_FILE
 from ..files.save import check_keeps_base, foreign_entries
-from .repository import LARGEST, Repository, _description
+from .repository import Repository
 from .source import is_repository
 
 
@@ -27,24 +28,23 @@ def push(
     private: bool | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
 ) -> str:
     """Upload a saved conversion, or adapters saved alone; see :meth:`LoRunModel.push_to_hub`."""
-    description = _description(folder / CONFIG_FILE)
+    description = read_description(folder)
     for name, digest in description["files"].items():
         if not NAMES.fullmatch(name) or not (folder / name).is_file() or sha256(folder / name) != digest:
-            raise LoRunError(
-                f"expected {name[:100]!r} in {folder} as it was saved, found it missing or changed: save it anew"
-            )
+            raise LoRunError(f"{name[:100]!r} in {folder} is missing or was changed after it was saved: save it again")
     api = HfApi(token=token, library_name="lorun-adapt")
     with Repository(repo_id, revision).translating_errors():
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name
         there = revision is None or api.revision_exists(repo_id, revision)
-        if BASE_FILE not in description["files"] and api.file_exists(
-            repo_id, BASE_FILE, revision=revision if there else None
-        ):
+        adapters_only = BASE_FILE not in description["files"]
+        if adapters_only and api.file_exists(repo_id, BASE_FILE, revision=revision if there else None):
             raise LoRunError(
-                f"expected a repository for adapters alone, found {BASE_FILE} in {repo_id}, which they need not fit: "
-                "push with the base, or to another repository"
+                f"{repo_id} holds a {BASE_FILE} that these adapters need not fit: push with the base, or to another "
+                "repository"
             )
         if revision is not None and not there:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -52,7 +52,8 @@ def push(
             repo_id=repo_id,
             folder_path=str(folder),
             revision=revision,
-            commit_message=f"Upload {', '.join(description['adapters'])} with lorun-adapt",
+            commit_message=commit_message or f"Upload {', '.join(description['adapters'])} with lorun-adapt",
+            create_pr=create_pr,
             allow_patterns=[CONFIG_FILE, *(glob.escape(name) for name in description["files"])],
             delete_patterns=[f"{ADAPTERS_FOLDER}/*"],  # sets that are no more
         )
@@ -63,18 +64,16 @@ def pull(repository: Repository, out: Path) -> None:
     """Download all of a conversion, or of adapters saved alone, to a folder, which appears whole or not at all.
 
     Raises:
-        LoRunError: as :meth:`Repository.fetch`, or a folder that holds something else.
+        LoRunError: as :meth:`Repository.fetch`, or ``out`` holds something else.
     """
 
     def everything(description: Mapping[str, Any] | None, key: str) -> list[str]:
         if description is None or key:
-            raise LoRunError(
-                f"expected a conversion in {repository.repo_id}, found no {CONFIG_FILE}: name its subfolder"
-            )
+            raise LoRunError(f"no {CONFIG_FILE} in {repository.repo_id}: name the conversion's folder with subfolder")
         return list(description["files"])
 
     source = repository.fetch(everything)
-    names = [CONFIG_FILE, *_description(source / CONFIG_FILE)["files"]]
+    names = [CONFIG_FILE, *read_description(source)["files"]]
     if BASE_FILE not in names:
         check_keeps_base(out)
 
@@ -87,12 +86,22 @@ def pull(repository: Repository, out: Path) -> None:
 
 
 def list_adapters(source: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The description of a folder or a repository, and what each set's configs say: its own, and its first stage's."""
+    """What is in a saved conversion.
+
+    Args:
+        source: a folder, or a repository of the Hub as ``user/name``.
+
+    Returns:
+        Its description; and for each set the entries of its own config and of its first stage's.
+
+    Raises:
+        LoRunError: no conversion there.
+    """
     wanted: dict[str, dict[str, str]] = {}
 
     def configs(description: Mapping[str, Any] | None, key: str) -> Iterable[str]:
         if description is None or key:
-            raise LoRunError(f"expected a conversion in {source}, found no {CONFIG_FILE}: name another")
+            raise LoRunError(f"no {CONFIG_FILE} in {source}: name a repository or folder with a conversion")
         for file in sorted(description["files"]):
             kind = os.path.basename(file)
             if file.startswith(f"{ADAPTERS_FOLDER}/") and kind in (PEFT_CONFIG_FILE, SET_CONFIG_FILE):
@@ -101,15 +110,15 @@ def list_adapters(source: str, revision: str | None = None) -> tuple[dict[str, A
 
     if is_repository(source):
         folder = Repository(source, revision).fetch(configs)
-        description = _description(folder / CONFIG_FILE)
+        description = read_description(folder)
     else:
         folder = as_path(source)
         if revision is not None or not (folder / CONFIG_FILE).is_file():
-            raise LoRunError(f"expected a saved conversion or user/name of the Hub, found {source!r}: name another")
-        description = _description(folder / CONFIG_FILE)
+            raise LoRunError(f"{source!r} is neither a saved conversion nor user/name of the Hub: name another")
+        description = read_description(folder)
         configs(description, "")
-    found: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for name, files in wanted.items():
-        read = [parse_json(read_file(folder, file, LARGEST), file) for file in files.values()]
-        found[name] = {key: value for part in read if isinstance(part, dict) for key, value in part.items()}
-    return description, found
+        parts = [parse_json(read_file(folder, file, LARGEST), file) for file in files.values()]
+        entries[name] = {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
+    return description, entries

@@ -1,209 +1,100 @@
-"""Which set of adapters is for which noise, and the choice of one for a noise level."""
+"""Which adapter set, or what between sets, is for a noise level."""
 
 from __future__ import annotations
 
-import dataclasses
 import operator
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import LoRunError
 from ..network.converted import AdapterInfo
-from ..network.noise import at_stage, between, checked, is_sigma
+from ..network.noise import Noise, at_stage, between, is_sigma
 from ..network.schedule import apply_schedule
-from .adapter_sets import AdapterSets
-from .combine import weighted_set
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-INTERPOLATED = "interpolated"  # the set that stands for a noise level between those of others
 
 
-class NoiseLevels(AdapterSets):
-    """What of :class:`LoRunModel` knows of noise."""
+class NoiseChoice:
+    """Chooses by noise level, and tells networks of the noise.
 
-    _task: Any = None
-    _interpolated_of: tuple[Any, list[Tensor]] = (None, [])  # what the set of that name was made of
+    Attributes:
+        task: a task, or anything else with its functions ``schedule`` and ``noise_level``.
 
-    @property
-    def task(self) -> Any:
-        """What knows of the measurements: a task, or anything else with its functions ``schedule`` and ``noise_level``.
+    >>> from lorun_adapt import AdapterInfo
+    >>> from lorun_adapt.model.noise_choice import NoiseChoice
+    >>> infos = {"low": AdapterInfo(sigma=10.0), "high": AdapterInfo(sigma=50.0)}
+    >>> NoiseChoice().weights(20.0, infos)
+    {'low': 0.75, 'high': 0.25}
+    """
 
-        Either may be missing. ``schedule(net, sigmas)`` hands a network the noise schedule of the sets that it runs
-        with, one sigma for each stage. ``noise_level(args)`` estimates sigma from the arguments of a forward. Both on a
-        scale of 0 to 255.
-        """
-        return self._task
+    def __init__(self, task: Any = None) -> None:
+        self.task = task
+        self._interpolated_of: tuple[object, list[Tensor]] = (None, [])
 
-    @task.setter
-    def task(self, task: Any) -> None:
-        with self._swapping:
-            before = self._task
-            self.__dict__["_task"] = task  # past nn.Module.__setattr__: a module is not to be trained, moved or saved
-            try:
-                self._assemble_again()
-            except BaseException:
-                self.__dict__["_task"] = before
-                raise
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "task":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def set_noise_schedule(self, adapter_name: str, noise_schedule: float | Sequence[float] | None) -> None:
-        """Say which noise a set is for.
-
-        Args:
-            noise_schedule: the sigma of the measurements, or one for each stage, on a scale of 0 to 255.
+    def estimate(self, sigma: float | str, arguments: Sequence[Any]) -> float:
+        """A noise level as a number; ``"auto"``: what the task's ``noise_level`` makes of a forward's arguments.
 
         Raises:
-            LoRunError: an unknown set, negative numbers, or not as many as there are stages; nothing changes then.
+            LoRunError: ``"auto"`` without a task that estimates it, or without arguments; no number of 0 or more.
         """
-        with self._swapping:
-            if adapter_name not in self.adapters:
-                raise LoRunError(
-                    f"expected an adapter among {self.adapter_names}, found {adapter_name!r}: load it first"
-                )
-            noise = None if noise_schedule is None else checked(noise_schedule, len(self.stage_map))
-            held = self._held(adapter_name)
-            self._run_with(adapter_name, held._replace(info=dataclasses.replace(held.info, noise_schedule=noise)))
-
-    @contextmanager
-    def assume_noise(self, sigma: float) -> Iterator[None]:
-        """Within it, sets that run and whose noise is not known are for ``sigma``."""
-        unknown = [
-            name for name in set(self.active_adapters.values()) if self.adapter_info[name].noise_schedule is None
-        ]
-        for name in unknown:
-            self.set_noise_schedule(name, sigma)
-        try:
-            yield
-        finally:
-            for name in unknown:
-                self.set_noise_schedule(name, None)
-
-    def select_adapter(self, sigma: float | str, *arguments: Any) -> str:
-        """Run with the set for a noise level: the one for it, or what is between the two around it, or the nearest.
-
-        What is between two sets is their weighted sum, a set of the name ``interpolated``, which the next one replaces.
-
-        Args:
-            sigma: noise on the measurements, on a scale of 0 to 255; or ``"auto"``: what ``noise_level`` of the task
-                estimates from the arguments of a forward.
-            arguments: these, with ``"auto"``.
-
-        Returns:
-            The set's name.
-
-        Raises:
-            LoRunError: no set whose noise is known, see :meth:`set_noise_schedule`; ``"auto"`` without a task that
-                estimates it, or without arguments; a sigma that is none. Nothing changes then.
-        """
-        sigma = self._estimated(sigma, arguments)
-        with self._swapping:
-            weights = self.weights_for(sigma)
-            if len(weights) == 1:
-                name = next(iter(weights))
-                if (known := self.adapter_info[name].sigma) != sigma:
-                    warnings.warn(
-                        f"no set is for a sigma of {sigma:g}: taking the nearest, {name}, which is for {known:g}",
-                        stacklevel=2,
-                    )
-            else:
-                name = INTERPOLATED
-                before = self._held(name)
-                self._interpolate(weights, sigma)
-            try:
-                self.set_adapter(name, self._inference_mode)
-            except BaseException:
-                if name == INTERPOLATED and before is None:
-                    self.delete_adapter(name)
-                raise
-            return name
-
-    def _interpolate(self, weights: Mapping[str, float], sigma: float) -> None:
-        """Make the set between others, where it is not there yet."""
-        sets = [held[name] for name in weights for held in (self.adapters, self.outside) if name in held]
-        tensors = [tensor for held in sets for tensor in held.parameters()]
-        made_of = (sigma, dict(weights), [tensor._version for tensor in tensors])
-        known, before = self._interpolated_of
-        # The tensors are held, so that no others can be taken for them.
-        alike = known == made_of and all(map(operator.is_, tensors, before))
-        if INTERPOLATED not in self.adapters or not alike:
-            found = weighted_set(self, list(weights), list(weights.values()))
-            self._put_set(INTERPOLATED, dataclasses.replace(found, info=AdapterInfo(sigma)))
-            self._interpolated_of = made_of, tensors
-
-    def weights_for(self, sigma: float, among: Iterable[str] | None = None) -> dict[str, float]:
-        """How much of which set stands for a noise level; ``among``: sets to choose from, by default all.
-
-        Raises:
-            LoRunError: none whose noise is known as one number.
-        """
-        names = [name for name in self.adapters if name != INTERPOLATED] if among is None else list(among)
-        known = {name: self.adapter_info[name].sigma for name in names if name in self.adapters}
-        known = {name: level for name, level in known.items() if level is not None}
-        if not known:
-            raise LoRunError(
-                f"expected a set for one known noise level, found none among {list(names)}: say what they are for with "
-                "set_noise_schedule"
-            )
-        return between(sigma, known)
-
-    def _begin_set(self, name: str, start_from: Sequence[str], noise_schedule: float | Sequence[float] | None) -> None:
-        """Make a set that begins as another, or between several, and is for that noise."""
-        noise = None if noise_schedule is None else checked(noise_schedule, len(self.stage_map))
-        if len(set(start_from)) < len(start_from):
-            raise LoRunError(f"expected each set to start from once, found {list(start_from)}: leave out what is twice")
-        weights = dict.fromkeys(start_from, 1 / max(len(start_from), 1))
-        known = all(start in self.adapters and self.adapter_info[start].sigma is not None for start in start_from)
-        if start_from and known and isinstance(noise, float):
-            weights = self.weights_for(noise, start_from)
-        if len(weights) == 1:
-            self.copy_adapter(next(iter(weights)), name)
-        else:
-            self.add_weighted_adapter(list(weights), list(weights.values()), name)
-        self.set_noise_schedule(name, noise)
-
-    def _estimated(self, sigma: float | str, arguments: tuple[Any, ...]) -> float:
         if sigma == "auto":
-            estimate = getattr(self._task, "noise_level", None)
-            if estimate is None or not arguments:
-                lacking = "a task with noise_level(args)" if estimate is None else "the arguments of a forward"
+            noise_level = getattr(self.task, "noise_level", None)
+            if noise_level is None or not arguments:
+                lacking = "a task with noise_level(args)" if noise_level is None else "the arguments of a forward"
                 raise LoRunError(
-                    f"expected {lacking} to estimate the noise by, found none: set lorun.task, and write "
+                    f"cannot estimate the noise without {lacking}: set lorun.task, and write "
                     'select_adapter("auto", *arguments)'
                 )
-            sigma = float(estimate(arguments))
+            sigma = float(noise_level(tuple(arguments)))
         elif arguments:
-            raise LoRunError(f"expected a sigma alone, found arguments beside {sigma!r}: these are for 'auto'")
+            raise LoRunError(f"arguments beside the sigma {sigma!r} are for 'auto' only: leave them out")
         if not is_sigma(sigma):
             raise LoRunError(
                 f"expected a sigma of 0 or more, found {sigma!r}: give a standard deviation on a scale of 0 to 255"
             )
         return float(sigma)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        memo[id(self._task)] = self._task  # a module of Python can't be copied
-        return super().__deepcopy__(memo)
+    def weights(
+        self, sigma: float, infos: Mapping[str, AdapterInfo], among: Iterable[str] | None = None
+    ) -> dict[str, float]:
+        """How much of which set stands for a noise level.
 
-    # --- within ----------------------------------------------------------------------------------
+        Args:
+            infos: what is known of each set.
+            among: sets to choose from; by default all.
 
-    def _assembled(self, active: Mapping[int, str]) -> nn.Module:
-        network = super()._assembled(active)
-        self._apply_schedule(network, active)
-        return network
+        Raises:
+            LoRunError: no set whose noise is known as one number.
+        """
+        names = list(infos if among is None else among)
+        levels = {name: level for name in names if name in infos and (level := infos[name].sigma) is not None}
+        if not levels:
+            raise LoRunError(f"none of the sets {names} has a known sigma: say what they are for with set_noise")
+        return between(sigma, levels)
 
-    def _apply_schedule(self, network: nn.Module, active: Mapping[int, str]) -> None:
-        """Tell the network of the noise that the sets are for, where all say so and the task has a use for it."""
-        noises = [self.adapter_info[active[stage]].noise_schedule for stage in range(len(self.stage_map))]
-        schedule = getattr(self._task, "schedule", None)
-        if schedule is not None and None not in noises:
-            apply_schedule(network, schedule, [at_stage(noise, stage) for stage, noise in enumerate(noises)])
+    def is_interpolated(self, made_of: object, tensors: list[Tensor]) -> bool:
+        """Whether the interpolated set was made of just that, and of these tensors as they are."""
+        before = self._interpolated_of
+        return (made_of, _versions(tensors)) == before[0] and all(map(operator.is_, tensors, before[1]))
+
+    def note_interpolated(self, made_of: object, tensors: list[Tensor]) -> None:
+        """Note what the interpolated set was made of. The tensors are held, so that no others pass for them."""
+        self._interpolated_of = (made_of, _versions(tensors)), tensors
+
+    def prepare(self, network: nn.Module, noises: Sequence[Noise | None]) -> None:
+        """Tell a network the noise that its sets are for, where all are known and the task has a use for it.
+
+        Args:
+            noises: of the set that each stage runs with.
+        """
+        schedule = getattr(self.task, "schedule", None)
+        known = [noise for noise in noises if noise is not None]
+        if schedule is not None and len(known) == len(noises):
+            apply_schedule(network, schedule, [at_stage(noise, stage) for stage, noise in enumerate(known)])
+
+    def __deepcopy__(self, memo: dict[int, object]) -> NoiseChoice:
+        return NoiseChoice(self.task)  # a module of Python can't be copied
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[int]:
+    return [tensor._version for tensor in tensors]

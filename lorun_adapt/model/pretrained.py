@@ -1,28 +1,23 @@
-"""."""
+"""Load a saved conversion."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..disk.folder import restore_interrupted_save, retry_if_replaced
 from ..errors import LoRunError
-from ..files.layout import CARD_FILE, CONFIG_FILE
-from ..files.load import _check_base, _load
-from ..hub.source import local
-
-if TYPE_CHECKING:
-    from .lorun_model import LoRunModel
+from ..files.load import load
+from ..hub.source import files_of_conversion, resolve_source
+from .lorun_model import LoRunModel
 
 
 def from_pretrained(
-    source: str | os.PathLike[str],
-    dun: nn.Module,
+    source: str | os.PathLike[str] | nn.Module,
+    dun: nn.Module | str | os.PathLike[str],
     *,
     revision: str | None = None,
     subfolder: str | None = None,
@@ -32,42 +27,46 @@ def from_pretrained(
 ) -> LoRunModel:
     """Load a saved conversion.
 
-    Nothing in the folder is trusted: every file is within the bounds of what ``dun`` can have and
-    has the hash noted for it, every tensor has the network's shape and finite values, and nothing
-    is executed. A load that a save of the same folder overtakes begins again.
+    Nothing in the folder is trusted: every file is within the bounds of what ``dun`` can have and has the hash noted
+    for it, every tensor has the network's shape and finite values, and nothing is executed. If a save replaces the
+    folder meanwhile, loading starts again.
 
     Args:
         source: a folder that ``save_pretrained`` wrote, or a repository of the Hub, as ``user/name``.
-        dun: a network of the same class, with any weights. It gives the code, the device and the
-            dtype, and is left untouched.
+        dun: a network of the same class, with any weights. It gives the code, the device and the dtype, and stays as
+            it is. The two may come in PEFT's order too: ``from_pretrained(dun, source)``.
         revision, subfolder, token, cache_dir, local_files_only: of the repository, as
             ``huggingface_hub.hf_hub_download`` takes them.
 
     Raises:
         LoRunError: files that are missing, damaged, or for another network.
+
+    >>> import lorun_adapt, tempfile, torch
+    >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+    >>> lorun, y = lorun_adapt.convert(ToyUnfoldingNet(), rank=1), torch.rand(1, 1, 8, 8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lorun.save_pretrained(folder + "/saved")
+    ...     again = lorun_adapt.from_pretrained(folder + "/saved", ToyUnfoldingNet())
+    >>> torch.equal(again(y), lorun(y))
+    True
     """
-    folder = local(
+    if isinstance(source, nn.Module):
+        source, dun = dun, source
+    if not isinstance(dun, nn.Module) or isinstance(source, nn.Module):
+        raise LoRunError(
+            f"expected a folder or repository and a network, found {type(source).__name__} and {type(dun).__name__}: "
+            "build a network of the class that was converted"
+        )
+    folder = resolve_source(
         source,
-        _all_files,
+        files_of_conversion,
         revision=revision,
         subfolder=subfolder,
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    if not isinstance(dun, nn.Module):
-        raise LoRunError(f"expected a network, found {type(dun).__name__}: build one of the class that was converted")
     with contextlib.suppress(OSError):  # what can't be put back is reported as missing
         restore_interrupted_save(Path(os.path.realpath(folder)))
-    return retry_if_replaced(folder, lambda: _load(folder, dun))
-
-
-def _all_files(description: Mapping[str, Any] | None, key: str) -> list[str]:
-    """What of a repository is needed to load all of it."""
-    if description is None or key:
-        raise LoRunError(
-            f"expected a conversion, found {'one of its adapters' if key else f'no {CONFIG_FILE}'} in the repository: "
-            "load its base first, and this with load_adapter"
-        )
-    _check_base(description, "the repository")
-    return [name for name in description["files"] if os.path.basename(name) != CARD_FILE]
+    network = dun
+    return LoRunModel(retry_if_replaced(folder, lambda: load(folder, network)))

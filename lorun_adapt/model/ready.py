@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..terms.lowrank import LowRank
+from ..terms.term import Term
 
 MOST_READY = 32  # networks kept; each has modules of its own, but no tensors
 
@@ -14,15 +14,15 @@ Key = tuple[str, ...]  # a set for each stage
 
 
 class _Ready:
-    """A network, and those of its modules that have a mode, which take long to list."""
+    """A network, and its modules that have a mode, which take long to list."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        found = {name: module for name, module in network.named_modules() if not isinstance(module, LowRank)}
-        self.names, self.modules = tuple(found), list(found.values())
+        modules = {name: module for name, module in network.named_modules() if not isinstance(module, Term)}
+        self.names, self.modules = tuple(modules), list(modules.values())
 
     def take_modes(self, other: _Ready, default: bool) -> None:
-        """Be in training where ``other`` is."""
+        """Put each module in training where its counterpart in ``other`` is; ``default``: if it has none."""
         if self.names is other.names:
             modes = [module.training for module in other.modules]
         else:
@@ -46,9 +46,9 @@ class ReadyNetworks:
         """The network of a choice, made where there is none yet, in the modes of the one that runs.
 
         Args:
-            training: the mode of modules that this has not.
+            training: the mode of modules that ``running`` does not have.
         """
-        ready = self._held.pop(key, None) or self._alike(_Ready(make()))
+        ready = self._held.pop(key, None) or self._with_shared_names(_Ready(make()))
         if ready.network is not running:
             now = next((other for other in self._held.values() if other.network is running), None)
             ready.take_modes(now or _Ready(running), training)
@@ -57,15 +57,16 @@ class ReadyNetworks:
             del self._held[next(iter(self._held))]
         return ready.network
 
-    def _alike(self, ready: _Ready) -> _Ready:
-        """The same, with the list of names that it has in common with others, if it has."""
+    def _with_shared_names(self, ready: _Ready) -> _Ready:
+        """The same, with the list of names that it has in common with others, which makes comparing them quick."""
         ready.names = next((other.names for other in self._held.values() if other.names == ready.names), ready.names)
         return ready
 
     def forget(self, name: str) -> None:
-        """Let go of the networks that run with a set."""
+        """Forget the networks that run with a set."""
         for key in [key for key in self._held if name in key]:
             del self._held[key]
 
     def clear(self) -> None:
+        """Forget all networks."""
         self._held.clear()

@@ -1,25 +1,44 @@
-"""."""
+"""State dicts of a converted network: they hold the base and the adapters once, and load as one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
 from ..errors import LoRunError
-from ..network.sharing import share_again, shared_places
+from ..network.sharing import Places, share_again, shared_places
+from ..stages.stage_map import StageMap
 from ..util.fingerprint import fingerprint_of
 from ..util.modules import distinct_tensors
 
-if TYPE_CHECKING:
-    from .lorun_model import LoRunModel
+
+class Loading(NamedTuple):
+    """What is put back, or compared, when a state dict has been loaded."""
+
+    places: Places
+    network: nn.Module
+    fingerprint: str
 
 
-def register_hooks(lorun: LoRunModel) -> None:
-    """Leave the network that runs out of state dicts, since base and adapters hold all its tensors, and load as one."""
-    lorun.register_state_dict_post_hook(_leave_network_out)
-    lorun.register_load_state_dict_pre_hook(_before_load)
-    lorun.register_load_state_dict_post_hook(_after_load)
+class Model(Protocol):
+    """What the hooks need of a converted network."""
+
+    stage_map: StageMap
+    base: nn.Module
+    adapters: nn.ModuleDict
+    network: nn.Module
+    loading: Loading | None
+
+    def replace_tensors(self, base_changed: bool) -> None:
+        """Put the network together again around other tensors."""
+
+
+def register_hooks(model: nn.Module) -> None:
+    """Leave the network that runs out of a model's state dicts: base and adapters hold all its tensors."""
+    model.register_state_dict_post_hook(_leave_network_out)
+    model.register_load_state_dict_pre_hook(_before_load)
+    model.register_load_state_dict_post_hook(_after_load)
 
 
 def _leave_network_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -27,23 +46,21 @@ def _leave_network_out(module: nn.Module, state_dict: dict[str, Any], prefix: st
         del state_dict[name]
 
 
-def _before_load(lorun: LoRunModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    for group in lorun.stage_map.groups:
+def _before_load(model: Model, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for group in model.stage_map.groups:
         for name in [f"{group.sites[0].module}.{spec.name}" for spec in group.tensors if spec.without_base]:
-            if (held := state_dict.get(f"{prefix}base.{name}")) is not None and bool(held.any()):
+            if (value := state_dict.get(f"{prefix}base.{name}")) is not None and bool(value.any()):
                 raise LoRunError(
-                    f"expected zeros for {name!r}, which has no base here, found others in the state_dict: load it "
-                    "into the conversion that it is of"
+                    f"{name!r} has no base here, and the state_dict has one: load it into the conversion that it is of"
                 )
-    held = fingerprint_of(distinct_tensors(lorun.base))
-    lorun._loading = [shared_places(lorun.base, lorun.adapters), lorun.network, held]
-    lorun.network = nn.Module()  # else it would be asked for, and given, tensors of its own
+    fingerprint = fingerprint_of(distinct_tensors(model.base))
+    model.loading = Loading(shared_places(model.base, model.adapters), model.network, fingerprint)
+    model.network = nn.Module()  # else it would be asked for, and given, tensors of its own
 
 
-def _after_load(lorun: LoRunModel, incompatible_keys: Any) -> None:
-    places, lorun.network, held = lorun._loading
-    del lorun._loading
-    share_again(places)  # load_state_dict(assign=True) puts other tensors into each place
-    if fingerprint_of(distinct_tensors(lorun.base)) != held:
-        lorun._fingerprint = None
-    lorun._assemble_again()
+def _after_load(model: Model, incompatible_keys: object) -> None:
+    loading = model.loading
+    if loading is not None:
+        model.loading, model.network = None, loading.network
+        share_again(loading.places)  # load_state_dict(assign=True) puts other tensors into each place
+        model.replace_tensors(fingerprint_of(distinct_tensors(model.base)) != loading.fingerprint)

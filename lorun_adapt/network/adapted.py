@@ -1,10 +1,9 @@
-"""A stage's tensor as the shared base plus a low-rank term: W_k = W_0 + B_k A_k.
+"""Modules that read one of their parameters through a term.
 
-Any tensor is folded to a matrix first. The term is added where the tensor is read: the module stays
-the same object, of a subclass on which the tensor is a property. That is what
-``torch.nn.utils.parametrize`` does too; doing it here makes reading a tensor four times faster, and
-lets networks that are put together alike have the same classes, so that ``torch.compile`` need not
-compile anew for another set of adapters.
+The term is added where the tensor is read: the module stays the same object, of a subclass on which the tensor
+is a property. ``torch.nn.utils.parametrize`` does this too. Doing it here makes reading a tensor four times
+faster, and networks that are put together alike have the same classes, so that ``torch.compile`` need not compile
+again for another set of adapters.
 """
 
 from __future__ import annotations
@@ -15,11 +14,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..terms.lowrank import LowRank, _sum
+from ..terms.term import Term
+
+_BASE, _TERM = "lorun_base_", "lorun_term_"
 
 
-def add_term(module: nn.Module, attribute: str, term: LowRank) -> None:
-    """Make ``module.attribute`` read as the parameter that it is now plus the term."""
+def add_term(module: nn.Module, attribute: str, term: Term) -> None:
+    """Make ``module.attribute`` read as ``term`` of the parameter that it is now.
+
+    >>> import torch
+    >>> from lorun_adapt.network.adapted import add_term
+    >>> from lorun_adapt.terms.lowrank import LowRank
+    >>> layer = torch.nn.Linear(3, 2)
+    >>> before = layer.weight.detach().clone()
+    >>> add_term(layer, "weight", LowRank(torch.ones(1, 3), torch.ones(2, 1)))
+    >>> torch.equal(layer.weight, before + 1)
+    True
+    """
     base = module._parameters.pop(attribute)
     original, adapted = original_class(module), getattr(type(module), "lorun_adapted", ())
     module.__class__ = _adapted_class(original, (*adapted, attribute))
@@ -33,11 +44,8 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def is_base(name: str) -> bool:
-    """Whether a parameter of this name, in a network that runs, is the base to which terms are added."""
+    """Whether a parameter of this name, in a network that runs, is a base that a term is added to."""
     return name.rpartition(".")[2].startswith(_BASE)
-
-
-_BASE, _TERM = "lorun_base_", "lorun_term_"
 
 
 @functools.cache
@@ -52,10 +60,8 @@ def _reader(attribute: str) -> Callable[[nn.Module], Tensor]:
 
     def read(module: nn.Module) -> Tensor:
         if not torch.compiler.is_compiling():
-            try:  # past nn.Module.__getattr__: this runs for every tensor of every stage
-                held = module._modules[term]
-                factors = held._parameters
-                return _sum(module._parameters[base], factors["lora_A"], factors["lora_B"], held._buffers["factor"])
+            try:  # past nn.Module.__getattr__ and __call__: this runs for every tensor of every stage
+                return module._modules[term].forward(module._parameters[base])  # type: ignore[union-attr]
             except KeyError:  # a replica of nn.DataParallel holds its tensors as plain attributes
                 pass
         return getattr(module, term)(getattr(module, base))

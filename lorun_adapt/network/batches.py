@@ -1,4 +1,4 @@
-"""."""
+"""The batches that a network is calibrated, trained and checked on."""
 
 from __future__ import annotations
 
@@ -14,18 +14,29 @@ from ..util.nested import tensors_in
 
 Batch = tuple[Any, ...]  # the arguments of a network's forward
 
-
-KEPT_BYTES = 1 << 30  # of an iterator that can't be started anew, to go on with when it ends
+MAX_KEPT_BYTES = 1 << 30  # of the batches of an iterator, which are kept as it can't be started again
 
 
 class Batches(Iterator[Batch]):
-    """The batches of a calibration, over and over; made once for a run, since some can be iterated only once.
+    """The batches of a calibration, over and over.
+
+    Make one for a run: some calibrations can be iterated only once.
+
+    >>> batches = Batches([torch.zeros(1), (torch.ones(1), 0.5)])
+    >>> batches.first
+    (tensor([0.]),)
+    >>> [next(batches) for _ in range(3)]
+    [(tensor([0.]),), (tensor([1.]), 0.5), (tensor([0.]),)]
+
+    Args:
+        calibration: an iterable of tensors or argument tuples, such as a list or a ``DataLoader``. The batches of an
+            iterator are kept, up to 1 GiB, and repeated when it ends.
 
     Attributes:
-        first: the first batch, drawn at once, so that what can't be used is known before any work.
+        first: the first batch; it is drawn at once, so that a bad calibration is refused before any work.
 
     Raises:
-        LoRunError: something that can't be iterated, that is empty, or that holds no argument tuples.
+        LoRunError: the calibration is not iterable, is empty, or holds something else.
     """
 
     def __init__(self, calibration: Iterable[Any]) -> None:
@@ -45,21 +56,20 @@ def _endless(calibration: Iterable[Any]) -> Iterator[Batch]:
         )
     once = isinstance(calibration, Iterator)
     kept: list[Batch] = []
-    room = KEPT_BYTES
+    room = MAX_KEPT_BYTES
     for turn in itertools.count():
-        drawn = 0
-        for drawn, item in enumerate(calibration if turn == 0 or not once else kept, 1):
-            batch = _as_batch(item, drawn - 1)
+        count = 0
+        for count, item in enumerate(calibration if turn == 0 or not once else kept, 1):
+            batch = _as_batch(item, count - 1)
             if once and turn == 0 and room > 0:
                 kept.append(batch)
                 room -= sum(tensor.nbytes for tensor in tensors_in(batch))
             yield batch
-        if not drawn:
+        if not count:
             raise LoRunError(
-                "expected calibration to hold batches, found none: pass measurements to run the network on"
+                "calibration has no batches: pass measurements to run the network on"
                 if turn == 0
-                else "expected calibration to give its batches again, found none the second time: pass a list or a "
-                "DataLoader"
+                else "calibration has no batches when it is iterated again: pass a list or a DataLoader"
             )
 
 
@@ -68,11 +78,13 @@ def _as_batch(item: Any, index: int) -> Batch:
         return (item,)
     if isinstance(item, (tuple, list)) and item:
         return item if isinstance(item, tuple) else tuple(item)
+    kind = type(item).__name__
     raise LoRunError(
         f"expected batch {index} of calibration to be a tensor or a tuple of the forward's arguments, found "
-        f"{'an empty one' if isinstance(item, (tuple, list)) else type(item).__name__}: have it yield such"
+        f"{f'an empty {kind}' if isinstance(item, (tuple, list)) else kind}: change what calibration yields"
     )
 
 
 def is_finite(batch: Batch) -> bool:
+    """Whether no tensor of a batch has NaN or Inf."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors_in(batch))

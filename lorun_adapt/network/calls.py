@@ -1,18 +1,18 @@
-"""Tell the calls of one module apart: call k of a forward runs with the adapter of stage k.
+"""Count the calls of a looped module: call k of a forward runs with the adapter of stage k.
 
-The count belongs to a forward, not to the module: each thread has a stack of open forwards, so
-exceptions, nested forwards and threads can't mix theirs up. What ``torch.utils.checkpoint``
-recomputes runs during backward, when no forward is open: each tensor that autograd keeps then
-carries the count at which it was kept, and unpacking it, which is how every recomputation starts,
-puts that count back.
+The counts belong to a forward, not to the module: each thread has a stack of open forwards, so exceptions,
+nested forwards and threads can't mix them up. What ``torch.utils.checkpoint`` recomputes runs during
+backward, when no forward is open. So each tensor that autograd saves carries the counts at the time, and
+unpacking it, with which every recomputation starts, restores them.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,13 @@ from ..errors import LoRunError
 
 
 class _Forward:
-    """How often each looped module was called so far in one forward."""
+    """How often each looped module has been called in one forward."""
 
     def __init__(self, counts: dict[str, int] | None = None) -> None:
         self.counts = dict(counts or {})
-        # For recomputation: the counts when autograd last kept a tensor, and where the calls since
-        # then began if all of them ran without gradients, as inside a reentrant checkpoint.
-        self.kept = dict(self.counts)
+        # For recomputation: the counts when autograd last saved a tensor, and those before the calls that
+        # ran without gradients since then, as inside a reentrant checkpoint.
+        self.saved = dict(self.counts)
         self.start = dict(self.counts)
         self.with_grad = False
 
@@ -37,11 +37,11 @@ class _Forward:
         self.with_grad = self.with_grad or torch.is_grad_enabled()
         return index
 
-    def counts_to_keep(self) -> dict[str, int]:
-        if self.counts != self.kept:
-            # A reentrant checkpoint keeps its inputs only after it ran; a plain one before.
-            self.start = self.counts if self.with_grad else self.kept
-            self.start, self.kept, self.with_grad = dict(self.start), dict(self.counts), False
+    def counts_to_save(self) -> dict[str, int]:
+        if self.counts != self.saved:
+            # A reentrant checkpoint saves its inputs after it ran, any other before.
+            self.start = self.counts if self.with_grad else self.saved
+            self.start, self.saved, self.with_grad = dict(self.start), dict(self.counts), False
         return self.start
 
 
@@ -55,7 +55,7 @@ _threads = _Threads()
 
 
 def count_while_compiling(network: nn.Module) -> None:
-    """Start a forward that ``torch.compile`` traces: there the calls are counted once and for all."""
+    """Start counting for a forward that ``torch.compile`` traces, where calls are counted at tracing time."""
     for module in network.modules():
         if isinstance(module, Called):
             module.lorun_compiled_call = 0
@@ -63,12 +63,19 @@ def count_while_compiling(network: nn.Module) -> None:
 
 @contextmanager
 def counting() -> Iterator[None]:
-    """One forward, within which looped modules count their calls from zero."""
+    """Run one forward in the block: looped modules count their calls from zero.
+
+    >>> looped = nn.Identity()
+    >>> tell_calls_apart(looped, "looped", [nn.Softplus(), nn.Tanh()])
+    >>> with counting():
+    ...     looped(looped(torch.zeros(1)))  # tanh(softplus(0))
+    tensor([0.6000])
+    """
     forward = _Forward()
     _threads.open.append(forward)
     try:
         if torch.is_grad_enabled():
-            with torch.autograd.graph.saved_tensors_hooks(_keep(forward), _unpack):
+            with torch.autograd.graph.saved_tensors_hooks(_pack(forward), _unpack):
                 yield
         else:
             yield
@@ -76,16 +83,19 @@ def counting() -> Iterator[None]:
         _threads.open.remove(forward)
 
 
-def _keep(forward: _Forward):
-    def pack(tensor: Tensor) -> tuple[Tensor, int, dict[str, int]]:
-        # Detached: keeping an output itself would tie the graph to itself, and free neither.
-        return tensor.detach(), tensor._version, forward.counts_to_keep()
+_Packed = tuple[Tensor, int, dict[str, int]]
+
+
+def _pack(forward: _Forward) -> Callable[[Tensor], _Packed]:
+    def pack(tensor: Tensor) -> _Packed:
+        # Detached, as an output that its own graph holds would keep both in memory.
+        return tensor.detach(), tensor._version, forward.counts_to_save()
 
     return pack
 
 
-def _unpack(kept: tuple[Tensor, int, dict[str, int]]) -> Tensor:
-    tensor, version, counts = kept
+def _unpack(packed: _Packed) -> Tensor:
+    tensor, version, counts = packed
     if tensor._version != version:
         raise RuntimeError("a tensor needed for the gradient was changed in place after the forward used it")
     _threads.recomputed = _Forward(counts)
@@ -93,7 +103,7 @@ def _unpack(kept: tuple[Tensor, int, dict[str, int]]) -> Tensor:
 
 
 class Called:
-    """Mixed into the class of a looped module: its forward runs the copy that belongs to the call."""
+    """A mixin for the class of a looped module: the forward runs the copy of the module for the current call."""
 
     lorun_name: str
     lorun_calls: nn.ModuleList
@@ -107,30 +117,55 @@ class Called:
             forward = _threads.open[-1] if _threads.open else _threads.recomputed
             if forward is None:
                 raise LoRunError(
-                    f"expected {self.lorun_name!r} to be called by its network's forward, found a call from outside: "
-                    "call the LoRunModel, which knows the stage"
+                    f"{self.lorun_name!r} is called outside a forward of its network, where its stage is unknown: "
+                    "call the LoRunModel"
                 )
             index = forward.call(self.lorun_name)
         if index >= len(self.lorun_calls):
             raise LoRunError(
                 f"expected {len(self.lorun_calls)} calls of {self.lorun_name!r} in a forward, found one more: convert "
-                "with example_inputs= or calls= that show them all"
+                "with calls=, or with example_inputs= for which it is called as often"
             )
         return self.lorun_calls[index](*args, **kwargs)
 
 
 def tell_calls_apart(module: nn.Module, name: str, copies: list[nn.Module]) -> None:
-    """Make ``module`` run ``copies[k]`` at its k-th call; it stays the same object, of a subclass."""
-    for twin in copies:
-        for hooks in (twin._forward_hooks, twin._forward_pre_hooks, twin._backward_hooks, twin._backward_pre_hooks):
+    """Make call k of ``module`` in a forward run ``copies[k]``; it stays the same object, of a subclass."""
+    for copy in copies:
+        for hooks in (copy._forward_hooks, copy._forward_pre_hooks, copy._backward_hooks, copy._backward_pre_hooks):
             hooks.clear()  # they run on `module` already
+    module.__class__ = _called_class(cast(Hashable, type(module)))
+    assert isinstance(module, Called)
     module.lorun_calls = nn.ModuleList(copies)
     module.lorun_name = name
     module.lorun_compiled_call = 0
-    module.__class__ = _called_class(type(module))
 
 
 @functools.cache
 def _called_class(original: type[nn.Module]) -> type[nn.Module]:
     body = {"__module__": original.__module__, "lorun_original_class": original}
     return type(f"Called{original.__name__}", (Called, original), body)
+
+
+class CountsCalls(nn.Module):
+    """A mixin for the class of a network with looped modules: each of its forwards counts their calls from zero."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # In __call__ rather than forward: a network may have a forward of its own among its attributes.
+        if torch.compiler.is_compiling():
+            count_while_compiling(self)
+            return super().__call__(*args, **kwargs)
+        with counting():
+            return super().__call__(*args, **kwargs)
+
+
+def count_calls(network: nn.Module) -> None:
+    """Make each forward of ``network`` count the calls of its looped modules; it stays the same object, of a subclass."""
+    network.__class__ = _counting_class(cast(Hashable, type(network)))
+
+
+@functools.cache
+def _counting_class(original: type[nn.Module]) -> type[nn.Module]:
+    named = getattr(original, "lorun_original_class", original)
+    body = {"__module__": original.__module__, "lorun_original_class": named}
+    return type(f"Counting{original.__name__}", (CountsCalls, original), body)

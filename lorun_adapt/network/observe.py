@@ -55,13 +55,13 @@ class Observer:
 
     def __init__(self, teacher: nn.Module, stage_map: StageMap, batch: tuple[Any, ...]) -> None:
         self._groups = {site.module: group.name for group in stage_map.groups for site in group.sites}
-        self._arguments = positional_arguments(teacher)
+        self._num_arguments = num_positional_arguments(teacher)
         self._final, self._handed_on = self._relevant(teacher, batch)
 
     def run(self, network: nn.Module, batch: tuple[Any, ...], seed: int) -> Outputs:
         """The outputs for a copy of ``batch``; the random numbers that the network draws start from ``seed``."""
         with catching(network, self._groups) as caught, seeded(seed):
-            output = network(*to_device(batch[: self._arguments], device_of(network)))
+            output = network(*to_device(batch[: self._num_arguments], device_of(network)))
         final = tensors_in(output)
         stages = [call.tensors[i] for call, kept in zip(caught, self._handed_on) for i in kept]
         return Outputs(output, [final[i] for i in self._final], stages)
@@ -77,7 +77,7 @@ class Observer:
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         with torch.enable_grad(), catching(twin, self._groups) as caught, seeded(0):
             try:
-                final = tensors_in(twin(*to_device(batch[: self._arguments], device_of(twin))))
+                final = tensors_in(twin(*to_device(batch[: self._num_arguments], device_of(twin))))
             except Exception as error:
                 raise LoRunError(
                     f"expected {type(twin).__name__} to run on the first batch of calibration, found "
@@ -119,8 +119,7 @@ def catching(network: nn.Module, places: Mapping[str, str]) -> Iterator[list[Cau
 
         return catch
 
-    running = network.network if hasattr(network, "stage_map") else network  # that of a LoRunModel
-    modules = {running.get_submodule(place): group for place, group in places.items()}  # one may have several names
+    modules = {network.get_submodule(place): group for place, group in places.items()}  # one may have several names
     handles = [module.register_forward_hook(hook(group)) for module, group in modules.items()]
     try:
         yield caught
@@ -129,12 +128,11 @@ def catching(network: nn.Module, places: Mapping[str, str]) -> Iterator[list[Cau
             handle.remove()
 
 
-def positional_arguments(network: nn.Module) -> int | None:
+def num_positional_arguments(network: nn.Module) -> int | None:
     """How many arguments the forward takes by position; None for any number.
 
     What a batch holds beyond them, such as the ground truth, is for the loss alone.
     """
-    network = getattr(network, "base", network) if hasattr(network, "stage_map") else network  # of a LoRunModel
     kinds = [parameter.kind for parameter in inspect.signature(network.forward).parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds:
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from rich.table import Table
@@ -13,10 +12,8 @@ from torch import nn
 from ..stages.tensors import base_tensors
 from ..util.modules import owner_of
 from ..util.tables import kilobytes, plain_text, table
-from .adapter import StageAdapter, lowrank_terms, private_tensors
-
-if TYPE_CHECKING:
-    from ..model.lorun_model import LoRunModel
+from .adapter import StageAdapter, private_tensors, terms_of
+from .converted import Converted
 
 
 @dataclass(frozen=True)
@@ -35,29 +32,44 @@ class Size:
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage: its denoisers before, its adapters after."""
+    """One stage.
+
+    Attributes:
+        modules: the names of its denoisers.
+        before: their size in the original network.
+        after: the size of its adapters.
+        residuals: for each adapted tensor, ||W_k - what replaces it|| / ||W_k|| at conversion.
+    """
 
     stage: int
     modules: tuple[str, ...]
     before: Size
     after: Size
-    residuals: dict[str, float]  # tensor -> ||W_k - what stands for it|| / ||W_k|| at conversion
+    residuals: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Report:
-    """Sizes before and after; ``print()`` shows a table."""
+    """Sizes before and after; ``print()`` shows a table.
+
+    Attributes:
+        stages: the denoisers of each stage.
+        base: the shared denoisers, which stand beside the adapters.
+        denoisers_before, denoisers_after: all denoisers.
+        network_before, network_after: the whole network, with the adapters that run.
+        relative_error: what the conversion lost of all adapted tensors: norm of the difference over norm.
+    """
 
     stages: tuple[StageReport, ...]
-    base: Size  # the shared denoisers, which stand beside the adapters
+    base: Size
     denoisers_before: Size
     denoisers_after: Size
     network_before: Size
     network_after: Size
-    relative_error: float  # the same over all adapted tensors of all stages
+    relative_error: float
 
     def tables(self) -> list[Table]:
-        columns = ("stage", "modules", "parameters before>", "after>", "bytes before>", "after>", "largest error>")
+        columns = ("stage", "modules", "parameters before>", "after>", "bytes before>", "after>", "largest residual>")
         rows: list[tuple[object, ...]] = []
         for item in self.stages:
             worst = f"{max(item.residuals.values()):.3f}" if item.residuals else "-"
@@ -82,28 +94,33 @@ def _cells(before: Size, after: Size) -> tuple[str, str, str, str]:
     )
 
 
-def make_report(lorun: LoRunModel) -> Report:
-    """Count the active adapters of a converted network against the network it came from."""
+def make_report(converted: Converted) -> Report:
+    """Compare the adapters that run, and the base, with the original network.
+
+    Args:
+        converted: a converted network.
+    """
     stages: dict[int, StageReport] = {}
     base = adapters = Size()
-    counted: set[tuple[int, str]] = set()  # what several stages hold, or call, stood once before
+    counted: set[tuple[int, str]] = set()  # a tensor that several stages hold, or call, stood once before
     lost = norm = 0.0
-    for group in lorun.stage_map.groups:
+    groups, choice = converted.stage_map.groups, converted.choice
+    for group in groups:
         base += _sum(
             (spec.numel, spec.dtype, spec.buffer) for spec in group.tensors if not spec.common and not spec.without_base
         )
         for position, site in enumerate(group.sites):
             dense = []
             for spec in group.tensors:
-                place = owner_of(lorun.base.get_submodule(site.module), spec.name)
+                place = owner_of(converted.base.get_submodule(site.module), spec.name)
                 if not spec.common and place not in counted:
                     counted.add(place)
                     dense.append((spec.numel, spec.dtype, spec.buffer))
-            before, after = _sum(dense), _adapter_size(lorun.adapter_of(group, site))
+            before, after = _sum(dense), _adapter_size(choice[site.stage][group.name])
             adapters += after
             residuals = {}
-            for name, pairs in lorun.residuals.get(group.name, {}).items():
-                key = name if len(lorun.stage_map.groups) == 1 else f"{group.name}: {name}"
+            for name, pairs in converted.residuals.get(group.name, {}).items():
+                key = name if len(groups) == 1 else f"{group.name}: {name}"
                 residuals[key] = pairs[position][0] / max(pairs[position][1], 1e-30)
                 lost, norm = lost + pairs[position][0] ** 2, norm + pairs[position][1] ** 2
             item = stages.get(site.stage, StageReport(site.stage, (), Size(), Size(), {}))
@@ -115,9 +132,10 @@ def make_report(lorun: LoRunModel) -> Report:
                 item.residuals | residuals,
             )
     before = sum((item.before for item in stages.values()), Size())
-    buffers = {id(buffer) for buffer in lorun.base.buffers()}
-    whole = _sum((t.numel(), t.dtype, id(t) in buffers) for t in base_tensors(lorun.base, lorun.stage_map).values())
-    outside = _sum((t.numel(), t.dtype, False) for t in lorun.outside_that_runs().values())
+    buffers = {id(buffer) for buffer in converted.base.buffers()}
+    tensors = base_tensors(converted.base, converted.stage_map).values()
+    whole = _sum((tensor.numel(), tensor.dtype, id(tensor) in buffers) for tensor in tensors)
+    outside = _sum((tensor.numel(), tensor.dtype, False) for tensor in converted.outside.values())
     return Report(
         tuple(stages[key] for key in sorted(stages)),
         base,
@@ -130,13 +148,12 @@ def make_report(lorun: LoRunModel) -> Report:
 
 
 def _adapter_size(adapter: StageAdapter) -> Size:
-    factors = [(t.numel(), t.dtype, False) for term in lowrank_terms(adapter).values() for t in term.parameters()]
-    private = [(t.numel(), t.dtype, not isinstance(t, nn.Parameter)) for t in private_tensors(adapter).values()]
-    return _sum([*factors, *private])
+    size = _sum((t.numel(), t.dtype, not isinstance(t, nn.Parameter)) for t in private_tensors(adapter).values())
+    return sum((Size(term.num_parameters, term.num_bytes) for term in terms_of(adapter).values()), size)
 
 
 def _sum(tensors: Iterable[tuple[int, torch.dtype, bool]]) -> Size:
-    """The size of (numel, dtype, is it a buffer)."""
+    """The size of tensors: (how many numbers, dtype, whether it is a buffer)."""
     tensors = list(tensors)
     return Size(
         sum(numel for numel, _, buffer in tensors if not buffer),

@@ -1,4 +1,4 @@
-"""."""
+"""Hand a network the noise schedule that its adapters are for."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..terms.lowrank import LowRank
-from .assemble import COPIES
+from ..terms.term import Term
+from .separate import COPIES
 
 
 @torch.no_grad()
 def apply_schedule(
     network: nn.Module, schedule: Callable[[nn.Module, list[float]], object], sigmas: list[float]
 ) -> None:
-    """Tell a network the noise of its stages, and leave other networks that share its tensors as they are.
+    """Hand a network the noise of its stages, and leave other networks that share its tensors as they are.
 
-    What ``schedule`` changes in place becomes the network's own. What it tells a module that runs as copies, it tells
-    these as well, except for what it tells them itself.
+    Tensors that ``schedule`` changes in place become the network's own. What it sets on a module that runs as copies
+    is set on the copies too, unless it sets that on them itself.
+
+    Args:
+        schedule: called with ``network`` and ``sigmas``.
+        sigmas: one for each stage, on a scale of 0 to 255.
     """
     held = [
         (module, name, tensor)
         for module in network.modules()
-        if not isinstance(module, LowRank)  # which other networks and the adapters hold as well
+        if not isinstance(module, Term)  # which other networks and the adapters hold as well
         for tensors in (module._parameters, module._buffers)
         for name, tensor in tensors.items()
         if tensor is not None

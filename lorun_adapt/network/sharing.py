@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
-
-if TYPE_CHECKING:
-    pass
 
 Places = list[list[tuple[dict[str, Any], str]]]  # for each tensor, the dicts that hold it, and under which name
 

@@ -1,4 +1,4 @@
-"""What PEFT can represent of a stage, and why it can't where it can't."""
+"""What PEFT can represent of a stage, and the reason where it can't represent it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import nn
 from ..network.adapted import original_class
 from ..network.adapter import StageAdapter, lowrank_terms, private_tensors
 from ..stages.stage_map import Group
-from .code import reader_of_layers
+from .code import class_that_reads
 
-PREFIX = "base_model.model."  # of a denoiser's names within a PeftModel
-WITHIN_PEFT = (  # the modules that PEFT's LoRA puts into a layer (PEFT 0.17 to 0.21)
+PREFIX = "base_model.model."  # of the denoiser's names in a PeftModel
+WITHIN_PEFT = (  # the modules that PEFT's LoRA adds to a layer (PEFT 0.17 to 0.21)
     "base_layer",
     "lora_dropout",
     "lora_dropout.default",
@@ -31,41 +31,50 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def peft_layer(denoiser: nn.Module, name: str) -> nn.Module | None:
-    """The layer whose weight the tensor ``name`` is, if PEFT's LoRA does to it what we do."""
+    """The layer whose weight the tensor ``name`` is, if PEFT's LoRA adapts it as this package does."""
     module = denoiser.get_submodule(name.rpartition(".")[0])
-    return module if _why_not(denoiser, name) is None else None
+    return module if _why_unsupported(denoiser, name) is None else None
 
 
 @dataclass(frozen=True)
 class PeftView:
-    """How PEFT is to see a stage; names are relative to the denoiser."""
+    """How a stage is represented for PEFT; names are relative to the denoiser.
 
-    targets: frozenset[str]  # layers with low-rank factors
-    full: frozenset[str]  # among them, the stage's own layers, as factors of full rank
-    whole: frozenset[str]  # adapted layers that PEFT takes whole
-    saved: tuple[str, ...]  # modules_to_save
-    problem: str | None = None  # why PEFT can't represent the stage
+    Attributes:
+        targets: the layers with low-rank factors.
+        full: those of the targets that are the stage's own layers, as factors of full rank.
+        whole: adapted layers that are stored whole, as PEFT's ``modules_to_save`` also matches their names.
+        saved: ``modules_to_save``.
+        problem: why PEFT can't represent the stage; None if it can.
+    """
+
+    targets: frozenset[str]
+    full: frozenset[str]
+    whole: frozenset[str]
+    saved: tuple[str, ...]
+    problem: str | None = None
 
 
 def peft_view(denoiser: nn.Module, first: nn.Module, group: Group, adapter: StageAdapter) -> PeftView:
     """How PEFT can represent the stage of ``denoiser`` on the base denoiser ``first``, or why it can't.
 
-    PEFT's ``modules_to_save`` finds modules by how their names end: ``0`` is ``10`` as well. Where
-    that would take an adapted layer, the stage's own layer travels as factors of full rank, or,
-    if it is a norm, the adapted layer travels whole.
+    PEFT's ``modules_to_save`` matches the ends of names: ``0`` also matches ``10``. Where it would match an
+    adapted layer as well, the stage's own layer is stored as factors of full rank or, if it is a norm, the
+    adapted layer is stored whole.
     """
     terms, private = lowrank_terms(adapter), private_tensors(adapter)
-    layers = {name.rpartition(".")[0] for name in terms if _why_not(denoiser, name) is None}
+    layers = {name.rpartition(".")[0] for name in terms if _why_unsupported(denoiser, name) is None}
     owners = {name.rpartition(".")[0] for name in private} - layers
     problem = _problem(denoiser, group, adapter, layers, owners)
     if problem is not None:
         return PeftView(frozenset(layers), frozenset(), frozenset(), (), problem)
     names = {name for name, _ in denoiser.named_modules(remove_duplicate=False) if name}
     within = {f"{layer}.{name}" for layer in layers for name in WITHIN_PEFT}
-    full, whole = set(), set()
+    full: set[str] = set()
+    whole: set[str] = set()
     for owner in owners:
         if any(name.endswith(owner) for name in (layers | within) - {owner}):
-            if _why_not(denoiser, f"{owner}.weight") is None and not denoiser.get_submodule(owner)._buffers:
+            if _why_unsupported(denoiser, f"{owner}.weight") is None and not denoiser.get_submodule(owner)._buffers:
                 full.add(owner)
     saved = tuple(sorted(owners - full))
     for owner in saved:
@@ -78,7 +87,7 @@ def peft_view(denoiser: nn.Module, first: nn.Module, group: Group, adapter: Stag
                 f"PEFT's modules_to_save can't name {owner} without {min(others or inside)}, whose name ends alike"
             )
     targets = (layers | full) - whole
-    for owner in saved:  # as in peft.tuners.tuners_utils.check_target_module_exists (PEFT 0.21)
+    for owner in saved:  # the rule of peft.tuners.tuners_utils.check_target_module_exists (PEFT 0.21)
         try:
             excluded = [name for name in targets if re.match(rf"(^|.*\.){owner}($|\..*)", name)]
         except re.error:
@@ -94,8 +103,11 @@ def peft_view(denoiser: nn.Module, first: nn.Module, group: Group, adapter: Stag
 
 
 def layer_problem(denoiser: nn.Module, first: nn.Module, layers: Collection[str]) -> str | None:
-    """Why low-rank factors on ``layers`` of ``first`` would not do what they do to the weights of ``denoiser``."""
-    reader = reader_of_layers(denoiser, layers)
+    """Why PEFT's factors on ``layers`` of ``first`` would not compute what terms on ``denoiser``'s weights compute.
+
+    None if they would.
+    """
+    reader = class_that_reads(denoiser, layers)
     if reader is not None:
         return f"the code of {reader} does more with its layers than call them, which PEFT's would not be there for"
     if (name := _difference(denoiser, first)) is not None:
@@ -106,9 +118,10 @@ def layer_problem(denoiser: nn.Module, first: nn.Module, layers: Collection[str]
 def _problem(
     denoiser: nn.Module, group: Group, adapter: StageAdapter, layers: Collection[str], owners: Collection[str]
 ) -> str | None:
+    """Why PEFT can't represent the stage, whatever its modules are called; None if it can."""
     terms, private = lowrank_terms(adapter), private_tensors(adapter)
     for name in terms:
-        if (reason := _why_not(denoiser, name)) is not None:
+        if (reason := _why_unsupported(denoiser, name)) is not None:
             return f"the tensor {name} is adapted, and {reason}"
     if not terms:
         return "the stage has no low-rank term, so that there is nothing for PEFT to target"
@@ -130,7 +143,7 @@ def _problem(
 
 
 def _difference(denoiser: nn.Module, first: nn.Module) -> str | None:
-    """A number, a text or a constant that two modules of one class have differently."""
+    """The name of a number, a string or a constant tensor in which two modules of one class differ; None if none."""
     if denoiser is first:
         return None
     others = dict(first.named_modules(remove_duplicate=False))
@@ -138,7 +151,7 @@ def _difference(denoiser: nn.Module, first: nn.Module) -> str | None:
         mine, other = vars(module), vars(others[path])
         for name in mine.keys() - {"training"}:
             a, b = mine[name], other.get(name)
-            if isinstance(a, (int, float, str, tuple, list, type(None))) and _plain(a) and _plain(b) and a != b:
+            if isinstance(a, (int, float, str, tuple, list, type(None))) and _is_simple(a) and _is_simple(b) and a != b:
                 return f"{path}.{name}".lstrip(".")
         for name in module._non_persistent_buffers_set:
             a, b = module._buffers.get(name), others[path]._buffers.get(name)
@@ -147,13 +160,15 @@ def _difference(denoiser: nn.Module, first: nn.Module) -> str | None:
     return None
 
 
-def _plain(value: object) -> bool:
+def _is_simple(value: object) -> bool:
+    """Whether a value consists of numbers and strings, so that two can be compared."""
     if isinstance(value, (tuple, list)):
-        return all(map(_plain, value))
+        return all(map(_is_simple, value))
     return isinstance(value, (int, float, str, type(None)))
 
 
-def _why_not(denoiser: nn.Module, name: str) -> str | None:
+def _why_unsupported(denoiser: nn.Module, name: str) -> str | None:
+    """Why PEFT's LoRA can't adapt a tensor as this package does; None if it can."""
     path, _, attribute = name.rpartition(".")
     module = denoiser.get_submodule(path)
     kind = original_class(module)
@@ -161,13 +176,14 @@ def _why_not(denoiser: nn.Module, name: str) -> str | None:
         return "the denoiser is that one layer, which PEFT can't replace"
     if attribute != "weight" or kind not in (nn.Linear, *CONVOLUTIONS):
         return f"PEFT's LoRA has no layer that is right for the {attribute} of {kind.__name__}"
-    if not module._parameters["weight"].is_floating_point():
+    assert isinstance(module, (nn.Linear, *CONVOLUTIONS))
+    if not module.weight.is_floating_point():
         return "PEFT's LoRA is for real numbers"
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return "its layer has a hook or a forward of its own, which PEFT's LoRA runs before it adds its part"
     if not {*module._parameters, *module._buffers} <= {"weight", "bias"}:
         return "its layer holds more tensors than a weight and a bias"
-    if kind is nn.Linear:
+    if isinstance(module, nn.Linear):
         return None
     if module.groups != 1:
         return f"its convolution has {module.groups} groups, for which PEFT's factors have another shape"

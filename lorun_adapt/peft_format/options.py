@@ -1,4 +1,4 @@
-"""What each option of PEFT's ``LoraConfig`` means here: which are read, which are refused."""
+"""The options of PEFT's ``LoraConfig``: which ones a conversion reads, and which it refuses."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from peft import LoraConfig
 
 from ..errors import LoRunError
+from ..util.numbers import is_number, is_whole_number
 
 READ = {
     "r",
@@ -28,20 +29,25 @@ READ = {
 LABELS = {"peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping"}
 KEPT_OF_FILES = READ - {"target_parameters"} | {"inference_mode"}
 READ_IN_FILES = KEPT_OF_FILES | {"lora_dropout", "init_lora_weights"}
-REFUSED = ".*"  # rank_pattern's key for a rank of 0, with which PEFT refuses a stage that it would get wrong
+REFUSED = ".*"  # a rank of 0 for this key of rank_pattern makes PEFT refuse a stage that it would load wrongly
 
-# Where the factors start says nothing about the base, unless that was changed to fit, as by PiSSA or OLoRA.
+# Ways to initialise the factors that leave the base as it is; PiSSA, OLoRA and others change it.
 HARMLESS_STARTS = {"gaussian", "eva", "orthogonal"}
 HIGHEST_RANK = 65_536
-ALPHAS = (1e-6, 1e9)  # beyond these a scaled difference of biases is no float32 any more
-STEPS = 10_000_000  # of matching, in all patterns of a file
+ALPHAS = (1e-6, 1e9)  # outside this range, a scaled difference of biases leaves the range of float32
+MAX_STEPS = 10_000_000  # of matching, over all patterns of a file
 
 
 def check_config(config: LoraConfig) -> None:
-    """Refuse what a conversion would otherwise ignore.
+    """Refuse a config with options that a conversion would ignore.
+
+    >>> check_config(LoraConfig(r=4, lora_alpha=8, target_modules=["conv1"]))
+    >>> check_config(LoraConfig(lora_dropout=0.1))
+    Traceback (most recent call last):
+    lorun_adapt.errors.LoRunError: lora_dropout=0.1 has no meaning in an unfolding network: leave it out
 
     Raises:
-        LoRunError: another kind of config, an option that has no meaning here, or a bad number.
+        LoRunError: another kind of config, an option that has no meaning here, or a bad rank or alpha.
     """
     if type(config) is not LoraConfig:
         raise LoRunError(
@@ -51,37 +57,34 @@ def check_config(config: LoraConfig) -> None:
     for option in dataclasses.fields(LoraConfig):
         value = getattr(config, option.name)
         if option.name not in READ | LABELS and value != getattr(default, option.name):
-            raise LoRunError(
-                f"expected LoraConfig's default for {option.name}, found {value!r}, which has no meaning in an "
-                "unfolding network: leave it out"
-            )
-    for where, rank in (("r", config.r), *config.rank_pattern.items()):
+            raise LoRunError(f"{option.name}={value!r} has no meaning in an unfolding network: leave it out")
+    for where, rank in (("r", config.r), *(config.rank_pattern or {}).items()):
         if not _is_rank(rank):
             raise LoRunError(f"expected a rank of 1 or more for {where}, found {rank!r}: choose a positive integer")
-    for where, alpha in (("lora_alpha", config.lora_alpha), *config.alpha_pattern.items()):
+    for where, alpha in (("lora_alpha", config.lora_alpha), *(config.alpha_pattern or {}).items()):
         if not _is_alpha(alpha) or alpha <= 0:
             raise LoRunError(
-                f"expected a positive number for {where}, of 1e-6 to 1e9, found {alpha!r}: alpha scales the adapter"
+                f"expected a number from 1e-6 to 1e9 for {where}, found {alpha!r}: choose how to scale the adapter"
             )
 
 
-def config_from_json(options: object, where: str, tensors: int) -> LoraConfig:
-    """The ``LoraConfig`` that ``adapter_config.json`` holds, from whomever it comes.
+def config_from_json(options: object, where: str, num_tensors: int) -> LoraConfig:
+    """Make a ``LoraConfig`` of the content of an ``adapter_config.json``, which need not be trusted.
 
     Args:
         options: the parsed file.
-        where: the file's name, for errors.
-        tensors: how many the denoiser has: so long may the patterns be.
+        where: the file's name, for error messages.
+        num_tensors: of the denoiser; limits the length of the patterns.
 
     Raises:
-        LoRunError: another PEFT method, an option whose effect is not known here, a value of the
-            wrong kind or out of range, or a pattern that could take long to match.
+        LoRunError: another PEFT method, an option that is not supported, a value of the wrong type or out of range,
+            or a pattern that could take long to match.
     """
 
     def refuse(expected: str, found: object) -> LoRunError:
         shown = repr(found)
         shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        return LoRunError(f"expected {expected}, found {shown} in {where}: save the adapter anew with PEFT's LoRA")
+        return LoRunError(f"expected {expected}, found {shown} in {where}: save the adapter again with PEFT's LoRA")
 
     if not isinstance(options, dict) or options.get("peft_type") != "LORA":
         raise refuse(
@@ -90,7 +93,6 @@ def config_from_json(options: object, where: str, tensors: int) -> LoraConfig:
         )
     default = LoraConfig()
     for name, value in options.items():
-        known = default if hasattr(default, name) else None
         unset = value is None or value is False or value == [] or value == {}
         if name in READ_IN_FILES:
             accepts, expected = _KINDS[name]
@@ -99,29 +101,25 @@ def config_from_json(options: object, where: str, tensors: int) -> LoraConfig:
         elif name in LABELS or name == "task_type":
             if not isinstance(value, (str, dict, type(None))):
                 raise refuse(f"a name for {name}", value)
-        elif not unset and (known is None or value != getattr(known, name)):
-            raise refuse(f"no {name[:100]}, or its default, since what it does can't be done here", value)
+        elif not unset and not (hasattr(default, name) and value == getattr(default, name)):
+            raise refuse(f"no {name[:100]}, or its default, as its effect is not supported", value)
     patterns = [*(options.get("rank_pattern") or ()), *(options.get("alpha_pattern") or ())]
     patterns += [options[key] for key in ("target_modules", "exclude_modules") if isinstance(options.get(key), str)]
     patterns += options.get("modules_to_save") or []
     steps, length = sum(map(_steps, patterns)), sum(map(len, patterns))
-    if steps > STEPS or length > 20_000 + 500 * tensors or len(patterns) > 128 + 2 * tensors:
+    if steps > MAX_STEPS or length > 20_000 + 500 * num_tensors or len(patterns) > 128 + 2 * num_tensors:
         raise refuse("patterns that are quick to match", patterns)
     if options.get("lora_dropout"):
-        warnings.warn(f"lora_dropout in {where} acts in training only and is not applied here", stacklevel=2)
+        warnings.warn(f"lora_dropout in {where} is for training with PEFT and is not applied", stacklevel=2)
     return LoraConfig(**{name: options[name] for name in KEPT_OF_FILES if options.get(name) is not None})
 
 
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+def _is_rank(value: object) -> TypeGuard[int]:
+    return is_whole_number(value) and 1 <= value
 
 
 def _is_alpha(value: object) -> bool:
-    return _is_number(value) and ALPHAS[0] <= abs(value) <= ALPHAS[1]
+    return is_number(value) and ALPHAS[0] <= abs(value) <= ALPHAS[1]
 
 
 def _is_bool(value: object) -> bool:
@@ -133,10 +131,10 @@ def _is_name(value: object) -> bool:
 
 
 def _is_pattern(value: object) -> bool:
-    """A regular expression that is quick to match: a stranger's could take exponential time."""
-    if not isinstance(value, str) or not value or _steps(value) > STEPS:
+    """Whether a value is a regular expression that is quick to match; others can take exponential time."""
+    if not isinstance(value, str) or not value or _steps(value) > MAX_STEPS:
         return False
-    try:  # by itself, and as PEFT puts names for ranks and for modules_to_save
+    try:  # by itself, and as PEFT embeds it for rank_pattern and for modules_to_save
         for pattern in (value, rf"(.*\.)?({value})$", rf"(^|.*\.){value}($|\..*)"):
             re.compile(pattern)
     except (re.error, RecursionError, OverflowError):
@@ -145,17 +143,18 @@ def _is_pattern(value: object) -> bool:
 
 
 def _steps(pattern: str) -> float:
-    """An upper bound of the steps that matching takes on a name of 64 letters."""
-    plain = re.sub(r"\\[^0-9]", "_", f"({pattern})")
-    slow = "\\" in plain or "(?" in plain or re.search(r"[)*+?}][*+{]", plain)  # references, repeated repetitions
-    if slow or ("[" in plain and not pattern.isascii()):
+    """An upper bound of the steps that it takes to match a name of 64 letters."""
+    unescaped = re.sub(r"\\[^0-9]", "_", f"({pattern})")
+    # Back-references, extensions, repeated repetitions:
+    slow = "\\" in unescaped or "(?" in unescaped or re.search(r"[)*+?}][*+{]", unescaped)
+    if slow or ("[" in unescaped and not pattern.isascii()):
         return math.inf
-    repetitions, groups = len(re.findall(r"[*+?{]", plain)), plain.count("(") - 1
-    return math.inf if repetitions + groups > 20 else (plain.count("|") + 1) ** max(1, groups) * 64.0**repetitions
+    repetitions, groups = len(re.findall(r"[*+?{]", unescaped)), unescaped.count("(") - 1
+    return math.inf if repetitions + groups > 20 else (unescaped.count("|") + 1) ** max(1, groups) * 64.0**repetitions
 
 
-def _is_patterns(value: object, number: Callable[[object], bool]) -> bool:
-    return isinstance(value, Mapping) and all(_is_pattern(key) and number(held) for key, held in value.items())
+def _are_patterns(value: object, is_valid: Callable[[object], bool]) -> bool:
+    return isinstance(value, Mapping) and all(_is_pattern(key) and is_valid(item) for key, item in value.items())
 
 
 def _are_targets(value: object) -> bool:
@@ -168,16 +167,19 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_rslora": (_is_bool, "true or false"),
     "lora_bias": (_is_bool, "true or false"),
     "inference_mode": (_is_bool, "true or false"),
-    "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to 1"),
+    "lora_dropout": (lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to 1"),
     "init_lora_weights": (lambda v: _is_bool(v) or (isinstance(v, str) and v in HARMLESS_STARTS), "a start of LoRA's"),
     "rank_pattern": (
-        lambda v: _is_patterns(
+        lambda v: _are_patterns(
             {k: r for k, r in v.items() if (k, r) != (REFUSED, 0)} if isinstance(v, dict) else v,
             lambda r: _is_rank(r) and r <= HIGHEST_RANK,
         ),
         "ranks of 1 or more by simple patterns",
     ),
-    "alpha_pattern": (lambda v: _is_patterns(v, _is_alpha), "numbers other than 0, of 1e-6 to 1e9, by simple patterns"),
+    "alpha_pattern": (
+        lambda v: _are_patterns(v, _is_alpha),
+        "numbers other than 0, of 1e-6 to 1e9, by simple patterns",
+    ),
     "target_modules": (_are_targets, "names or a simple pattern"),
     "exclude_modules": (_are_targets, "names or a simple pattern"),
     "modules_to_save": (
@@ -188,7 +190,17 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def config_of_ranks(ranks: Mapping[str, int]) -> LoraConfig:
-    """A config with the rank of each tensor by name, and a scaling of 1."""
-    pattern = {"^" + re.escape(name): found for name, found in ranks.items()}
-    pattern.update({"^" + re.escape(name.removesuffix(".weight")): found for name, found in ranks.items()})
+    """A config that gives each tensor its own rank, and a scaling of 1.
+
+    >>> config = config_of_ranks({"head.weight": 2, "scale": 1})
+    >>> config.rank_pattern
+    {'^head\\\\.weight': 2, '^scale': 1, '^head': 2}
+    >>> config.alpha_pattern == config.rank_pattern
+    True
+
+    Args:
+        ranks: by the tensor's name in the denoiser.
+    """
+    pattern = {"^" + re.escape(name): rank for name, rank in ranks.items()}
+    pattern.update({"^" + re.escape(name.removesuffix(".weight")): rank for name, rank in ranks.items()})
     return LoraConfig(rank_pattern=pattern, alpha_pattern=dict(pattern))

@@ -1,7 +1,7 @@
-"""Adapters whose files are laid out alike: of the first it is worked out what is where, the others are filled in.
+"""Read adapters quickly whose files have the same layout: the first is read in full, the others fill a copy of it.
 
-What a file must be, and which of its tensors goes where, depends on its config, its header and its length alone. Where
-these are those of a file that was found right, only the numbers are new.
+What is valid in a file, and where each tensor goes, depends only on its config, its header and its length. For a
+file that has these in common with one that was read before, only the numbers are new.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import struct
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,23 @@ from torch import Tensor, nn
 from ..disk.reading import DTYPES, parse_json
 from ..network.adapter import StageAdapter
 
-TABLES = {dict, OrderedDict, set}
+TABLES = {dict, OrderedDict, set}  # the types of the tables that a module keeps
 
-Place = tuple[str, str]  # a low-rank term, or "", and the name of a parameter in it, as in a StageAdapter
+Module = TypeVar("Module", bound=nn.Module)
+
+Place = tuple[str, str]  # in a StageAdapter: a low-rank term, or "", and the name of a parameter in it
 
 
 class Template(NamedTuple):
-    """An adapter without its numbers, and where these are in the file.
+    """An adapter without its numbers, and the places of these in a file.
 
     Attributes:
+        adapter: the adapter; its parameters are None.
         start: the first byte after the header.
         stored: the dtype of all tensors in the file.
-        places: where they go, with their shapes and how many numbers they have, in the order of the file.
-        like: of the dtype and on the device of the adapter.
+        places: where each tensor goes, and its shape, in the order of the file.
+        sizes: how many numbers each tensor has.
+        like: an empty tensor of the adapter's dtype, on its device.
     """
 
     adapter: StageAdapter
@@ -42,16 +46,17 @@ class Template(NamedTuple):
     like: Tensor
 
     def filled(self, content: bytes) -> StageAdapter | None:
-        """The adapter in another file; None where some of its numbers are not finite.
+        """The adapter with the numbers of another file; None if some are not finite.
 
-        Its tensors are parts of one: to make each by itself would take longer than all else.
+        Its tensors are views of one tensor: making each by itself would take most of the time.
         """
         numbers = torch.frombuffer(bytearray(content), dtype=self.stored, offset=self.start).to(self.like)
         if not math.isfinite(numbers.sum().item()):
             return None
-        adapter = _twin(self.adapter)
+        adapter = _copy_of_adapter(self.adapter)
         for ((term, name), shape), part in zip(self.places, numbers.split(self.sizes)):
             holder = adapter._modules[term] if term else adapter
+            assert holder is not None
             holder._parameters[name] = nn.Parameter(part.view(shape))
         return adapter
 
@@ -59,19 +64,19 @@ class Template(NamedTuple):
 def template_of(
     content: bytes, tensors: Mapping[str, Tensor], places: Mapping[str, Place], adapter: StageAdapter
 ) -> Template | None:
-    """What others like this file are filled into, if all that it holds goes into the adapter as it is.
+    """The template for files like this one; None if its tensors do not go into the adapter unchanged.
 
     Args:
         content: the file, which safetensors has accepted.
-        tensors: what it holds.
-        places: where each of these may have gone.
-        adapter: what was made of it.
+        tensors: the tensors in the file.
+        places: where each of them may have gone.
+        adapter: the adapter that was made of the file.
     """
     (length,) = struct.unpack("<Q", content[:8])
     header = parse_json(content[8 : 8 + length], "")
     names = sorted(tensors, key=lambda name: header[name]["data_offsets"])
-    held = {("", name): p for name, p in adapter._parameters.items()}
-    held |= {(term, name): p for term, module in adapter._modules.items() for name, p in module._parameters.items()}
+    modules = [("", adapter), *((term, module) for term, module in adapter._modules.items() if module is not None)]
+    held = {(t, name): p for t, module in modules for name, p in module._parameters.items() if p is not None}
     stored = {DTYPES[header[name]["dtype"]] for name in names}
     whole = len(held) == len(names) and {places.get(name) for name in names} == held.keys()
     alike = len(stored) == 1 == len({(p.dtype, p.device) for p in held.values()})
@@ -84,8 +89,9 @@ def template_of(
         return None
     if not all(torch.equal(t.flatten(), tensors[name].flatten().to(t)) for name, t in zip(names, targets)):
         return None
-    empty = _twin(adapter)
+    empty = _copy_of_adapter(adapter)
     for module in (empty, *empty._modules.values()):
+        assert module is not None
         module._parameters = dict.fromkeys(module._parameters)
     return Template(
         empty,
@@ -97,19 +103,19 @@ def template_of(
     )
 
 
-def _twin(adapter: StageAdapter) -> StageAdapter:
+def _copy_of_adapter(adapter: StageAdapter) -> StageAdapter:
     """An adapter with modules of its own around the same tensors."""
-    result = _bare_twin(adapter)
-    result._modules = {name: _bare_twin(term) for name, term in adapter._modules.items()}
+    result = _copy_of_module(adapter)
+    result._modules = {name: _copy_of_module(term) for name, term in adapter._modules.items() if term is not None}
     return result
 
 
-def _bare_twin(module: nn.Module) -> nn.Module:
-    """A module like another, with tables of its own: hooks, parameters, buffers, submodules."""
-    twin = module.__new__(type(module))
-    held = module.__dict__.copy()
+def _copy_of_module(module: Module) -> Module:
+    """A module with tables of its own (hooks, parameters, buffers, submodules) and the same content."""
+    result = module.__new__(type(module))
+    attributes = module.__dict__.copy()
     for name, value in module.__dict__.items():
         if value.__class__ in TABLES:
-            held[name] = value.copy() if value else value.__class__()  # which is quicker
-    twin.__dict__ = held
-    return twin
+            attributes[name] = value.copy() if value else value.__class__()  # quicker than copying an empty table
+    result.__dict__ = attributes
+    return result

@@ -8,6 +8,7 @@ iteration from where they were. Neither can raise the error.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -185,6 +186,24 @@ def _by_rank(matrices: Tensor) -> Tensor:
     """The energy of the first, second, … singular value of each matrix, over all (N, m, n)."""
     matrices = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     return torch.linalg.eigvalsh(matrices @ matrices.mH).clamp_min(0).flip(-1).sum(0)
+
+
+def sum_of_products(products: Sequence[tuple[float, Tensor, Tensor]], rank: int) -> tuple[Tensor, Tensor]:
+    """Factors (m, r) and (r, n) of the sum of ``weight * b @ a`` over ``products``, truncated to ``rank`` by SVD.
+
+    Args:
+        products: a weight, ``b`` (m, r_i) and ``a`` (r_i, n) each. Computed on the CPU in float64 (complex128).
+    """
+    # On the CPU: the matrices are small, and not every accelerator has float64.
+    exact = torch.complex128 if products[0][1].is_complex() else torch.float64
+    left = torch.cat([weight * b.detach().cpu().to(exact) for weight, b, _ in products], dim=1)
+    right = torch.cat([a.detach().cpu().to(exact) for _, _, a in products], dim=0)
+    rank = min(rank, left.shape[0], right.shape[1])
+    q, r = torch.linalg.qr(left)
+    p, s = torch.linalg.qr(right.mH)
+    u, values, v = torch.linalg.svd(r @ s.mH, full_matrices=False)
+    root = values[:rank].sqrt()
+    return (q @ u[:, :rank]) * root, root[:, None] * (v[:rank] @ p.mH)
 
 
 def rank_for_energy(stages: Tensor, fraction: float) -> int:

@@ -1,19 +1,35 @@
-"""."""
+"""The low-rank term, LoRA's: W_k = W_0 + scaling * B_k A_k, for a tensor of any shape folded to a matrix."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..disk.reading import Slot
+from ..stages.fold import pair_size
+from ..stages.stage_map import TensorSpec
+from .factors import factorise, factorise_weighted, sum_of_products
+from .term import Fitted, LoraFactors, Setting, Term, Weighting
 
-class LowRank(nn.Module):
+
+class LowRank(Term):
     """The low-rank term of one tensor of one stage.
 
-    ``lora_A`` has shape (rank, columns) and ``lora_B`` (rows, rank), where (rows, columns) is
-    what the tensor folds to. ``scaling`` is PEFT's; the forward reads it as a tensor, since
-    ``torch.compile`` would compile anew for each value of a number.
+    ``scaling`` is PEFT's. The forward reads it as a tensor, since ``torch.compile`` would compile anew for each
+    value of a number.
+
+    Args:
+        lora_A: (rank, columns), where (rows, columns) is what the tensor folds to.
+        lora_B: (rows, rank).
+
+    >>> import torch
+    >>> from lorun_adapt.terms.lowrank import LowRank
+    >>> term = LowRank(torch.ones(1, 3), torch.ones(2, 1), scaling=0.5)
+    >>> term(torch.zeros(2, 3)).sum().item()
+    3.0
     """
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> None:
@@ -25,14 +41,79 @@ class LowRank(nn.Module):
         self.register_buffer("factor", factor, persistent=False)
 
     @property
-    def rank(self) -> int:
+    def rank(self) -> int:  # type: ignore[override]
         return self.lora_A.shape[0]
 
     def forward(self, base: Tensor) -> Tensor:
-        return _sum(base, self.lora_A, self.lora_B, self.factor)
+        if not torch.compiler.is_compiling():
+            try:  # past nn.Module.__getattr__: this runs for every tensor of every stage
+                held = self._parameters
+                return _sum(base, held["lora_A"], held["lora_B"], self._buffers["factor"])  # type: ignore[arg-type]
+            except KeyError:  # a replica of nn.DataParallel holds its tensors as plain attributes
+                pass
+        return _sum(base, self.lora_A, self.lora_B, self.factor)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, matrix=({self.lora_B.shape[0]}, {self.lora_A.shape[1]}), scaling={self.scaling:g}"
+
+    @classmethod
+    def fit(
+        cls,
+        stages: Tensor,
+        spec: TensorSpec,
+        setting: Setting,
+        *,
+        weighting: Weighting | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Fitted:
+        matrices = stages.reshape(len(stages), *spec.matrix)
+        if weighting is None:
+            factors = factorise(matrices, setting.rank, spec.without_base)
+        else:
+            factors = factorise_weighted(matrices, setting.rank, *weighting, spec.without_base)
+        terms = [
+            cls(a.to(stages.dtype), (b / setting.scaling).to(stages.dtype), setting.scaling)
+            if generator is None or bool((b @ a).any())
+            else cls.untrained(spec, Setting(factors.rank, setting.scaling), stages, generator)
+            for a, b in zip(factors.a, factors.b)
+        ]
+        return Fitted(factors.base.to(stages.dtype).reshape(spec.shape), terms, factors.error)
+
+    @classmethod
+    def untrained(cls, spec: TensorSpec, setting: Setting, like: Tensor, generator: torch.Generator) -> LowRank:
+        """B is zero, and A drawn as in PEFT (Kaiming uniform)."""
+        rows, columns = spec.matrix
+        bound = 1 / math.sqrt(columns)
+        a = torch.empty(min(setting.rank, rows, columns), columns).uniform_(-bound, bound, generator=generator)
+        b = torch.zeros(rows, len(a), dtype=like.dtype, device=like.device)
+        return cls(a.to(like), b, setting.scaling)
+
+    @classmethod
+    def weighted_sum(cls, terms: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+        """At the largest of the terms' ranks, by SVD."""
+        products = [(weight * term.scaling, term.lora_B, term.lora_A) for weight, term in zip(weights, terms)]
+        b, a = sum_of_products(products, max(term.rank for term in terms))
+        return cls(a.to(terms[0].lora_A), b.to(terms[0].lora_B))
+
+    @classmethod
+    def size(cls, spec: TensorSpec, rank: int) -> int:
+        return pair_size(spec.matrix, rank)
+
+    @classmethod
+    def highest_rank(cls, spec: TensorSpec) -> int:
+        return min(spec.matrix)
+
+    @classmethod
+    def file_slots(cls, spec: TensorSpec) -> dict[str, Slot]:
+        rows, columns = spec.matrix
+        return {"lora_A": Slot((None, columns), spec.dtype), "lora_B": Slot((rows, None), spec.dtype)}
+
+    def as_lora(self) -> LoraFactors:
+        return LoraFactors(self.lora_A, self.lora_B, self.scaling)
+
+    @classmethod
+    def from_lora(cls, factors: LoraFactors) -> LowRank:
+        return cls(*factors)
 
 
 def _sum(base: Tensor, a: Tensor, b: Tensor, factor: Tensor | None) -> Tensor:
@@ -42,11 +123,3 @@ def _sum(base: Tensor, a: Tensor, b: Tensor, factor: Tensor | None) -> Tensor:
         # The product may have a low precision, or another order of dimensions: the sum is to be as the base is.
         return base + (b @ a).view_as(base)
     return torch.mm(b, a).view_as(base).add_(base)
-
-
-def untrained(matrix: tuple[int, int], rank: int, scaling: float, like: Tensor, generator: torch.Generator) -> LowRank:
-    """A term that is zero and can be trained: B is zero, A drawn as in PEFT (Kaiming uniform)."""
-    rows, columns = matrix
-    bound = 1 / math.sqrt(columns)
-    a = torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
-    return LowRank(a.to(like), torch.zeros(rows, rank, dtype=like.dtype, device=like.device), scaling)

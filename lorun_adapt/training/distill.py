@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from torch import nn
-
-from ..errors import LoRunError
-from ..util.modules import tensors_of
-
-if TYPE_CHECKING:
-    from ..model.lorun_model import LoRunModel
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..errors import LoRunError
 from ..network.observe import Observer
+from ..util.modules import tensors_of
 from ..util.nested import device_of, to_device
 from ..util.seeds import seeded
 
@@ -45,7 +37,13 @@ class Distillation(nn.Module):
         self._others = teacher, loss  # in a tuple: modules among them are not to be trained, moved or saved
 
     @property
-    def teacher(self) -> nn.Module:
+    def networks(self) -> tuple[nn.Module, ...]:
+        """Every network that ``forward`` runs."""
+        return self._others[0], self.student
+
+    @property
+    def reference(self) -> nn.Module:
+        """The network whose rounding error in bfloat16 limits the training: the teacher."""
         return self._others[0]
 
     def forward(self, drawn: Callable[[], tuple[Any, ...]], seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,15 +94,20 @@ def _energy(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square().sum()
 
 
-def check_teacher(teacher: nn.Module, lorun: LoRunModel) -> None:
+def check_teacher(teacher: nn.Module, base: nn.Module) -> None:
+    """Refuse a teacher that is not of the class of ``base``.
+
+    Raises:
+        LoRunError: no network, or one with other tensors.
+    """
     if not isinstance(teacher, nn.Module):
         raise LoRunError(
             f"expected the original network as teacher, found {type(teacher).__name__}: pass the nn.Module"
         )
-    held, wanted = ({n: tuple(t.shape) for n, t, _ in tensors_of(net)} for net in (teacher, lorun.base))
-    for name in (*wanted, *held):
-        if held.get(name) != wanted.get(name):
+    shapes, expected = ({n: tuple(t.shape) for n, t, _ in tensors_of(net)} for net in (teacher, base))
+    for name in (*expected, *shapes):
+        if shapes.get(name) != expected.get(name):
             raise LoRunError(
-                f"expected the network that was converted as teacher, found {name!r} of shape {held.get(name)} in "
-                f"{type(teacher).__name__} and {wanted.get(name)} in the conversion: pass the original, not wrapped"
+                f"expected the network that was converted as teacher, found {name!r} of shape {shapes.get(name)} in "
+                f"{type(teacher).__name__} and {expected.get(name)} in the conversion: pass the original, not wrapped"
             )

@@ -1,4 +1,4 @@
-"""How long to train, and how large the steps are on the way."""
+"""How long to train, and the learning rate on the way."""
 
 from __future__ import annotations
 
@@ -6,39 +6,60 @@ import math
 from dataclasses import dataclass
 
 from ..errors import LoRunError
+from ..util.numbers import is_number, is_whole_number
 
-WARM_UP = 0.03  # of the duration
+WARM_UP = 0.03  # fraction of the duration
+LONGEST = 1e9  # minutes or steps
 
 
 @dataclass(frozen=True)
 class Duration:
-    """Minutes on the clock or optimiser steps, one of the two.
+    """How long to train: minutes on the clock, or optimiser steps.
+
+    >>> Duration(minutes=10).fraction_done(seconds=150, steps=7)
+    0.25
+    >>> Duration(steps=100).fraction_done(seconds=150, steps=7)
+    0.07
+
+    Args:
+        minutes: a number above 0.
+        steps: a whole number above 0; runs of so many steps repeat exactly, as runs of minutes can't.
 
     Raises:
-        LoRunError: both or neither, or no number above 0.
+        LoRunError: both or neither are given, or the one given is not such a number.
     """
 
     minutes: float | None = None
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        given = [value for value in (self.minutes, self.steps) if value is not None]
-        if len(given) != 1:
+        if self.minutes is None and self.steps is None:
+            raise LoRunError("neither minutes nor steps is given: say how long to train with one of them")
+        if self.minutes is not None and self.steps is not None:
+            raise LoRunError("both minutes and steps are given: say how long to train with one of them")
+        if self.minutes is not None and not (is_number(self.minutes) and 0 < self.minutes < LONGEST):
             raise LoRunError(
-                f"expected minutes or steps to train for, found {'both' if given else 'neither'}: give one"
+                f"expected minutes to be a number above 0, found {self.minutes!r}: choose how long to train"
             )
-        kinds = (int, float) if self.steps is None else int
-        if not isinstance(given[0], kinds) or isinstance(given[0], bool) or not 0 < given[0] < 1e9:
-            what = "minutes to be a number" if self.steps is None else "steps to be a whole number"
-            raise LoRunError(f"expected {what} above 0, found {given[0]!r}: choose how long to train")
+        if self.steps is not None and not (is_whole_number(self.steps) and 0 < self.steps < LONGEST):
+            raise LoRunError(
+                f"expected steps to be a whole number above 0, found {self.steps!r}: choose how long to train"
+            )
 
-    def done(self, seconds: float, steps: int) -> float:
-        """The part of it that is used up, in 0..1."""
+    def fraction_done(self, seconds: float, steps: int) -> float:
+        """The fraction of the duration, 0 to 1, that is over after so many seconds and steps."""
         return min(1.0, seconds / (60 * self.minutes) if self.minutes else steps / (self.steps or 1))
 
 
-def schedule(done: float) -> float:
-    """The learning rate as a part of its peak when the part ``done`` (0..1) is used up: a warm-up, then a cosine."""
+def learning_rate_schedule(done: float) -> float:
+    """The learning rate as a fraction of its peak: a linear warm-up from 0.1, then a cosine down to 0.
+
+    >>> [round(learning_rate_schedule(done), 2) for done in (0, 0.015, 0.03, 0.5, 1)]
+    [0.1, 0.55, 1.0, 0.52, 0.0]
+
+    Args:
+        done: the fraction of the duration that is over, 0 to 1.
+    """
     if done < WARM_UP:
         return 0.1 + 0.9 * done / WARM_UP
     return 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))

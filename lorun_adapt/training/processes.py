@@ -1,4 +1,4 @@
-"""The processes that `accelerate launch` or `torchrun` has started, as accelerate knows them."""
+"""The processes that ``accelerate launch`` or ``torchrun`` started."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ T = TypeVar("T")
 
 
 def launched() -> bool:
-    """Whether a launcher has started this process."""
+    """Whether a launcher started this process."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
 
 
 def process_state() -> PartialState:
+    """Accelerate's view of this process: its number, its device, and how many processes there are."""
     return PartialState(cpu=_on_cpus())
 
 
 def make_accelerator() -> Accelerator:
     """An accelerator that leaves modules and batches on the devices where they are."""
-    # Some parameters, such as the base's own copy of private tensors, stand in no forward.
+    # Some parameters, such as the base's own copy of private tensors, take part in no forward.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(device_placement=False, cpu=_on_cpus(), kwargs_handlers=[unused])
 
 
-def agreed(value: T) -> T:
-    """The main process's value, in all processes."""
+def broadcast(value: T) -> T:
+    """The main process's value, in every process."""
     if not launched() or process_state().num_processes == 1:
         return value
     return broadcast_object_list([value])[0]
 
 
 def _on_cpus() -> bool:
-    """Whether several processes have but CPUs, which accelerate takes for one process unless it is told."""
+    """Whether several processes run on CPUs only; accelerate then needs to be asked for CPUs to see them all."""
     return "LOCAL_RANK" in os.environ and not torch.cuda.is_available()

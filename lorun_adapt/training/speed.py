@@ -1,8 +1,8 @@
-"""How a CPU runs the networks fastest while they train: convolutions channels last, and in bfloat16.
+"""Run the networks as fast as a CPU can while they train: convolutions channels last, and in bfloat16.
 
-Which networks run so is tried, not known: some views of activations need another order of dimensions,
-and some operations, such as making complex numbers, know no bfloat16. What is chosen depends on nothing but the
-networks and the CPU, so that runs repeat.
+Whether a network runs so is found by trying: some forwards view activations in a way that needs another
+order of dimensions, and some operations, such as making complex numbers, do not support bfloat16. The
+choice depends on the networks and the CPU alone, so that runs repeat.
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ from .distill import Distillation, psnr_to
 from .processes import launched
 from .supervised import Supervised
 
-MARGIN = 5.0  # dB: how far the student's PSNR to the teacher must be below what rounding leaves of the teacher
+# bfloat16 is used while the student's PSNR to the teacher is this much (dB) below the teacher's own in bfloat16.
+MARGIN = 5.0
 
 
 @contextmanager
 def channels_last(distillation: Distillation | Supervised, batch: Batch, seed: int) -> Iterator[None]:
-    """Within the block, hold the convolutions' weights channels last if both networks run so on ``batch``.
+    """Within the block, hold the convolutions' weights channels last if the networks run so on ``batch``.
 
-    Afterwards the parameters have the storage that they had, with the values that they have.
+    Afterwards the parameters are back in their original storage, with the values they have then.
     """
-    networks = (distillation.teacher, distillation.student)
-    found = {id(p): p for network in networks for p in network.parameters() if p.ndim == 4 and p.is_contiguous()}
-    uses = Counter(p.data_ptr() for p in found.values())
+    kernels = {
+        id(p): p for network in distillation.networks for p in network.parameters() if p.ndim == 4 and p.is_contiguous()
+    }
+    uses = Counter(p.data_ptr() for p in kernels.values())
     moved = {
         p: p.data
-        for p in found.values()
+        for p in kernels.values()
         if p.device.type == "cpu" and p.dtype == torch.float32 and uses[p.data_ptr()] == 1
     }
 
-    def restore_interrupted_save() -> None:
+    def move_back() -> None:
         for parameter, before in moved.items():
             if parameter.data_ptr() != before.data_ptr():
                 before.copy_(parameter.data)
@@ -46,47 +48,46 @@ def channels_last(distillation: Distillation | Supervised, batch: Batch, seed: i
         for parameter, before in moved.items():
             parameter.data = before.contiguous(memory_format=torch.channels_last)
         if moved and not _runs(distillation, batch, seed):
-            restore_interrupted_save()
+            move_back()
         yield
     finally:
-        restore_interrupted_save()
+        move_back()
 
 
 def bfloat16(enabled: bool) -> AbstractContextManager[None]:
-    """What a forward and its loss stand in to run in bfloat16."""
+    """Run the block in bfloat16, if ``enabled``: a forward and its loss."""
     return torch.autocast("cpu", dtype=torch.bfloat16) if enabled else nullcontext()
 
 
 def runs_in_bfloat16(distillation: Distillation | Supervised, batch: Batch, seed: int) -> bool:
     """Whether this CPU multiplies faster in bfloat16, and the networks run in it.
 
-    Not where ``accelerate launch`` has said what is wanted.
+    False under ``accelerate launch``, whose own option sets the precision.
     """
-    networks = (distillation.teacher, distillation.student)
-    held = [p for network in networks for p in network.parameters()]
-    if launched() or not _multiplies_in_bfloat16() or any(p.device.type != "cpu" for p in held):
+    parameters = [p for network in distillation.networks for p in network.parameters()]
+    if launched() or not _multiplies_in_bfloat16() or any(p.device.type != "cpu" for p in parameters):
         return False
-    if any(p.dtype in (torch.float64, torch.complex128) for p in held):
+    if any(p.dtype in (torch.float64, torch.complex128) for p in parameters):
         return False
     with bfloat16(True):
         return _runs(distillation, batch, seed)
 
 
 def rounding_psnr(distillation: Distillation | Supervised, batch: Batch, seed: int) -> float:
-    """The PSNR in dB of the teacher's output in bfloat16 to what it is in its own precision."""
-    observer, teacher = distillation.observer, distillation.teacher
+    """PSNR in dB of the reference's output in bfloat16 to its output in its own precision."""
+    observer, reference = distillation.observer, distillation.reference
     with torch.no_grad():
-        target = observer.run(teacher, batch, seed).final
+        target = observer.run(reference, batch, seed).final
         with bfloat16(True):
-            rounded = observer.run(teacher, batch, seed).final
+            rounded = observer.run(reference, batch, seed).final
     return float(psnr_to(rounded, target))
 
 
 def _runs(distillation: Distillation | Supervised, batch: Batch, seed: int) -> bool:
-    """Whether a forward and a backward go through as things are."""
+    """Whether a forward and a backward succeed in the current memory format and precision."""
     try:
         distillation(lambda: batch, seed)[0].backward()
-    except Exception:  # whatever a forward raises that meets what it does not expect
+    except Exception:  # an operation that doesn't support them may raise anything
         return False
     finally:
         for parameter in distillation.student.parameters():

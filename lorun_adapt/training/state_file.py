@@ -1,4 +1,4 @@
-"""The state of a training run in one safetensors file, from which it goes on exactly where it was."""
+"""The state of a training run in one safetensors file, from which the run resumes exactly."""
 
 from __future__ import annotations
 
@@ -18,64 +18,66 @@ from ..errors import LoRunError
 FORMAT = "lorun_adapt training state 1"
 
 
-def write_state(path: Path, kind: str, state: Mapping[str, Any]) -> None:
-    """Write nested dicts, lists, numbers, strings and tensors; ``kind`` says what run they are of."""
+def write_state(path: Path, run_id: str, state: Mapping[str, Any]) -> None:
+    """Write the state of a run: nested dicts, lists, tuples, numbers, strings and tensors.
+
+    Args:
+        run_id: identifies the run, so that no other run resumes from the file.
+    """
     tensors: dict[str, Tensor] = {}
-    content = _packed(tensors, state)
-    metadata = {"format": FORMAT, "kind": kind, "state": json.dumps(content)}
+    content = _to_json(tensors, state)
+    metadata = {"format": FORMAT, "kind": run_id, "state": json.dumps(content)}
     write_file(path, lambda file: file.write(save(tensors, metadata)))
 
 
-def _packed(tensors: dict[str, Tensor], value: Any) -> Any:
-    """``value`` as JSON can hold it; its tensors go to ``tensors``."""
+def _to_json(tensors: dict[str, Tensor], value: Any) -> Any:
+    """``value`` as JSON can hold it; its tensors are added to ``tensors``."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().contiguous().clone()
         return {"tensor": [name, value.stride()]}
     if isinstance(value, Mapping):
-        return {"dict": [[key, _packed(tensors, item)] for key, item in value.items()]}
+        return {"dict": [[key, _to_json(tensors, item)] for key, item in value.items()]}
     if isinstance(value, tuple):
-        return {"tuple": [_packed(tensors, item) for item in value]}
+        return {"tuple": [_to_json(tensors, item) for item in value]}
     if isinstance(value, list):
-        return {"list": [_packed(tensors, item) for item in value]}
+        return {"list": [_to_json(tensors, item) for item in value]}
     return {"value": value}
 
 
-def read_state(path: Path, kind: str) -> dict[str, Any]:
-    """What :func:`write_state` wrote.
+def read_state(path: Path, run_id: str) -> dict[str, Any]:
+    """Read the state that :func:`write_state` wrote for the run ``run_id``.
 
     Raises:
-        LoRunError: a file that is something else, is damaged, or is of another run.
+        LoRunError: the file is damaged, is no state file, or belongs to another run.
     """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise LoRunError(
-            f"expected a training state, found {error} in {path}: remove the file to begin anew"
-        ) from error
+        raise LoRunError(f"cannot read the state file {path}: {error}; remove it to start anew") from error
     if metadata.get("format") != FORMAT:
         raise LoRunError(
-            f"expected a training state, found another safetensors file at {path}: give resume_from= another path"
+            f"{path} is a safetensors file, but not the state file of a training run: give resume_from= another path"
         )
-    if metadata.get("kind") != kind:
+    if metadata.get("kind") != run_id:
         raise LoRunError(
-            f"expected the training state of this network, config and seed, found one of another run in {path}: "
-            "remove the file to begin anew, or give resume_from= another path"
+            f"the state file {path} belongs to another run, with another network, config or seed: remove it to start "
+            "anew, or give resume_from= another path"
         )
-    return _restored(json.loads(metadata["state"]), tensors)
+    return _from_json(json.loads(metadata["state"]), tensors)
 
 
-def _restored(value: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+def _from_json(value: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     ((kind, content),) = value.items()
     if kind == "tensor":
         name, stride = content  # the layout in memory decides in which order numbers are added up
-        value = tensors[name]
-        return torch.empty_strided(value.shape, stride, dtype=value.dtype).copy_(value)
+        tensor = tensors[name]
+        return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
     if kind == "dict":
-        return {key: _restored(item, tensors) for key, item in content}
+        return {key: _from_json(item, tensors) for key, item in content}
     if kind == "value":
         return content
-    items = [_restored(item, tensors) for item in content]
+    items = [_from_json(item, tensors) for item in content]
     return tuple(items) if kind == "tuple" else items

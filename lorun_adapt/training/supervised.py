@@ -1,4 +1,4 @@
-"""How far a network is from the truth, in the place of a teacher."""
+"""The loss of a network against the ground truth, where there is no teacher."""
 
 from __future__ import annotations
 
@@ -16,26 +16,40 @@ from .distill import Loss
 
 
 class Supervised(nn.Module):
-    """The loss of a network on one batch that holds the truth; it takes the place of a :class:`Distillation`.
+    """The loss of a network on one batch that holds the ground truth; trained like a :class:`Distillation`.
 
     Args:
-        student: the network, run as it is.
-        observer: runs it.
-        loss: a callable on its output and the batch.
+        student: the network to train, run in the mode that it is in.
+        observer: runs the network.
+        loss: a function of the network's output and the batch.
     """
 
     def __init__(self, student: nn.Module, observer: Observer, loss: Loss) -> None:
         super().__init__()
         self.student, self.observer = student, observer
-        self._loss = (loss,)  # in a tuple: a module is not to be trained, moved or saved
+        self._loss = (loss,)  # in a tuple: a loss that is a module is not to be trained, moved or saved
 
     @property
-    def teacher(self) -> nn.Module:
+    def networks(self) -> tuple[nn.Module, ...]:
+        """Every network that ``forward`` runs."""
+        return (self.student,)
+
+    @property
+    def reference(self) -> nn.Module:
+        """The network whose rounding error in bfloat16 limits the training; there is only one here."""
         return self.student
 
-    def forward(self, drawn: Callable[[], tuple[Any, ...]], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What to minimise, the same without gradient, and NaN for the PSNR to a teacher, of which there is none."""
-        batch = drawn()
+    def forward(self, draw: Callable[[], tuple[Any, ...]], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss on a batch.
+
+        Args:
+            draw: returns the batch; a function, since DDP takes tuples that it knows apart.
+            seed: of the random numbers that the network and the loss draw.
+
+        Returns:
+            The loss; the loss without gradient; NaN in the place of a PSNR to the teacher.
+        """
+        batch = draw()
         output = self.observer.run(self.student, batch, seed).whole
         with seeded(seed):
             loss = self._loss[0](output, to_device(batch, device_of(self.student)))

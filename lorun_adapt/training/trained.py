@@ -1,60 +1,84 @@
-"""."""
+"""Which tensors train, and how fast."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import LoRunError
 from ..network.adapted import is_base
-from ..network.adapter import StageAdapter, lowrank_terms
+from ..network.adapter import StageAdapter, terms_of
+from ..network.converted import AdapterSet, Converted
 from ..stages.tensors import base_tensors
+from ..util.numbers import is_numeric
 
-if TYPE_CHECKING:
-    from ..model.lorun_model import LoRunModel
-
-
-# Learning rates, relative to the size of a tensor's values. What stands in every stage, and what
-# is not a stage's to change, moves less.
-FACTORS, BASE, PRIVATE, OUTSIDE = 0.05, 0.03, 0.01, 0.003
+# Learning rates, relative to the size of a tensor's values. What stands in every stage, and what is not a stage's to
+# change, moves less.
+TERM_RATE, BASE_RATE, PRIVATE_RATE, OUTSIDE_RATE = 0.05, 0.03, 0.01, 0.003
 
 
-def tensors_to_train(adapters: nn.Module, factors: float) -> list[TrainedTensor]:
-    """What trains of the adapters in a set, or in all sets; ``factors``: the learning rate of low-rank factors."""
-    found = []
-    for adapter in adapters.modules():
-        if isinstance(adapter, StageAdapter):
-            own = {id(p) for term in lowrank_terms(adapter).values() for p in term.parameters()}
-            found += [
-                TrainedTensor(p, factors if id(p) in own else PRIVATE) for p in adapter.parameters() if p.requires_grad
-            ]
-    return found
+@dataclass(frozen=True)
+class TrainedTensor:
+    """A tensor to train, and its learning rate relative to the size of its values."""
+
+    parameter: nn.Parameter
+    rate: float
+
+
+def tensors_to_train(held: AdapterSet, term_rate: float = TERM_RATE) -> list[TrainedTensor]:
+    """The trainable tensors of a set: its adapters' terms and private tensors, and its own outside the stages.
+
+    Args:
+        term_rate: the learning rate of terms.
+    """
+    adapters = [adapter for _, stage in sorted(held.adapters.items()) for adapter in stage.values()]
+    tensors = [item for adapter in adapters for item in _of_adapter(adapter, term_rate)]
+    return tensors + [TrainedTensor(p, PRIVATE_RATE) for p in _trainable(held.outside.values())]
+
+
+def _of_adapter(adapter: StageAdapter, term_rate: float) -> Iterable[TrainedTensor]:
+    in_terms = {id(parameter) for term in terms_of(adapter).values() for parameter in term.parameters()}
+    for parameter in _trainable(adapter.parameters()):
+        yield TrainedTensor(parameter, term_rate if id(parameter) in in_terms else PRIVATE_RATE)
+
+
+def _trainable(tensors: Iterable[Tensor]) -> list[nn.Parameter]:
+    return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
 
 
 def check_not_empty(trained: list[TrainedTensor]) -> None:
+    """Refuse to train nothing.
+
+    Raises:
+        LoRunError: no tensor to train.
+    """
     if not trained:
-        raise LoRunError("expected tensors to train, found none: the network's stages hold none of their own")
+        raise LoRunError("there is nothing to train: the network's stages have no tensors of their own")
 
 
 @contextmanager
-def trainable(lorun: LoRunModel) -> Iterator[list[TrainedTensor]]:
-    """What recovery trains: the adapters, and of the base what runs. The base is frozen again afterwards."""
-    trained = [*tensors_to_train(lorun.adapters, FACTORS), *tensors_to_train(lorun.outside, FACTORS)]
-    own = {id(p) for sets in (lorun.adapters, lorun.outside) for p in sets.parameters()}
+def training_base(converted: Converted, network: nn.Module) -> Iterator[list[TrainedTensor]]:
+    """Within the ``with`` block, what recovery trains: all sets, and what runs of the base, which is frozen otherwise.
+
+    Args:
+        network: the network that runs.
+    """
+    trained = [item for held in converted.sets.values() for item in tensors_to_train(held)]
+    of_sets = {id(tensor) for held in converted.sets.values() for tensor in _tensors_of(held)}
     names: dict[int, set[str]] = {}
-    for name, p in lorun.base.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), set()).add(name)
+    for name, parameter in converted.base.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    of_base = {id(tensor) for tensor in base_tensors(converted.base, converted.stage_map).values()} - of_sets
+    authors_train = converted.trainable_names
     base = []
-    held = {id(tensor) for tensor in base_tensors(lorun.base, lorun.stage_map).values()}
-    for name, p in lorun.network.named_parameters():
-        floats = p.is_floating_point() or p.is_complex()
-        if id(p) in held - own and floats and (not lorun.trainable or lorun.trainable & names[id(p)]):
-            base.append(p)
-            trained.append(TrainedTensor(p, BASE if is_base(name) else OUTSIDE))
+    for name, parameter in network.named_parameters():
+        if id(parameter) in of_base and is_numeric(parameter):
+            if not authors_train or authors_train & names[id(parameter)]:
+                base.append(parameter)
+                trained.append(TrainedTensor(parameter, BASE_RATE if is_base(name) else OUTSIDE_RATE))
     check_not_empty(trained)
     for parameter in base:
         parameter.requires_grad_(True)
@@ -65,9 +89,8 @@ def trainable(lorun: LoRunModel) -> Iterator[list[TrainedTensor]]:
             parameter.requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class TrainedTensor:
-    """A tensor to train, and its learning rate relative to the size of its values."""
-
-    parameter: nn.Parameter
-    rate: float
+def _tensors_of(held: AdapterSet) -> Iterator[Tensor]:
+    yield from held.outside.values()
+    for stage in held.adapters.values():
+        for adapter in stage.values():
+            yield from adapter.parameters()

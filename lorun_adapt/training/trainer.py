@@ -1,4 +1,4 @@
-"""The loop that recovery runs in: it knows its time, shows where it is, and can be stopped and resumed."""
+"""The training loop: keeps to a duration, shows its progress, keeps the best tensors, can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -24,53 +24,55 @@ from ..network.batches import Batch, Batches, is_finite
 from ..util.nested import to_device
 from ..util.progress import progress
 from .distill import Distillation
-from .duration import Duration, schedule
-from .processes import agreed, make_accelerator
+from .duration import Duration, learning_rate_schedule
+from .processes import broadcast, make_accelerator
 from .speed import MARGIN, bfloat16, rounding_psnr, runs_in_bfloat16
 from .state_file import read_state, write_state
 from .supervised import Supervised
 from .trained import TrainedTensor
 
-CHECKS = 25  # in a run: how often it is looked whether the network got better
-HELD_OUT = 2  # batches that are looked at for that
-IN_A_ROW = 5  # returns after NaN, or batches with NaN, after which there is nothing to hope for
-SMALLEST = 0.01  # what a tensor's values are taken for where they are smaller, as when they start at zero
-SIDE = 512  # of the matrices that SOAP keeps for a tensor; longer dimensions go without
+CHECKS = 25  # of the loss on held-out batches, in a run
+HELD_OUT = 2  # batches, unless the caller holds out others
+IN_A_ROW = 5  # rollbacks, or skipped batches, that are tolerated one after another
+MIN_RMS = 0.01  # a tensor's learning rate is relative to its values, or to this where they are smaller, as at zero
+MAX_SIDE = 512  # of a tensor that SOAP preconditions; it skips longer dimensions
 
 
 @dataclass
 class Run:
-    """Where a run is; what it resumes from."""
+    """The progress of a run, as the state file keeps it."""
 
     step: int = 0
     seconds: float = 0.0
-    damping: float = 1.0  # of the learning rate: halved with each rollback
-    rollbacks: int = 0
-    skipped: int = 0
-    best: float = math.inf
-    worse: int = 0  # checks since then
+    damping: float = 1.0  # of the learning rate: halved at each rollback
+    rollbacks: int = 0  # since the last finite check
+    skipped: int = 0  # batches with NaN or Inf, one after another
+    best: float = math.inf  # loss on the held-out batches
+    worse: int = 0  # checks since the best one
     bfloat16: bool = False
 
 
 class Trainer:
-    """Trains some tensors of the student of a :class:`Distillation`, in place.
+    """Trains some tensors of a network in place, and leaves the best of them that it saw.
 
     Args:
-        distillation: what to minimise.
-        trained: the tensors, in an order that is the same in each run.
-        calibration: what to train on.
-        duration: when to end.
-        seed: of all that is random; the same seed gives the same tensors, to the bit on a CPU, for
-            a duration in steps.
-        resume_from: a file that holds the state of the run while it lasts. Where it is there, the run
-            goes on from it, and draws again, without computing, the batches that were used up.
-        kind: names the run, so that it does not resume from another one.
+        distillation: the loss to minimise.
+        trained: the tensors to train, in an order that is the same in each run.
+        calibration: the batches to train on.
+        duration: how long to train.
+        seed: of all random numbers. On a CPU, the same seed and number of steps give the same tensors to the bit.
+        resume_from: the state file, which keeps the state of the run while it lasts. If it exists, the run resumes
+            from it; the batches that were used up are drawn again, without computing anything.
+        run_id: identifies the run, so that it does not resume from the state file of another one.
         spent: seconds of the duration that preparations took.
-        held_out: finite batches by which it is judged whether the tensors got better; by default the first ones of
-            ``calibration``.
-        doing: what the progress bar says.
-        others: what, beside the trained tensors, resuming is to bring back; by default all that the student holds.
-        patience: checks without a better one after which it ends, as further steps would only fit what it trains on.
+        held_out: finite batches on which the tensors are judged; by default the first ones of ``calibration``.
+        patience: the number of checks in a row without a better result after which training ends early; by then it
+            only fits its own batches more closely.
+        label: text of the progress bar.
+        restored: the tensors that resuming restores beside the trained ones; by default all others of the student.
+
+    Raises:
+        LoRunError: a tensor to train has 16 bits only.
     """
 
     def __init__(
@@ -82,49 +84,50 @@ class Trainer:
         *,
         seed: int,
         resume_from: Path | None,
-        kind: str,
+        run_id: str,
         spent: float = 0.0,
         held_out: Sequence[Batch] = (),
         patience: int | None = None,
-        doing: str = "recovering",
-        others: Sequence[Tensor] | None = None,
+        label: str = "recovering",
+        restored: Sequence[Tensor] | None = None,
     ) -> None:
-        self.others = others
-        self.held_out, self.patience, self.doing = list(held_out), patience, doing
+        self.restored = restored
+        self.held_out, self.patience, self.label = list(held_out), patience, label
         self.distillation, self.trained, self.calibration = distillation, trained, calibration
         self.duration, self.seed, self.resume_from = duration, seed, resume_from
         self.accelerator = make_accelerator()
         shapes = [tuple(item.parameter.shape) for item in trained]
-        self.kind = f"{kind}, seed {seed}, {self.accelerator.num_processes} processes, {shapes}"
+        self.run_id = f"{run_id}, seed {seed}, {self.accelerator.num_processes} processes, {shapes}"
         self._clear_gradients()
         for item in trained:
             if item.parameter.dtype in (torch.float16, torch.bfloat16):
                 raise LoRunError(
-                    f"expected weights of 32 bits or more to train, found {item.parameter.dtype}: convert in float32, "
-                    "and save_pretrained(path, dtype=torch.float16) afterwards"
+                    f"expected tensors of 32 bits or more to train, found {item.parameter.dtype}: convert in float32, "
+                    "and save with save_pretrained(path, dtype=torch.float16) afterwards"
                 )
         self.loss_of = self.accelerator.prepare(distillation)
-        # SOAP knows no complex numbers: it is given views of them, as pairs of real ones.
+        # SOAP does not support complex tensors: it trains views of them as pairs of real numbers.
         self.tensors = [_real(item.parameter) for item in trained]
-        self.rates = [item.rate * max(_rms(item.parameter), SMALLEST) for item in trained]
-        self.optimizer, self.prepared = self._fresh_optimizer()
-        self.run = Run(seconds=agreed(spent))
+        self.rates = [item.rate * max(_rms(item.parameter), MIN_RMS) for item in trained]
+        self.optimizer, self.prepared = self._new_optimizer()
+        self.run = Run(seconds=broadcast(spent))
         self.best = self._values()
         self._rounding = math.inf
         self._shown: dict[str, str] = {}
 
     def train(self, stop: threading.Event) -> bool:
-        """Train until the duration is used up, or ``stop`` is set; the best tensors that were seen are left in place.
+        """Train for the duration, or until ``stop`` is set, and leave the best tensors in place.
 
         Returns:
-            Whether it ran to the end.
+            Whether it trained to the end.
 
         Raises:
-            LoRunError: a calibration that ends, or a loss that stays NaN; the tensors are the best ones then too.
+            LoRunError: no batch of the first ones is finite, the batches end, or the loss stays NaN or Inf. The best
+                tensors are left in place then too.
         """
         try:
             self._loop(stop)
-        except KeyboardInterrupt:  # in a batch that is being made, or where no signal handler can be
+        except KeyboardInterrupt:  # raised while a batch was made, or where no signal handler can be set
             stop.set()
         finally:
             self._put(self.best)
@@ -145,8 +148,12 @@ class Trainer:
             itertools.islice(filter(is_finite, itertools.islice(self.calibration, HELD_OUT + IN_A_ROW)), HELD_OUT)
         )
         if not held_out:
-            raise LoRunError(f"expected finite batches, found NaN or Inf in the first {HELD_OUT + IN_A_ROW}: mend them")
-        own = itertools.islice(self.calibration, run.step * processes + self.accelerator.process_index, None, processes)
+            raise LoRunError(
+                f"the first {HELD_OUT + IN_A_ROW} batches of calibration all have NaN or Inf: check how they are made"
+            )
+        batches = itertools.islice(
+            self.calibration, run.step * processes + self.accelerator.process_index, None, processes
+        )
         started = time.monotonic() - run.seconds
         with self._bar() as bar:
             if not run.step:
@@ -157,20 +164,20 @@ class Trainer:
                 self._check(held_out, bar)
                 if not math.isfinite(run.best):
                     raise LoRunError(
-                        "expected finite outputs before training, found NaN or Inf: run both networks on the first "
-                        "batches of calibration"
+                        "the loss is NaN or Inf before training: check what the networks return for the first batches "
+                        "of calibration"
                     )
-            while (done := self.duration.done(run.seconds, run.step)) < 1 and not self._in_vain():
-                batch = self._drawn(own, stop)
+            while (done := self.duration.fraction_done(run.seconds, run.step)) < 1 and not self._out_of_patience():
+                batch = self._next_batch(batches, stop)
                 if self._stopped(stop) or batch is None:
                     self._save()
                     return
                 loss = self._step(batch, done)
                 run.step += 1
-                run.seconds = agreed(time.monotonic() - started)
-                bar.update(_whole(self.duration, run) - bar.n)
+                run.seconds = broadcast(time.monotonic() - started)
+                bar.update(_bar_position(self.duration, run) - bar.n)
                 self._show(bar, step=str(run.step), loss=f"{loss:.3g}")
-                after = self.duration.done(run.seconds, run.step)
+                after = self.duration.fraction_done(run.seconds, run.step)
                 if math.floor(CHECKS * after) > math.floor(CHECKS * done):
                     self._check(held_out, bar)
                     self._save()
@@ -180,13 +187,13 @@ class Trainer:
     def _step(self, batch: Batch, done: float) -> float:
         run = self.run
         for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = rate * run.damping * schedule(done)
+            group["lr"] = rate * run.damping * learning_rate_schedule(done)
         seed = self.seed + run.step * self.accelerator.num_processes + self.accelerator.process_index
         with bfloat16(run.bfloat16):
             loss = self.loss_of(lambda: batch, seed)[0]
-        value = self._agreed_worst(float(loss.detach()))
+        value = self._mean_over_processes(float(loss.detach()))
         if not math.isfinite(value):
-            if math.isfinite(self._agreed_worst(0.0 if is_finite(batch) else math.nan)):
+            if math.isfinite(self._mean_over_processes(0.0 if is_finite(batch) else math.nan)):
                 self._roll_back(f"the loss is {value} at step {run.step}")
             else:
                 self._skip(f"NaN or Inf in the batch of step {run.step}")
@@ -204,44 +211,44 @@ class Trainer:
         self.optimizer.zero_grad()
         return value
 
-    def _skip(self, found: str) -> None:
+    def _skip(self, problem: str) -> None:
         self.run.skipped += 1
         if self.run.skipped > IN_A_ROW:
-            raise LoRunError(f"expected finite batches, found {found} and in {IN_A_ROW} before: mend the calibration")
-        warnings.warn(f"found {found}: it is left out", stacklevel=2)
+            raise LoRunError(f"{problem} and in the {IN_A_ROW} before it: remove such batches from calibration")
+        warnings.warn(f"{problem}: the batch is skipped", stacklevel=2)
 
-    def _roll_back(self, found: str) -> None:
+    def _roll_back(self, problem: str) -> None:
         run = self.run
         run.rollbacks += 1
         if run.rollbacks > IN_A_ROW:
             raise LoRunError(
-                f"expected a finite loss, found that {found}, after {IN_A_ROW} returns to the best weights with "
-                "ever smaller steps: check the calibration for NaN and the network for overflow"
+                f"{problem}, after {IN_A_ROW} returns to the best weights with ever smaller steps: check the "
+                "calibration for NaN and the network for overflow"
             )
         run.damping /= 2
         self._put(self.best)
-        self.optimizer, self.prepared = self._fresh_optimizer()
+        self.optimizer, self.prepared = self._new_optimizer()
         self._clear_gradients()
-        warnings.warn(f"{found}: going on from the best weights so far, with half the learning rate", stacklevel=2)
+        warnings.warn(f"{problem}: going on from the best weights so far, with half the learning rate", stacklevel=2)
 
-    def _fresh_optimizer(self) -> tuple[SOAP, Any]:
+    def _new_optimizer(self) -> tuple[SOAP, Any]:
         groups = [{"params": [tensor], "lr": rate} for tensor, rate in zip(self.tensors, self.rates)]
-        optimizer = SOAP(groups, weight_decay=0.0, max_precondition_dim=SIDE)
+        optimizer = SOAP(groups, weight_decay=0.0, max_precondition_dim=MAX_SIDE)
         return optimizer, self.accelerator.prepare(optimizer)
 
-    # --- how good it is --------------------------------------------------------------------------
+    # --- checking on held-out batches ------------------------------------------------------------
 
     def _check(self, held_out: Sequence[Batch], bar: tqdm) -> None:
-        """Keep the tensors if they are the best so far."""
+        """Keep a copy of the tensors if they are the best so far on the held-out batches."""
         with torch.no_grad():
-            seen = [self.distillation(lambda b=batch: b, self.seed + i)[1:] for i, batch in enumerate(held_out)]
-        value, psnr = (self._agreed_worst(sum(map(float, column)) / len(seen)) for column in zip(*seen))
+            scores = [self.distillation(lambda b=batch: b, self.seed + i)[1:] for i, batch in enumerate(held_out)]
+        value, psnr = (self._mean_over_processes(sum(map(float, column)) / len(scores)) for column in zip(*scores))
         if not math.isfinite(value):
             if self.run.step:
                 self._roll_back(f"the loss on held-out batches is {value} at step {self.run.step}")
             return
         self.run.rollbacks = 0
-        if math.isnan(psnr):  # to the truth: no rounding shows
+        if math.isnan(psnr):  # without a teacher, rounding can't be told from the error that is left
             self._show(bar, held_out=f"{value:.3g}")
         else:
             self.run.bfloat16 = self.run.bfloat16 and psnr < self._rounding - MARGIN
@@ -250,7 +257,7 @@ class Trainer:
         if value <= self.run.best:
             self.run.best, self.run.worse, self.best = value, 0, self._values()
 
-    def _in_vain(self) -> bool:
+    def _out_of_patience(self) -> bool:
         return self.patience is not None and self.run.worse >= self.patience
 
     def _clear_gradients(self) -> None:
@@ -272,27 +279,27 @@ class Trainer:
     # --- stopping --------------------------------------------------------------------------------
 
     def _stopped(self, stop: threading.Event) -> bool:
-        """Whether to stop, as the main process says, so that none waits for another."""
-        if agreed(stop.is_set()):
+        """Whether to stop; the main process decides, so that no process waits for another."""
+        if broadcast(stop.is_set()):
             stop.set()
             return True
         return False
 
-    def _drawn(self, batches: Iterator[Batch], stop: threading.Event) -> Batch | None:
-        """The next batch, or None where Ctrl-C came in between."""
+    def _next_batch(self, batches: Iterator[Batch], stop: threading.Event) -> Batch | None:
+        """The next batch, or None if Ctrl-C interrupted it."""
         try:
             return next(batches)
         except KeyboardInterrupt:
             stop.set()
-        except Exception:  # a loader's worker that Ctrl-C has ended
+        except Exception:  # Ctrl-C also ends the workers of a loader, which then raises
             if not stop.is_set():
                 raise
         return None
 
     # --- several processes -----------------------------------------------------------------------
 
-    def _agreed_worst(self, value: float) -> float:
-        """A value that is not finite, where any process has one, and else the mean."""
+    def _mean_over_processes(self, value: float) -> float:
+        """The mean; NaN or Inf where any process has that."""
         if self.accelerator.num_processes == 1:
             return value
         return float(self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "mean"))
@@ -307,40 +314,40 @@ class Trainer:
             "values": self._values(),
             "best": self.best,
             "rates": self.rates,
-            "others": [tensor.clone() for tensor in self._others()],
+            "others": [tensor.clone() for tensor in self._restored_tensors()],
             "optimizer": [self.optimizer.state.get(tensor, {}) for tensor in self.tensors],
             "counts": [group.get("step", 0) for group in self.optimizer.param_groups],
         }
-        write_state(self.resume_from, self.kind, state)
+        write_state(self.resume_from, self.run_id, state)
 
-    def _others(self) -> list[Tensor]:
-        """What the start of a run has set but no step changes: buffers, and what the authors don't train."""
+    def _restored_tensors(self) -> list[Tensor]:
+        """What the start of a run may change but no step does: buffers, and tensors that the authors don't train."""
         trained = {item.parameter.data_ptr() for item in self.trained}
-        held = self.distillation.student.state_dict().values() if self.others is None else self.others
-        return [tensor for tensor in held if tensor.data_ptr() not in trained]
+        tensors = self.distillation.student.state_dict().values() if self.restored is None else self.restored
+        return [tensor for tensor in tensors if tensor.data_ptr() not in trained]
 
     def _resume(self, path: Path) -> None:
-        state = read_state(path, self.kind)
+        state = read_state(path, self.run_id)
         self.run, self.best, self.rates = Run(**state["run"]), state["best"], state["rates"]
         self._put(state["values"])
-        for tensor, value in zip(self._others(), state["others"]):
+        for tensor, value in zip(self._restored_tensors(), state["others"]):
             tensor.copy_(value)
-        for tensor, group, held, count in zip(
+        for tensor, group, moments, count in zip(
             self.tensors, self.optimizer.param_groups, state["optimizer"], state["counts"]
         ):
             group["step"] = count
-            if held:
-                self.optimizer.state[tensor].update(to_device(held, tensor.device))
+            if moments:
+                self.optimizer.state[tensor].update(to_device(moments, tensor.device))
 
-    # --- what is seen ----------------------------------------------------------------------------
+    # --- the progress bar ------------------------------------------------------------------------
 
     def _bar(self) -> tqdm:
         return progress(
             None,
-            self.doing,
+            self.label,
             "step" if self.duration.steps else "s",
-            total=_whole(self.duration, None),
-            initial=_whole(self.duration, self.run),
+            total=_bar_position(self.duration, None),
+            initial=_bar_position(self.duration, self.run),
             disable=not self.accelerator.is_main_process,
         )
 
@@ -349,8 +356,8 @@ class Trainer:
         bar.set_postfix(self._shown, refresh=False)
 
 
-def _whole(duration: Duration, run: Run | None) -> int:
-    """Where the bar is, or ends: seconds or steps."""
+def _bar_position(duration: Duration, run: Run | None) -> int:
+    """How far the progress bar is, in seconds or steps; without a run, where it ends."""
     if duration.steps:
         return run.step if run else duration.steps
     return round(run.seconds if run else 60 * (duration.minutes or 0))
@@ -366,7 +373,7 @@ def _rms(tensor: Tensor) -> float:
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, so that a step is not cut in two; the second one interrupts."""
+    """An event that the first Ctrl-C sets, so that the current step can end; a second Ctrl-C interrupts at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

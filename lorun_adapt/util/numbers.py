@@ -1,7 +1,36 @@
-"""."""
+"""Tests of what a value is: a number, a whole number, or a tensor of numbers."""
 
 from __future__ import annotations
 
+from typing import TypeGuard
 
-def is_number(value: object) -> bool:
+import torch
+from torch import Tensor
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether ``value`` is an int or a float, and no bool.
+
+    >>> is_number(2.5), is_number(True), is_number("2")
+    (True, False, False)
+    """
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_whole_number(value: object, least: int | None = None) -> bool:
+    """Whether ``value`` is an int, no bool, and at least ``least``.
+
+    >>> is_whole_number(2, least=1), is_whole_number(0, least=1), is_whole_number(2.0), is_whole_number(True)
+    (True, False, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+
+
+def is_numeric(value: Tensor | torch.dtype) -> bool:
+    """Whether a tensor, or the tensors of a dtype, hold floating-point or complex numbers.
+
+    >>> is_numeric(torch.zeros(2)), is_numeric(torch.complex64), is_numeric(torch.int64), is_numeric(torch.bool)
+    (True, True, False, False)
+    """
+    dtype = value.dtype if isinstance(value, Tensor) else value
+    return dtype.is_floating_point or dtype.is_complex

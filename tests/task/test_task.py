@@ -162,7 +162,7 @@ def test_the_same_seed_the_same_noise(task_file, weights, images, capsys, monkey
         (["convert", "{task}", "--out", "x"], "expected weights"),
         (["convert", "{task}", "--weights", "{weights}", "--out", "{images}"], "found other files"),
         (["convert", "{task}", "--weights", "{weights}", "--rank", "0", "--out", "x"], "rank"),
-        (["convert", "{task}", "--weights", "{weights}", "--rank", "many", "--out", "x"], "neither"),
+        (["convert", "{task}", "--weights", "{weights}", "--rank", "many", "--out", "x"], "not a valid integer"),
         (["convert", "{task}", "--weights", "{weights}", "--out", "x", "--device", "cuda:77"], "device"),
         (["eval", "{task}", "--weights", "{weights}", "--images", "nothing"], "expected a folder of images"),
         (["eval", "{task}", "--weights", "{weights}", "--images", "{images}", "--sigma", "-1"], "sigma"),

@@ -154,7 +154,7 @@ def test_a_state_is_of_one_noise_and_one_start(tmp_path) -> None:
         lorun.finetune(noisy(), "new", noise_schedule=5, **(given | {"loss": stopping()}))
     before = {name: tensor.clone() for name, tensor in lorun.state_dict().items()}
     for start, noise in (("default", 250), ("other", 5)):
-        with pytest.raises(LoRunError, match="one of another run"):
+        with pytest.raises(LoRunError, match="belongs to another run"):
             lorun.finetune(noisy(), "new", start, noise_schedule=noise, **given)
         assert same(lorun.state_dict(), before) and lorun.adapter_info["new"].sigma == 5 and state.exists()
     assert lorun.finetune(noisy(), "new", noise_schedule=5, **given)
@@ -191,11 +191,11 @@ def test_a_stopped_set_is_gone_on_with(tmp_path) -> None:
         ((noisy(), "default", []), {"steps": 3, "loss": to_truth}, "a new name"),
         ((noisy(), "new", []), {"steps": 3, "loss": to_truth}, "as many weights as adapters"),
         ((noisy(), "a/b"), {"steps": 3, "loss": to_truth}, "an adapter name"),
-        ((noisy(), "new"), {"loss": to_truth}, "minutes or steps"),
-        ((iter([]), "new"), {"steps": 3, "loss": to_truth}, "to hold batches, found none"),
+        ((noisy(), "new"), {"loss": to_truth}, "neither minutes nor steps"),
+        ((iter([]), "new"), {"steps": 3, "loss": to_truth}, "calibration has no batches"),
         ((iter([(torch.rand(2, 3),)]), "new"), {"steps": 3, "loss": to_truth}, "to run on the first batch"),
         ((noisy(), "new"), {"steps": 3, "teacher": nn.Linear(2, 2)}, "that was converted as teacher"),
-        ((noisy(), "new"), {"steps": 3, "loss": lambda *_: torch.tensor(float("nan"))}, "finite"),
+        ((noisy(), "new"), {"steps": 3, "loss": lambda *_: torch.tensor(float("nan"))}, "the loss is NaN or Inf"),
     ],
 )
 def test_what_cannot_be_trained_leaves_nothing(arguments, options, message: str) -> None:

@@ -1,0 +1,41 @@
+"""A new adapter set that adds nothing to the base yet."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from ..network.adapter import StageAdapter, make_adapter
+from ..network.converted import AdapterSet
+from ..stages.stage_map import StageMap
+from ..terms.registry import kind_of
+from ..terms.term import Term
+from ..util.modules import tensor_of
+from .plan import plan
+
+
+def untrained_set(base: nn.Module, stage_map: StageMap, config: LoraConfig) -> AdapterSet:
+    """Terms that are zero for the tensors that ``config`` adapts, and the base's values for all others.
+
+    Raises:
+        LoRunError: as :func:`~lorun_adapt.factorise.plan.plan`.
+    """
+    plans, kind = plan(base, stage_map, config), kind_of(config.peft_type)
+    adapters: dict[int, dict[str, StageAdapter]] = {}
+    for group in stage_map.groups:
+        for site in group.sites:
+            denoiser = base.get_submodule(site.module)
+            terms: dict[str, Term] = {}
+            private: dict[str, Tensor] = {}
+            for spec in group.tensors:
+                if spec.common:
+                    continue
+                value = tensor_of(denoiser, spec.name).detach()
+                setting = plans[group.name].terms.get(spec.name)
+                if setting is None:
+                    private[spec.name] = value.clone()
+                else:
+                    terms[spec.name] = kind.untrained(spec, setting, value, torch.default_generator)
+            adapters.setdefault(site.stage, {})[group.name] = make_adapter(group, terms, private)
+    return AdapterSet(dict(sorted(adapters.items())), config)

@@ -1,0 +1,81 @@
+"""Split the tensors of one group's stages into a base and an adapter for each stage."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..network.adapter import StageAdapter, make_adapter
+from ..stages.stage_map import Group
+from ..stages.tensors import stage_values
+from ..terms.term import Term
+from ..util.numbers import is_numeric
+from .align import align
+from .plan import Plan
+
+
+class FactorisedGroup(NamedTuple):
+    """A group's base and adapters.
+
+    Attributes:
+        base: the tensors of the shared denoiser, by name.
+        adapters: one for each site, in their order.
+        residuals: for each adapted tensor, for each site: the norm that is lost, and the tensor's norm.
+    """
+
+    base: dict[str, Tensor]
+    adapters: list[StageAdapter]
+    residuals: dict[str, list[tuple[float, float]]]
+
+
+def factorise_group(dun: nn.Module, group: Group, planned: Plan, kind: type[Term]) -> FactorisedGroup:
+    """Factorise the stages' tensors as planned, after the hidden channels are aligned.
+
+    Args:
+        dun: the network that is converted; it is left as it is.
+        group: one of its groups.
+        planned: which tensors get a term of this ``kind``. The others stay each stage's own.
+    """
+    device = stage_values(dun, group, group.tensors[0])[0].device
+    # On the CPU: the matrices are small, and not every accelerator has float64.
+    stacks = {
+        spec.name: torch.stack([tensor.cpu() for tensor in stage_values(dun, group, spec)])
+        for spec in group.tensors
+        if not spec.common
+    }
+    if not all(bool((stack == stack[0]).all()) for stack in stacks.values()):
+        denoisers = [dun.get_submodule(site.module) for site in group.sites]
+        with_base = {spec.name for spec in group.tensors if not spec.without_base}
+        settings = {name: setting for name, setting in planned.terms.items() if name in with_base}
+        stacks = align(group, denoisers, stacks, settings, kind, planned.kept)
+    base: dict[str, Tensor] = {}
+    residuals: dict[str, list[tuple[float, float]]] = {}
+    terms: list[dict[str, Term]] = [{} for _ in group.sites]
+    private: list[dict[str, Tensor]] = [{} for _ in group.sites]
+    generator = torch.Generator().manual_seed(0)
+    for spec in group.tensors:
+        if spec.common:
+            continue
+        stack = stacks[spec.name]
+        if spec.name not in planned.terms:
+            base[spec.name] = _mean(stack)
+            for own, value in zip(private, stack):
+                own[spec.name] = value.clone()
+            continue
+        fitted = kind.fit(stack, spec, planned.terms[spec.name], generator=generator)
+        base[spec.name] = fitted.base
+        matrices = stack.reshape(len(stack), *spec.matrix)
+        norms = torch.linalg.matrix_norm(matrices.to(torch.complex128 if stack.is_complex() else torch.float64))
+        residuals[spec.name] = list(zip(fitted.lost.sqrt().tolist(), norms.tolist()))
+        for own_terms, term in zip(terms, fitted.terms):
+            own_terms[spec.name] = term
+    adapters = [make_adapter(group, *parts).to(device) for parts in zip(terms, private)]
+    return FactorisedGroup(base, adapters, residuals)
+
+
+def _mean(stack: Tensor) -> Tensor:
+    if not is_numeric(stack):
+        return stack[0].clone()
+    return stack.to(torch.complex128 if stack.is_complex() else torch.float64).mean(0).to(stack.dtype)

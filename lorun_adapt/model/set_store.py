@@ -1,0 +1,148 @@
+"""The adapter sets of a network, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+from peft import LoraConfig
+from torch import nn
+
+from ..errors import LoRunError
+from ..files.layout import INTERPOLATED, is_adapter_name
+from ..network.adapter import StageAdapter, private_tensors
+from ..network.converted import AdapterInfo, AdapterSet
+from ..stages.stage_map import stage_key
+
+
+class SetStore:
+    """Adapter sets by name.
+
+    Attributes:
+        adapters: ``adapters[name]["stage_03"][group]``, the modules that a network registers.
+        outside: for each set that has some, its own parameters outside the stages.
+        configs: PEFT's, by name.
+        infos: what else is known of each set.
+
+    Args:
+        trainable_names: parameters that the network's authors train; where they train none, all count as trained.
+
+    >>> import torch
+    >>> from peft import LoraConfig
+    >>> from lorun_adapt.model.set_store import SetStore
+    >>> from lorun_adapt.network.adapter import StageAdapter
+    >>> from lorun_adapt.network.converted import AdapterSet
+    >>> store = SetStore()
+    >>> adapter = StageAdapter({}, {"bias": torch.nn.Parameter(torch.zeros(2))})
+    >>> store.put("default", AdapterSet({0: {"denoiser": adapter}}, LoraConfig()))
+    >>> store.names, store.stages("default"), store.get("default").adapters[0]["denoiser"] is adapter
+    (['default'], [0], True)
+    """
+
+    def __init__(self, trainable_names: Collection[str] = ()) -> None:
+        self.adapters, self.outside = nn.ModuleDict(), nn.ModuleDict()
+        self.configs: dict[str, LoraConfig] = {}
+        self.infos: dict[str, AdapterInfo] = {}
+        self._trainable_names = frozenset(trainable_names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.adapters._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.adapters._modules)
+
+    @property
+    def names(self) -> list[str]:
+        """The sets' names, in the order in which they came."""
+        return list(self.adapters._modules)
+
+    def put(self, name: str, held: AdapterSet) -> None:
+        """Hold a set under a name, in place of one that has the name."""
+        stages = {stage_key(stage): _module_dict(held.adapters[stage]) for stage in sorted(held.adapters)}
+        self.adapters[name] = _module_dict(stages)
+        if held.outside:
+            frozen = [key for key in held.outside if self._trainable_names and key not in self._trainable_names]
+            own = {
+                key: value if isinstance(value, nn.Parameter) else nn.Parameter(value, False)
+                for key, value in held.outside.items()
+            }
+            self.outside[name] = StageAdapter({}, own, frozen)
+        elif name in self.outside:
+            del self.outside[name]
+        self.configs[name], self.infos[name] = held.config, held.info
+
+    def get(self, name: str) -> AdapterSet:
+        """The set of that name, around the same tensors.
+
+        Raises:
+            LoRunError: no such set.
+        """
+        self.check_known(name)
+        adapters = {
+            _stage_of(key): dict(groups._modules)  # type: ignore[arg-type, union-attr]
+            for key, groups in self.adapters[name]._modules.items()  # type: ignore[union-attr]
+        }
+        outside = private_tensors(self.outside[name]) if name in self.outside else {}  # type: ignore[arg-type]
+        return AdapterSet(adapters, self.configs[name], outside, self.infos[name])  # type: ignore[arg-type]
+
+    def drop(self, name: str) -> None:
+        """Forget a set."""
+        for place in (self.adapters, self.outside, self.configs, self.infos):
+            if name in place:  # type: ignore[operator]
+                del place[name]  # type: ignore[attr-defined]
+
+    def adapters_at(self, name: str, stage: int) -> Mapping[str, StageAdapter]:
+        """The adapters of one stage of a set, by group."""
+        return self.adapters._modules[name]._modules[stage_key(stage)]._modules  # type: ignore[union-attr, return-value]
+
+    def stages(self, name: str) -> list[int]:
+        """The stages that a set holds."""
+        return [_stage_of(key) for key in self.adapters[name]._modules]  # type: ignore[union-attr]
+
+    def holds(self, name: str, stage: int) -> bool:
+        """Whether a set has an adapter for ``stage``."""
+        return stage_key(stage) in self.adapters._modules[name]._modules  # type: ignore[union-attr]
+
+    def set_trainable(self, name: str, stages: Collection[int], outside: bool) -> None:
+        """Make a set's adapters of ``stages`` trainable, and freeze its others.
+
+        Args:
+            outside: whether its parameters outside the stages train.
+        """
+        keys = {stage_key(stage) for stage in stages}
+        for key, groups in self.adapters._modules[name]._modules.items():  # type: ignore[union-attr]
+            for adapter in groups._modules.values():  # type: ignore[union-attr]
+                adapter.set_trainable(key in keys)  # type: ignore[union-attr, operator]
+        if name in self.outside._modules:
+            self.outside._modules[name].set_trainable(outside)  # type: ignore[union-attr, operator]
+
+    def check_known(self, name: object) -> None:
+        """Refuse the name of a set that is not here.
+
+        Raises:
+            LoRunError: no such set.
+        """
+        if name not in self:
+            raise LoRunError(f"no adapter set {name!r} among {self.names}: load it first, or name one of these")
+
+
+def check_adapter_name(name: object) -> None:
+    """Refuse what can't name a set: names become folders and attributes.
+
+    Raises:
+        LoRunError: a name with other characters, or a reserved one.
+    """
+    if not is_adapter_name(name):
+        raise LoRunError(f"an adapter set cannot be called {name!r}: use letters, digits, _ and -")
+    if name == INTERPOLATED:
+        raise LoRunError(f"the name {name!r} is reserved for the set that select_adapter makes: choose another")
+
+
+def _module_dict(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
+    """A ModuleDict of modules whose names are known to be right, since to check each takes long."""
+    result = nn.ModuleDict()
+    result._modules.update(modules)
+    return result
+
+
+def _stage_of(key: str) -> int:
+    return int(key.split("_")[1])

@@ -1,0 +1,54 @@
+"""What the base and an adapter amount to: dense tensors, and weighted sums of such."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoRunError
+from ..stages.stage_map import Group
+from ..util.modules import tensor_of
+from ..util.numbers import is_numeric
+from .adapter import StageAdapter, private_tensors, terms_of
+
+
+def dense_tensors(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> dict[str, Tensor]:
+    """A stage's tensors by name, from the base ``denoiser`` and the stage's adapter."""
+    terms, private = terms_of(adapter), private_tensors(adapter)
+    with torch.no_grad():
+        return {
+            spec.name: private[spec.name].detach()
+            if spec.name in private
+            else terms[spec.name](tensor_of(denoiser, spec.name)).detach()
+            for spec in group.tensors
+            if not spec.common
+        }
+
+
+@torch.no_grad()
+def weighted_sum_of_tensors(base: Tensor, values: Sequence[Tensor], weights: Sequence[float], name: str) -> Tensor:
+    """The base plus the weighted differences of ``values`` from it.
+
+    Raises:
+        LoRunError: whole numbers or booleans that differ.
+
+    >>> import torch
+    >>> from lorun_adapt.network.dense import weighted_sum_of_tensors
+    >>> base, values = torch.tensor([1.0]), [torch.tensor([2.0]), torch.tensor([4.0])]
+    >>> weighted_sum_of_tensors(base, values, [0.5, 0.5], "bias")
+    tensor([3.])
+    """
+    numeric = is_numeric(base)
+    alike = all(torch.equal(value, values[0]) for value in values)
+    if alike and (not numeric or math.isclose(sum(weights), 1.0)):
+        return values[0].clone()
+    if not numeric:
+        raise LoRunError(f"cannot sum the adapters: their whole numbers differ in {name!r}, and only equal ones can be kept")
+    exact = torch.promote_types(base.dtype, torch.float32)
+    total = base.detach().to(exact).clone()
+    for weight, value in zip(weights, values):
+        total += weight * (value.to(exact) - base.detach().to(exact))
+    return total.to(base.dtype)
