@@ -111,7 +111,7 @@ def eval_(
     if original is not None:
         spec.load_weights(original, weights)
     lorun = from_pretrained(converted, net).eval() if converted is not None else None
-    before = {}
+    before: list[str] | dict[int, str] = []
     if lorun is not None:
         lorun.task, before = spec, lorun.active_adapters
         if adapter_name is not None:

@@ -114,7 +114,8 @@ def _head(converted: Converted, measured: Iterable[tuple[str, Quality]]) -> list
         base_model=converted.card.base_model,
         pipeline_tag=KIND,
         tags=TAGS,
-        **({"model_name": converted.stage_map.network, "eval_results": results} if results else {}),
+        model_name=converted.stage_map.network if results else None,
+        eval_results=results or None,
     )
     return ["---", data.to_yaml(), "---", ""]
 

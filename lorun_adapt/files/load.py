@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from ..disk.reading import DTYPES, Slot, file_limit, parse_tensors
 from ..errors import LoRunError
@@ -120,10 +120,8 @@ def _fill_base(base: nn.Module, stage_map: StageMap, content: bytes, file: Path)
             with torch.no_grad():
                 place.copy_(value)
         else:  # it may be expanded from fewer numbers
+            new = nn.Parameter(value, requires_grad=False) if isinstance(place, nn.Parameter) else value
             for module in base.modules():
                 for held in (module._buffers, module._parameters):
-                    held.update({key: _like(value, place) for key, tensor in held.items() if tensor is place})
-
-
-def _like(value: Tensor, place: Tensor) -> Tensor:
-    return nn.Parameter(value, requires_grad=False) if isinstance(place, nn.Parameter) else value
+                    for key in [key for key, tensor in held.items() if tensor is place]:
+                        setattr(module, key, new)

@@ -6,6 +6,7 @@ conversion has. A file whose hash is wrong is fetched again.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,7 +33,8 @@ from ..files.description import LARGEST, is_unchanged, parse_description
 from ..files.layout import ADAPTERS_FOLDER, CONFIG_FILE, NAMES
 
 # With some versions, what is raised for a broken connection is no OSError but what the library for HTTP raises.
-BROKEN = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
+BROKEN: tuple[type[BaseException], ...] = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
+BROKEN_OR_REFUSED: tuple[type[BaseException], ...] = (ValueError, *BROKEN)
 
 # From the description of a repository (None where it has none, as one of PEFT's) and the place in it that is asked for,
 # the names of the files to fetch.
@@ -85,9 +87,13 @@ class Repository:
                     return self._fetch_described(found, root, key, needed)
             return self._fetch_others("/".join(parts), needed)
 
+    @property
+    def _cache_path(self) -> str | None:
+        return None if self.cache_dir is None else os.fspath(self.cache_dir)
+
     def _is_known_to_lack(self, name: str) -> bool:
         """Whether there was no such file when there was a connection."""
-        held = try_to_load_from_cache(self.repo_id, name, cache_dir=self.cache_dir, revision=self.revision)
+        held = try_to_load_from_cache(self.repo_id, name, cache_dir=self._cache_path, revision=self.revision)
         return held is _CACHED_NO_EXIST
 
     def _fetch_described(self, found: Path, root: str, key: str, needed: FilesNeeded) -> Path:
@@ -102,7 +108,7 @@ class Repository:
                     f"expected files of a conversion in {self.repo_id}, found {name[:100]!r}: do not trust it"
                 )
             digest = description["files"][name]
-            self._whole(f"{root}/{name}".lstrip("/"), commit, lambda path, digest=digest: sha256(path) == digest)
+            self._whole(f"{root}/{name}".lstrip("/"), commit, functools.partial(_has_digest, digest))
         return found.parent / key
 
     def _fetch_others(self, place: str, needed: FilesNeeded) -> Path:
@@ -120,7 +126,7 @@ class Repository:
                 name,
                 revision=revision,
                 token=self.token,
-                cache_dir=self.cache_dir,
+                cache_dir=self._cache_path,
                 local_files_only=self.local_files_only,
                 force_download=again,
                 library_name="lorun-adapt",
@@ -145,7 +151,7 @@ class Repository:
                 if not path.is_symlink():  # the client would keep a copy that is no link
                     path.unlink()
                 path = self._download(name, revision, again=True)
-            except (ValueError, *BROKEN):  # there is no connection now
+            except BROKEN_OR_REFUSED:  # there is no connection now
                 pass
             else:
                 if is_whole(path):
@@ -194,6 +200,10 @@ class Repository:
 def _commit(path: Path, name: str) -> str:
     """The commit that a file of the cache is of."""
     return path.parents[len(PurePosixPath(name).parts) - 1].name
+
+
+def _has_digest(digest: str, path: Path) -> bool:
+    return sha256(path) == digest
 
 
 def _has_its_name(path: Path) -> bool:

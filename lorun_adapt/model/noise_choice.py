@@ -29,7 +29,7 @@ class NoiseChoice:
 
     def __init__(self, task: Any = None) -> None:
         self.task = task
-        self._interpolated_of: tuple[object, list[Tensor]] = (None, [])
+        self._interpolated_of: tuple[object, Sequence[Tensor]] = (None, [])
 
     def estimate(self, sigma: float | str, arguments: Sequence[Any]) -> float:
         """A noise level as a number; ``"auto"``: what the task's ``noise_level`` makes of a forward's arguments.
@@ -72,12 +72,12 @@ class NoiseChoice:
             raise LoRunError(f"none of the sets {names} has a known sigma: say what they are for with set_noise")
         return between(sigma, levels)
 
-    def is_interpolated(self, made_of: object, tensors: list[Tensor]) -> bool:
+    def is_interpolated(self, made_of: object, tensors: Sequence[Tensor]) -> bool:
         """Whether the interpolated set was made of just that, and of these tensors as they are."""
         before = self._interpolated_of
         return (made_of, _versions(tensors)) == before[0] and all(map(operator.is_, tensors, before[1]))
 
-    def note_interpolated(self, made_of: object, tensors: list[Tensor]) -> None:
+    def note_interpolated(self, made_of: object, tensors: Sequence[Tensor]) -> None:
         """Note what the interpolated set was made of. The tensors are held, so that no others pass for them."""
         self._interpolated_of = (made_of, _versions(tensors)), tensors
 

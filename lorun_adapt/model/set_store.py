@@ -43,21 +43,25 @@ class SetStore:
         self.configs: dict[str, LoraConfig] = {}
         self.infos: dict[str, AdapterInfo] = {}
         self._trainable_names = frozenset(trainable_names)
+        # The same modules once more, in plain dicts: a swap walks over all of them.
+        self._stages: dict[str, dict[int, Mapping[str, StageAdapter]]] = {}
+        self._outsides: dict[str, StageAdapter] = {}
 
     def __contains__(self, name: object) -> bool:
-        return name in self.adapters._modules
+        return name in self._stages
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.adapters._modules)
+        return iter(self._stages)
 
     @property
     def names(self) -> list[str]:
         """The sets' names, in the order in which they came."""
-        return list(self.adapters._modules)
+        return list(self._stages)
 
     def put(self, name: str, held: AdapterSet) -> None:
         """Hold a set under a name, in place of one that has the name."""
-        stages = {stage_key(stage): _module_dict(held.adapters[stage]) for stage in sorted(held.adapters)}
+        self._stages[name] = {stage: dict(held.adapters[stage]) for stage in sorted(held.adapters)}
+        stages = {stage_key(stage): _module_dict(adapters) for stage, adapters in self._stages[name].items()}
         self.adapters[name] = _module_dict(stages)
         if held.outside:
             frozen = [key for key in held.outside if self._trainable_names and key not in self._trainable_names]
@@ -65,9 +69,9 @@ class SetStore:
                 key: value if isinstance(value, nn.Parameter) else nn.Parameter(value, False)
                 for key, value in held.outside.items()
             }
-            self.outside[name] = StageAdapter({}, own, frozen)
-        elif name in self.outside:
-            del self.outside[name]
+            self.outside[name] = self._outsides[name] = StageAdapter({}, own, frozen)
+        elif name in self._outsides:
+            del self.outside[name], self._outsides[name]
         self.configs[name], self.infos[name] = held.config, held.info
 
     def get(self, name: str) -> AdapterSet:
@@ -77,30 +81,26 @@ class SetStore:
             LoRunError: no such set.
         """
         self.check_known(name)
-        adapters = {
-            _stage_of(key): dict(groups._modules)  # type: ignore[arg-type, union-attr]
-            for key, groups in self.adapters[name]._modules.items()  # type: ignore[union-attr]
-        }
-        outside = private_tensors(self.outside[name]) if name in self.outside else {}  # type: ignore[arg-type]
-        return AdapterSet(adapters, self.configs[name], outside, self.infos[name])  # type: ignore[arg-type]
+        outside = private_tensors(self._outsides[name]) if name in self._outsides else {}
+        return AdapterSet(dict(self._stages[name]), self.configs[name], outside, self.infos[name])
 
     def drop(self, name: str) -> None:
         """Forget a set."""
-        for place in (self.adapters, self.outside, self.configs, self.infos):
-            if name in place:  # type: ignore[operator]
-                del place[name]  # type: ignore[attr-defined]
+        del self._stages[name], self.adapters[name], self.configs[name], self.infos[name]
+        if name in self._outsides:
+            del self._outsides[name], self.outside[name]
 
     def adapters_at(self, name: str, stage: int) -> Mapping[str, StageAdapter]:
         """The adapters of one stage of a set, by group."""
-        return self.adapters._modules[name]._modules[stage_key(stage)]._modules  # type: ignore[union-attr, return-value]
+        return self._stages[name][stage]
 
     def stages(self, name: str) -> list[int]:
         """The stages that a set holds."""
-        return [_stage_of(key) for key in self.adapters[name]._modules]  # type: ignore[union-attr]
+        return list(self._stages[name])
 
     def holds(self, name: str, stage: int) -> bool:
         """Whether a set has an adapter for ``stage``."""
-        return stage_key(stage) in self.adapters._modules[name]._modules  # type: ignore[union-attr]
+        return stage in self._stages[name]
 
     def set_trainable(self, name: str, stages: Collection[int], outside: bool) -> None:
         """Make a set's adapters of ``stages`` trainable, and freeze its others.
@@ -108,12 +108,11 @@ class SetStore:
         Args:
             outside: whether its parameters outside the stages train.
         """
-        keys = {stage_key(stage) for stage in stages}
-        for key, groups in self.adapters._modules[name]._modules.items():  # type: ignore[union-attr]
-            for adapter in groups._modules.values():  # type: ignore[union-attr]
-                adapter.set_trainable(key in keys)  # type: ignore[union-attr, operator]
-        if name in self.outside._modules:
-            self.outside._modules[name].set_trainable(outside)  # type: ignore[union-attr, operator]
+        for stage, adapters in self._stages[name].items():
+            for adapter in adapters.values():
+                adapter.set_trainable(stage in stages)
+        if name in self._outsides:
+            self._outsides[name].set_trainable(outside)
 
     def check_known(self, name: object) -> None:
         """Refuse the name of a set that is not here.
@@ -142,7 +141,3 @@ def _module_dict(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
     result = nn.ModuleDict()
     result._modules.update(modules)
     return result
-
-
-def _stage_of(key: str) -> int:
-    return int(key.split("_")[1])

@@ -9,7 +9,8 @@ again for another set of adapters.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ def add_term(module: nn.Module, attribute: str, term: Term) -> None:
     """
     base = module._parameters.pop(attribute)
     original, adapted = original_class(module), getattr(type(module), "lorun_adapted", ())
-    module.__class__ = _adapted_class(original, (*adapted, attribute))
+    module.__class__ = _adapted_class(cast(Hashable, original), (*adapted, attribute))
     module.register_parameter(_BASE + attribute, base)
     module.add_module(_TERM + attribute, term)
 

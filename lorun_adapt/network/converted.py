@@ -148,7 +148,7 @@ class Converted:
     def __post_init__(self) -> None:
         for stage in range(len(self.stage_map)):
             name = self.active.get(stage)
-            if name not in self.sets or stage not in self.sets[name].adapters:
+            if name is None or name not in self.sets or stage not in self.sets[name].adapters:
                 raise LoRunError(f"stage {stage} has no adapter in the set {name!r}: set another one for this stage")
 
     @property

@@ -140,7 +140,10 @@ def num_positional_arguments(network: nn.Module) -> int | None:
 
 
 def _edge(tensor: Tensor) -> Edge | None:
-    return tuple(get_gradient_edge(tensor))[:2] if tensor.requires_grad else None
+    if not tensor.requires_grad:
+        return None
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
 
 
 def _ancestors(edges: Collection[Edge | None]) -> set[Edge]:

@@ -41,7 +41,7 @@ def separate_stages(network: nn.Module, group: Group) -> list[tuple[nn.Module, n
     return copies
 
 
-def _shared_with_the_outside(network: nn.Module, group: Group) -> dict[int, None]:
+def _shared_with_the_outside(network: nn.Module, group: Group) -> dict[int, Site | None]:
     """Modules that several sites hold and that the network uses elsewhere too, where they stay the base's."""
     sites = {id(network.get_submodule(site.module)) for site in group.sites if site.call is None}
     holders: dict[int, int] = {}

@@ -117,7 +117,7 @@ def config_from_json(options: object, where: str, num_tensors: int) -> LoraConfi
 
 
 def _is_rank(value: object) -> TypeGuard[int]:
-    return is_whole_number(value) and 1 <= value
+    return is_whole_number(value, least=1)
 
 
 def _is_alpha(value: object) -> bool:

@@ -60,7 +60,7 @@ class Reader:
         self._adaptable = {spec.name for spec, _ in self._names if spec.adaptable}
         self._own = {spec.name for spec, _ in self._names}
         self._templates: dict[tuple[bytes, bytes, int], tuple[Template, dict[str, str]]] = {}
-        self._configs: dict[bytes, Wanted] = {}
+        self._configs: dict[bytes, FileConfig] = {}
         self._problems: dict[tuple[str, frozenset[str]], str | None] = {}
         self.slots: dict[str, Slot] = {}
         for spec, names in self._names:
@@ -86,17 +86,13 @@ class Reader:
         Raises:
             LoRunError: damage, or what is not for this denoiser; see :meth:`adapter`.
         """
-        wanted = self._wanted(config, where[0])
+        wanted = self._file_config(config, where[0])
         length = int.from_bytes(content[:8], "little")
         key = config, content[: 8 + length], len(content)
         if (known := self._templates.get(key)) is not None:
-            template, metadata = known
-            filled = template.filled(content)
-            if (
-                filled is not None
-                and self._problem([n.replace("/", ".") for n in filled._modules], wanted, site) is None
-            ):
-                return filled, wanted.lora_config, metadata
+            filled, names = known[0].filled(content), [name.replace("/", ".") for name in known[0].adapter._modules]
+            if filled is not None and self._problem(names, wanted, site) is None:
+                return filled, wanted.lora_config, known[1]
         tensors, metadata = parse_tensors(content, self.slots, where[1], self.highest)
         adapter = self.adapter(tensors, wanted, site, where[1])
         template = template_of(content, tensors, self._places(), adapter)
@@ -113,7 +109,7 @@ class Reader:
             found |= {PREFIX + spec.name: ("", key), names.a: (key, factors[0]), names.b: (key, factors[1])}
         return found
 
-    def _wanted(self, content: bytes, where: str) -> Wanted:
+    def _file_config(self, content: bytes, where: str) -> FileConfig:
         """What the bytes of a config say.
 
         Raises:
@@ -122,14 +118,14 @@ class Reader:
         if (known := self._configs.get(content)) is not None:  # other threads may load too
             return known
         options = parse_json(content, where)
-        found = Wanted(config_from_json(options, where, len(self.group.tensors)))
+        found = FileConfig(config_from_json(options, where, len(self.group.tensors)))
         if not options.get("lora_dropout"):  # which is warned of each time
             if len(self._configs) >= MOST_CONFIGS:
                 self._configs.clear()
             self._configs[content] = found
         return found
 
-    def adapter(self, tensors: Mapping[str, Tensor], wanted: Wanted, site: Site, where: str) -> StageAdapter:
+    def adapter(self, tensors: Mapping[str, Tensor], wanted: FileConfig, site: Site, where: str) -> StageAdapter:
         """The adapter that ``tensors``, which fit ``slots``, hold for the denoiser at ``site``.
 
         What an adapter of PEFT's own neither targets nor saves stays as in the base. A rank above a tensor's
@@ -205,15 +201,15 @@ class Reader:
                 return kind.from_file({part: left.pop(name) for part, name in names.items()})
         return None
 
-    def _problem(self, terms: Iterable[str], wanted: Wanted, site: Site) -> str | None:
+    def _problem(self, terms: Iterable[str], wanted: FileConfig, site: Site) -> str | None:
         """Why PEFT's layers would do something else than is done here, where the file is PEFT's as well."""
         if wanted.everything:
             return None
         key = site.module, frozenset(terms)
         if key not in self._problems:
             layers = {name.rpartition(".")[0] for name in terms}
-            denoisers = [self.base.get_submodule(s.module) for s in (site, self.group.sites[0])]
-            self._problems[key] = layer_problem(*denoisers, layers)
+            denoiser, first = (self.base.get_submodule(s.module) for s in (site, self.group.sites[0]))
+            self._problems[key] = layer_problem(denoiser, first, layers)
         for spec, _ in self._names:
             if len(spec.aliases) > 1 and (spec.name in terms or wanted.saved(spec)):
                 return f"{spec.name!r} is tied"
@@ -248,33 +244,38 @@ def _term(spec: TensorSpec, pair: Sequence[Tensor], scaling: float, base: Tensor
     return TERMS[LORA].from_lora(LoraFactors(a.to(base), b.to(base), scaling))
 
 
-class Wanted:
-    """What a file must hold, by its config, and the numbers that the config has for each tensor."""
+class FileConfig:
+    """What a file must hold, by its config, and the numbers that the config has for each tensor.
+
+    Attributes:
+        everything: whether it must hold all of the stage's tensors, as ours do that PEFT refuses.
+        lora_config: the config as it was read.
+    """
 
     def __init__(self, config: LoraConfig) -> None:
-        self.everything = config.rank_pattern.get(REFUSED) == 0  # ours, and not for PEFT
-        self.lora_config = config
-        self.config = copy.copy(config)
-        self.config.rank_pattern = {key: r for key, r in config.rank_pattern.items() if (key, r) != (REFUSED, 0)}
+        ranks = config.rank_pattern or {}
+        self.everything = ranks.get(REFUSED) == 0
+        self.lora_config, self.config = config, copy.copy(config)
+        self._ranks: dict[str, int] = {key: rank for key, rank in ranks.items() if (key, rank) != (REFUSED, 0)}
+        self._alphas: dict[str, float] = config.alpha_pattern or {}
+        self.config.rank_pattern = self._ranks
         self.lora_bias = config.lora_bias
-        # Asked anew for each stage, and slow, as they match patterns.
+        # Asked again for each stage, and slow, since they match patterns.
         self.rank, self.scaling = functools.cache(self._rank), functools.cache(self._scaling)
         self.targets, self.saved = functools.cache(self._targets), functools.cache(self._saved)
 
     def _rank(self, key: str) -> int:
-        pattern = self.config.rank_pattern
-        return pattern.get(get_pattern_key(pattern.keys(), key), self.config.r)
+        return self._ranks.get(get_pattern_key(list(self._ranks), key), self.config.r)
 
     def _scaling(self, key: str, rank: int) -> float:
-        pattern = self.config.alpha_pattern
-        alpha = pattern.get(get_pattern_key(pattern.keys(), key), self.config.lora_alpha)
+        alpha = self._alphas.get(get_pattern_key(list(self._alphas), key), self.config.lora_alpha)
         return alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank
 
     def _targets(self, module: str) -> bool:
         return self.config.target_modules is not None and bool(check_target_module_exists(self.config, module))
 
     def _saved(self, spec: TensorSpec) -> bool:
-        """Whether modules_to_save names a module with the tensor, by PEFT's rule: its name ends so."""
+        """Whether modules_to_save names a module with the tensor, by PEFT's rule: the module's name ends with it."""
         for alias in spec.aliases:
             parts = alias.split(".")[:-1]
             for end in range(1, len(parts) + 1):

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft import LoraConfig
@@ -81,9 +82,12 @@ def write(
         if dtype is not None:
             rest[spec.name] = _product(factors[layer], base)
             exact.add(PREFIX + spec.name)
-    for name in names.values():
-        lora = factors[name.key]
-        for file_name, factor, shape in ((name.a, lora.a, name.a_shape), (name.b, lora.b, name.b_shape)):
+    for layer_names in names.values():
+        lora = factors[layer_names.key]
+        for file_name, factor, shape in (
+            (layer_names.a, lora.a, layer_names.a_shape),
+            (layer_names.b, lora.b, layer_names.b_shape),
+        ):
             tensors[file_name] = factor.reshape([len(lora.a) if side is None else side for side in shape])
     with_bias = any(f"{key}.bias" in private for key in view.targets)
     for key in view.targets if with_bias else ():
@@ -125,7 +129,7 @@ def _config(factors: Mapping[str, LoraFactors], view: PeftView, with_bias: bool)
         ranks = {REFUSED: 0, **ranks}
     return LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=cast(int, alpha),  # PEFT divides it, and takes any number
         rank_pattern=ranks,
         alpha_pattern=alphas,
         lora_bias=with_bias,

@@ -32,6 +32,10 @@ class LowRank(Term):
     3.0
     """
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    factor: Tensor | None
+
     def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> None:
         super().__init__()
         self.register_parameter("lora_A", nn.Parameter(lora_A.contiguous()))
@@ -51,7 +55,7 @@ class LowRank(Term):
                 return _sum(base, held["lora_A"], held["lora_B"], self._buffers["factor"])  # type: ignore[arg-type]
             except KeyError:  # a replica of nn.DataParallel holds its tensors as plain attributes
                 pass
-        return _sum(base, self.lora_A, self.lora_B, self.factor)  # type: ignore[arg-type]
+        return _sum(base, self.lora_A, self.lora_B, self.factor)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, matrix=({self.lora_B.shape[0]}, {self.lora_A.shape[1]}), scaling={self.scaling:g}"

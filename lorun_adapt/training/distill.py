@@ -14,7 +14,7 @@ from ..util.modules import tensors_of
 from ..util.nested import device_of, to_device
 from ..util.seeds import seeded
 
-Loss = Callable[[Any, tuple[Any, ...]], Tensor]  # (output of the network, arguments of its forward) -> a number
+Loss = Callable[[Any, Any], Tensor]  # (output of the network, the batch) -> a number
 TINY = 1e-20  # energy of an output that is zero, whose relative error must be a number still
 
 
