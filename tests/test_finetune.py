@@ -360,7 +360,7 @@ def test_where_tensors_have_no_base(tmp_path) -> None:
     """Sets on a network that a budget has converted are trained, summed, saved and loaded like any others."""
     _, net = converted()
     lorun = lorun_adapt.convert(net, budget=0.5)
-    alone = [spec.name for spec in lorun.stage_map.groups[0].tensors if spec.alone]
+    alone = [spec.name for spec in lorun.stage_map.groups[0].tensors if spec.without_base]
     assert alone
     before = frozen(lorun)
     assert lorun.finetune(noisy(), "new", steps=50, loss=to_truth)
