@@ -794,8 +794,8 @@ def test_images_that_cannot_be_judged_do_not_cost_the_training(made, capsys, mon
         (("--steps", 3, "--adapter-name", "default"), "a new name"),
         (("--steps", 3, "--start-from", "nothing"), "found 'nothing'"),
         (("--steps", 3, "--also", "steps"), "outside the stages"),
-        (("--steps", 3, "--minutes", 1), "found both"),
-        ((), "found neither"),
+        (("--steps", 3, "--minutes", 1), "both minutes and steps"),
+        ((), "neither minutes nor steps"),
     ],
 )
 def test_mistakes_on_the_command_line(made, capsys, monkeypatch, options, message: str) -> None:
