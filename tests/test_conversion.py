@@ -14,18 +14,18 @@ from torch import nn
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel, convert
 from lorun_adapt.factorise.align import align, hidden_channels
-from lorun_adapt.network.adapter import lowrank_terms, private_tensors
+from lorun_adapt.network.adapter import terms_of, private_tensors
 from lorun_adapt.terms.factors import factorise, rank_for_energy
 
 
 def adapted(lorun: LoRunModel, stage: int = 0) -> dict[str, int]:
     group = lorun.stage_map.groups[0]
-    return {name: term.rank for name, term in lowrank_terms(lorun.adapter_of(group, group.sites[stage])).items()}
+    return {name: term.rank for name, term in terms_of(lorun.adapter_of(group, group.sites[stage])).items()}
 
 
 def scalings(lorun: LoRunModel) -> dict[str, float]:
     group = lorun.stage_map.groups[0]
-    return {name: term.scaling for name, term in lowrank_terms(lorun.adapter_of(group, group.sites[0])).items()}
+    return {name: term.scaling for name, term in terms_of(lorun.adapter_of(group, group.sites[0])).items()}
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_by_default_where_it_is_smaller(net: nn.Module) -> None:
 
 
 def test_rank_as_a_share_of_energy(net: nn.Module) -> None:
-    low, high = convert(net, rank=0.2), convert(net, rank=0.6)
+    low, high = convert(net, energy=0.2), convert(net, energy=0.6)
     name = "layers.5.weight"
     assert adapted(low)[name] < adapted(high)[name]
     stacks = torch.stack([d.get_parameter(name) for d in net.denoisers]).flatten(2)
@@ -493,7 +493,7 @@ def test_an_operator_used_outside_the_stages_stays_the_base() -> None:
 
     net = Net()
     lorun = convert(net, rank=2)
-    for term in lowrank_terms(lorun.adapters["default"]["stage_00"]["denoiser"]).values():
+    for term in terms_of(lorun.adapters["default"]["stage_00"]["denoiser"]).values():
         nn.init.ones_(term.lora_B)
     kernels = [lorun.network.operator.kernel, *(block.operator.kernel for block in lorun.network.blocks)]
     assert [torch.equal(kernel, net.operator.kernel) for kernel in kernels] == [True, False, True, True]

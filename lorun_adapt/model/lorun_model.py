@@ -24,12 +24,14 @@ from ..files.layout import INTERPOLATED
 from ..files.save import save
 from ..files.sets import SetReader, check_stage
 from ..hub.source import files_of_set, resolve_source
+from ..network.adapter import StageAdapter
 from ..network.assemble import assemble, merge
 from ..network.batches import Batches
 from ..network.converted import AdapterSet, Choice, Converted, Quality
 from ..network.noise import Noise, noise_of
 from ..network.report import Report, make_report
 from ..network.sharing import share_again, shared_places
+from ..stages.stage_map import Group, Site
 from ..stages.tensors import base_tensors
 from ..training.duration import Duration
 from ..util.fingerprint import fingerprint_of
@@ -297,6 +299,21 @@ class LoRunModel(nn.Module):
                 raise LoRunError(f"the set {adapter_name!r} is running and cannot be deleted: set another one first")
             self._running.forget(adapter_name)
             self._store.drop(adapter_name)
+
+    def adapter_of(self, group: Group, site: Site, adapter_name: str | None = None) -> StageAdapter:
+        """The adapter of one denoiser.
+
+        Args:
+            group, site: one of ``lorun.stage_map.groups``, and of its ``sites``.
+            adapter_name: of which set; by default of the one that the stage runs with.
+        """
+        name = self._running.active[site.stage] if adapter_name is None else adapter_name
+        self._store.check_known(name)
+        return self._store.adapters_at(name, site.stage)[group.name]
+
+    def outside_of(self, adapter_name: str) -> Mapping[str, Tensor]:
+        """The parameters outside the stages that a set brings with it, by name."""
+        return self._store.get(adapter_name).outside
 
     # --- noise -----------------------------------------------------------------------------------
 
