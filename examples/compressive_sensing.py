@@ -11,7 +11,7 @@ between two learned transforms. Other than there, the transforms see the whole i
 block at a time, so that block borders are restored with their surroundings.
 
 Use it with ``lorun-adapt inspect examples/compressive_sensing.py``; what a task file must hold is
-in the README.
+in ``lorun_adapt/guides/your_network.md``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python examples/reliability.py [--mutations 10000] [--kills 200] [--seed 0]
 
 makes mutated folders from real ones and loads each, then kills saves and loads at random moments,
-and prints the table of the README. It ends with exit code 1 if anything but a load or a
+and prints the tables of examples/README.md. It ends with exit code 1 if anything but a load or a
 ``LoRunError`` came of a folder, or anything but a whole folder of a kill.
 """
 

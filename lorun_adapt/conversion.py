@@ -90,7 +90,9 @@ def convert(
         with seeded(seed):
             batches = Batches(calibration)
     elif any(value is not None for value in (minutes, steps, loss, resume_from)):
-        raise LoRunError("minutes, steps, loss and resume_from are for recovery: pass calibration too, or leave them out")
+        raise LoRunError(
+            "minutes, steps, loss and resume_from are for recovery: pass calibration too, or leave them out"
+        )
     converted = collapse(
         dun,
         config,

@@ -1,27 +1,33 @@
 from __future__ import annotations
 
-import warnings
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # two processes of tests on two cores; those that tests start have it as well
 
 import pytest
 import torch
+from conversions import train_a_bit
 from dun_zoo import ZOO, Case
 from hub_server import HubServer
-from peft import LoraConfig
-from torch import Tensor, nn
 
 import lorun_adapt
 from lorun_adapt.training import speed
 
-FULL = 10_000  # above any rank: clamped to the tensor's limit
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _same_on_every_machine() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "_multiplies_in_bfloat16", lambda: False)
+        yield
 
 
 @pytest.fixture(autouse=True)
-def _same_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def _same_every_time() -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(speed, "_multiplies_in_bfloat16", lambda: False)
 
 
 @pytest.fixture
@@ -49,30 +55,3 @@ def lorun(blocks: Case) -> lorun_adapt.LoRunModel:
     lorun = lorun_adapt.convert(blocks.net, rank=2)
     train_a_bit(lorun, blocks.inputs)
     return lorun
-
-
-def all_tensors(net: nn.Module, **find: Any) -> list[str]:
-    """Every tensor that can have a low-rank term, by name relative to the denoiser."""
-    groups = lorun_adapt.find_stages(net, **find).groups
-    return [spec.name for group in groups for spec in group.tensors if spec.adaptable]
-
-
-def convert_fully(case: Case, rank: int = FULL) -> lorun_adapt.LoRunModel:
-    """Every tensor adapted by name."""
-    config = LoraConfig(r=rank, lora_alpha=rank, target_parameters=all_tensors(case.net, **case.find()))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return lorun_adapt.convert(case.net, config, **case.find())
-
-
-def train_a_bit(lorun: lorun_adapt.LoRunModel, inputs: tuple[Any, ...], steps: int = 2) -> None:
-    """Move all adapters away from where they started."""
-    optimizer = torch.optim.Adam([p for p in lorun.parameters() if p.requires_grad], lr=0.01)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (lorun(*inputs) - 0.5).square().sum().backward()
-        optimizer.step()
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).detach().norm() / b.detach().norm())

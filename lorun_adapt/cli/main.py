@@ -116,7 +116,7 @@ def eval_(
         lorun.task, before = spec, lorun.active_adapters
         if adapter_name is not None:
             lorun.set_adapter(adapter_name)
-        known = all(lorun.adapter_info[name].noise_schedule is not None for name in lorun.active_adapters.values())
+        known = all(lorun.adapter_info[name].noise is not None for name in lorun.converted().active.values())
         if original is not None and (sigma or known) and spec.schedule is not None:
             spec.schedule(original, [sigma] * len(lorun.stage_map))
     with lorun.assume_noise(sigma) if lorun is not None and sigma else contextlib.nullcontext():
@@ -136,7 +136,7 @@ def eval_(
     if record and converted is not None and lorun is not None:
         lorun.note_quality(result.quality(images.resolve().name, sigma))
         lorun.set_adapter(before)
-        write_words(lorun, converted)
+        write_words(lorun.converted(), converted)
 
 
 @cli.command()

@@ -18,7 +18,6 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no mallopt, or Windows
         mallopt = ctypes.CDLL(None).mallopt
-        if mallopt(MMAP_THRESHOLD, LIMIT) or mallopt(
-            MMAP_THRESHOLD, OLD_LIMIT
-        ):  # the second setting alone makes it slower
+        if mallopt(MMAP_THRESHOLD, LIMIT) or mallopt(MMAP_THRESHOLD, OLD_LIMIT):
+            # By itself, this would be slower than the defaults.
             mallopt(TRIM_THRESHOLD, LIMIT)

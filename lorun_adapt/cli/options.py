@@ -101,7 +101,7 @@ DTYPE = click.option(
     "--dtype",
     type=click.Choice(("float32", "float16", "bfloat16")),
     callback=_dtype,
-    help="Type of the numbers in the files.  [default: as in --converted, or as in the network]",
+    help="Type of the numbers in the files.  [default: unchanged]",
 )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..conversion import collapse
 from ..disk.folder import write_file
 from ..model.lorun_model import LoRunModel
-from ..network.adapter import lowrank_terms
+from ..network.adapter import terms_of
 from ..network.observe import Observer
 from ..network.report import Report
 from ..peft_format.options import config_of_ranks
@@ -81,7 +81,7 @@ def write_page(path: Path, task: Task, original: nn.Module, lorun: LoRunModel, f
     """
     observer = Observer(original, lorun.stage_map, to_device(task.example_inputs(), device_of(original)))
     without_base = {spec.name for group in lorun.stage_map.groups for spec in group.tensors if spec.without_base}
-    unrecovered = collapse(original, _same_ranks(lorun), without_base=without_base, **_named_stages(lorun))
+    unrecovered = LoRunModel(collapse(original, _same_ranks(lorun), without_base=without_base, **_named_stages(lorun)))
     networks = {
         "original": (original, sum(p.numel() for p in original.parameters())),
         "this conversion": (lorun, lorun.report().network_after.num_parameters),
@@ -102,7 +102,8 @@ def write_page(path: Path, task: Task, original: nn.Module, lorun: LoRunModel, f
         with lorun.disable_adapter():
             scores_of_base.append(_score(task.run(lorun, to_device(arguments, device_of(lorun)), truth), truth, task))
         for name in curves:
-            curves[name].append(stage_psnr(task, networks[name][0], observer, arguments, truth))
+            running = lorun.network if name == "this conversion" else original
+            curves[name].append(stage_psnr(task, running, observer, arguments, truth))
         if place < NUM_PICTURED:
             pictures.append(_pictures(file.name, truth, restored["original"], restored["this conversion"], task))
     rows = [Alternative(name, networks[name][1], *_means(scores[name])) for name in networks]
@@ -134,10 +135,11 @@ def stage_psnr(
 
 def _same_ranks(lorun: LoRunModel) -> LoraConfig:
     """The config that converts the original to the ranks of ``lorun``."""
+    choice = lorun.converted().choice
     ranks = {
         name: term.rank
         for group in lorun.stage_map.groups
-        for name, term in lowrank_terms(lorun.adapter_of(group, group.sites[0])).items()
+        for name, term in terms_of(choice[group.sites[0].stage][group.name]).items()
     }
     config = config_of_ranks(ranks)
     config.target_parameters = list(ranks)

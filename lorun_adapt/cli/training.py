@@ -16,6 +16,7 @@ from .options import (
     CONVERTED,
     DEVICE,
     DTYPE,
+    ENERGY,
     FILE,
     MINUTES,
     OUT,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 @TASK
 @WEIGHTS
 @RANK
+@ENERGY
 @BUDGET
 @STAGES
 @OUT
@@ -58,7 +60,8 @@ if TYPE_CHECKING:
 def convert_(
     task: str,
     weights: Path | None,
-    rank: int | float | None,
+    rank: int | None,
+    energy: float | None,
     budget: int | float | None,
     stages: tuple[str, ...],
     out: Path,
@@ -75,6 +78,7 @@ def convert_(
     over processes and GPUs.
     """
     from ..conversion import collapse
+    from ..model.lorun_model import LoRunModel
     from ..network.batches import Batches
 
     if calibration is None and (given := [f"--{name}" for name, value in training.items() if value]):
@@ -83,15 +87,17 @@ def convert_(
     crops = None if calibration is None else _crops(spec, calibration, seed, training)
     weighed = None if crops is None or budget is None else Batches(crops)
     with working("converting") if weighed is None else contextlib.nullcontext():  # that has a bar of its own
-        lorun = collapse(
+        converted = collapse(
             net.to(device),
             rank=rank,
+            energy=energy,
             budget=budget,
             stages=stages or None,
             example_inputs=example_inputs(spec, device),
             calibration=weighed,
             seed=seed,
         )
+    lorun = LoRunModel(converted)
     finished = crops is None or _recover(lorun, spec, net, crops, seed, training)
     _save(lorun, spec, out, dtype, finished)
 
@@ -129,7 +135,7 @@ def recover(
     if training["sigma"] is None:
         training["sigma"] = lorun.adapter_info[lorun.adapter_names[0]].sigma  # that is kept, then
     crops = _crops(spec, calibration, seed, training)
-    stored = stored_dtype(lorun, converted)
+    stored = stored_dtype(lorun.converted(), converted)
     finished = _recover(lorun, spec, net, crops, seed, training)
     _save(lorun, spec, out, dtype or stored, finished)
 
@@ -196,14 +202,14 @@ def finetune(
     kept, files = held_out_of(spec.images(images))
     crops, judged = (Crops(spec, part, sigma=sigma, seed=seed, size=batch) for part in (files, kept))
     lorun = from_pretrained(converted, spec.build().to(device))
-    stored = stored_dtype(lorun, converted)
+    stored = stored_dtype(lorun.converted(), converted)
     lorun.task = spec
     before = lorun.active_adapters
     finished = lorun.finetune(
         crops,
         adapter_name,
         start_from or DEFAULT_SET,
-        noise_schedule=sigma,
+        sigma=sigma,
         also=also,
         minutes=minutes,
         steps=steps,
@@ -217,7 +223,7 @@ def finetune(
     if _is_main_process():
         _show_gain(lorun, spec, kept, adapter_name, (start_from or (DEFAULT_SET,))[0], sigma, images, seed)
         lorun.set_adapter(before)
-        write_words(lorun, out)
+        write_words(lorun.converted(), out)
 
 
 def _show_gain(
@@ -254,8 +260,8 @@ def _recover(lorun: LoRunModel, spec: Task, net: nn.Module, crops: Crops, seed: 
     lorun.task = spec
     if training["sigma"] is not None or spec.schedule is None:
         for name in lorun.adapter_names:
-            lorun.set_noise_schedule(name, training["sigma"] or 0.0)
-    noise = lorun.adapter_info[lorun.adapter_names[0]].noise_schedule
+            lorun.set_noise(name, sigma=training["sigma"] or 0.0)
+    noise = lorun.adapter_info[lorun.adapter_names[0]].noise
     if spec.schedule is not None and noise is not None:
         spec.schedule(net, [at_stage(noise, stage) for stage in range(len(lorun.stage_map))])
     return lorun.recover(

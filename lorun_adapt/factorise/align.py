@@ -1,8 +1,8 @@
 """Bring the hidden channels of separately trained stages into one order.
 
-Between a convolution, an elementwise activation and the next convolution the hidden channels can
-be permuted without changing what the stage computes. Stages that agree in their order lose less
-when they are collapsed (Git Re-Basin, arXiv:2209.04836, section 3.2).
+The channels between a convolution, an elementwise activation and the next convolution can be permuted without
+changing what the stage computes. Stages with a common order lose less when they are collapsed (Git Re-Basin,
+arXiv:2209.04836, section 3.2).
 """
 
 from __future__ import annotations
@@ -61,55 +61,62 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass(frozen=True)
 class HiddenChannels:
-    """The tensors that change together when the channels between two layers are permuted."""
+    """The tensors to permute together when the channels between two layers are permuted.
 
-    rows: tuple[str, ...]  # channels are the first dimension: the first layer, its bias, a batch norm
-    columns: str  # channels are the second dimension: the next layer's weight
+    Attributes:
+        rows: names of tensors whose first dimension is the channels: the first layer's weight and bias, a batch norm.
+        columns: name of the tensor whose second dimension is the channels: the next layer's weight.
+    """
+
+    rows: tuple[str, ...]
+    columns: str
 
 
 def hidden_channels(denoiser: nn.Module) -> list[HiddenChannels]:
-    """Where the structure allows a permutation; empty where the forward can't be traced by ``torch.fx``.
+    """The places where a denoiser's structure allows a permutation; none if ``torch.fx`` can't trace its forward.
 
-    The whole denoiser is traced or nothing: what a part of it computes does not say what the rest
-    makes of its channels.
+    The denoiser must be traced as a whole: a part of it does not show how the rest uses its channels.
     """
     try:
-        twin = copy_network(denoiser, share_tensors=True).eval()
-        graph = fx.Tracer().trace(twin)
+        copied = copy_network(denoiser, share_tensors=True).eval()
+        graph = fx.Tracer().trace(copied)
     except Exception:  # a forward that depends on its data; torch.fx raises many kinds
         return []
-    return _Reader(twin, graph).pairs()
+    return _Reader(copied, graph).pairs()
 
 
 class _Reader:
+    """Finds pairs of layers with hidden channels between them in a traced denoiser."""
+
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         self.root = root
         self.nodes = list(graph.nodes)
         self.uses: dict[str, list[fx.Node]] = {}  # weight -> the nodes that convolve with it
         self.layers: dict[fx.Node, tuple[str, str | None]] = {}  # node -> weight, bias
-        spoiled: set[str] = set()
+        used_otherwise: set[str] = set()  # tensors that something other than a layer reads
         for node in self.nodes:
             layer = self._layer(node)
             if layer is not None:
                 self.layers[node] = layer
                 self.uses.setdefault(layer[0], []).append(node)
             elif node.op == "get_attr" and not all(self._layer(user) for user in node.users):
-                spoiled.add(str(node.target))
-        self.spoiled = spoiled
+                used_otherwise.add(str(node.target))
+        self.used_otherwise = used_otherwise
 
     def _layer(self, node: fx.Node) -> tuple[str, str | None] | None:
+        """The names of a layer's weight and bias; None if the node is no convolution or linear layer."""
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
-            plain = isinstance(module, CONVOLUTIONS) and module.groups == 1
-            if plain or isinstance(module, nn.Linear):
+            ungrouped = isinstance(module, CONVOLUTIONS) and module.groups == 1
+            if ungrouped or isinstance(module, nn.Linear):
                 return f"{node.target}.weight", f"{node.target}.bias" if module.bias is not None else None
         if node.op == "call_function" and node.target in CONVOLUTION_FUNCTIONS:
             weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
             bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
             groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-            is_name = isinstance(weight, fx.Node) and weight.op == "get_attr"
-            if is_name and groups == 1 and (bias is None or isinstance(bias, fx.Node) and bias.op == "get_attr"):
-                return str(weight.target), str(bias.target) if bias is not None else None
+            weight_name, bias_name = _tensor_name(weight), _tensor_name(bias)
+            if weight_name is not None and groups == 1 and (bias is None or bias_name is not None):
+                return weight_name, bias_name
         return None
 
     def _norm(self, node: fx.Node) -> str | None:
@@ -126,7 +133,10 @@ class _Reader:
         return node.op == "call_method" and node.target in {"relu", "relu_", "sigmoid", "tanh"}
 
     def _ends(self, node: fx.Node, norms: set[str], between: set[fx.Node]) -> set[fx.Node | None]:
-        """Where the output of ``node`` arrives through activations; None for anywhere else."""
+        """The layers that the output of ``node`` reaches through activations; None stands for anything else.
+
+        Adds the norms and the nodes on the way to ``norms`` and ``between``.
+        """
         ends: set[fx.Node | None] = set()
         for user in node.users:
             if user in self.layers:
@@ -141,30 +151,36 @@ class _Reader:
         return ends
 
     def pairs(self) -> list[HiddenChannels]:
+        """The tensors around each place whose channels can be permuted."""
         result = []
         for weight, nodes in self.uses.items():
             norms: set[str] = set()
             between: set[fx.Node] = set()
-            ends = set().union(*(self._ends(node, norms, between) for node in nodes))
+            ends = {end for node in nodes for end in self._ends(node, norms, between)}
             targets = {self.layers[end][0] for end in ends if end is not None}
             if None in ends or len(targets) != 1:
                 continue
             (target,) = targets
             same_use = set(self.uses[target]) == ends
             shared_norm = any(self._norm(node) in norms for node in self.nodes if node not in between)
-            if target == weight or not same_use or shared_norm or {weight, target} & self.spoiled:
+            if target == weight or not same_use or shared_norm or {weight, target} & self.used_otherwise:
                 continue
-            if not self._kind(nodes[0]) == self._kind(self.uses[target][0]):
+            if self._is_linear(nodes[0]) != self._is_linear(self.uses[target][0]):
                 continue
-            rows = [weight, *{self.layers[node][1] for node in nodes} - {None}]
+            rows = [weight, *{bias for node in nodes if (bias := self.layers[node][1]) is not None}]
             for norm in sorted(norms):
                 module = self.root.get_submodule(norm)
                 rows += [f"{norm}.{name}" for name, t in module.state_dict().items() if t.ndim == 1]
             result.append(HiddenChannels(tuple(rows), target))
         return result
 
-    def _kind(self, node: fx.Node) -> bool:
+    def _is_linear(self, node: fx.Node) -> bool:
         return node.op == "call_module" and isinstance(self.root.get_submodule(str(node.target)), nn.Linear)
+
+
+def _tensor_name(argument: object) -> str | None:
+    """The name of the module's tensor that an argument of a function reads; None if it is something else."""
+    return str(argument.target) if isinstance(argument, fx.Node) and argument.op == "get_attr" else None
 
 
 def align(
@@ -175,13 +191,20 @@ def align(
     kind: type[Term],
     kept: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """Permute hidden channels of ``stacks`` (name -> (N, *shape)) where that lowers the error.
+    """Permute the hidden channels of the stages where that lowers the error of the factorisation.
 
-    Each place is judged by itself, on the two tensors that it changes.
+    Each place is judged by itself, by the error of the two weights that it changes.
 
     Args:
-        settings: how each tensor with a base and a term of this ``kind`` will be fitted. Private tensors lose nothing.
-        kept: tensors that stay as they are.
+        denoisers: those of the stages.
+        stacks: by name, the tensors of all stages, (N, *shape).
+        settings: by name, how a tensor with a base and a term will be fitted; all others are private to each stage and
+            lose nothing.
+        kind: the kind of these terms.
+        kept: names of tensors to leave as they are.
+
+    Returns:
+        The stacks, with permuted ones in the place of the given ones.
     """
     canonical = {alias: spec.name for spec in group.tensors if not spec.common for alias in spec.aliases}
     specs = {spec.name: spec for spec in group.tensors}
@@ -191,9 +214,9 @@ def align(
 
     errors: dict[str, float] = {}
     places = hidden_channels(denoisers[0])
-    for denoiser in denoisers[1:] if places else ():  # one class may still do different things with a flag
-        found = hidden_channels(denoiser)
-        places = [place for place in places if place in found]
+    for denoiser in denoisers[1:] if places else ():  # a flag may make stages of one class differ
+        others = hidden_channels(denoiser)
+        places = [place for place in places if place in others]
     for place in places:
         names = (*place.rows, place.columns)
         if not all(name in canonical for name in names):
@@ -213,7 +236,7 @@ def align(
 
 
 def _permuted(stacks: Mapping[str, Tensor], rows: list[str], columns: str) -> dict[str, Tensor]:
-    """Every stage's channels in the order that correlates best with the mean of all."""
+    """The stacks with every stage's channels in the order that correlates best with the mean of all stages."""
     features = torch.cat(
         [
             *(

@@ -1,7 +1,7 @@
-"""Where a budget of parameters is best allocation: the rank of each tensor, and which tensors are worth a base.
+"""Allocate a budget of parameters: choose the rank of each tensor, and which tensors get a shared base.
 
-A base is worth its parameters where the stages have much in common. In many trained networks they have so
-little that a few more ranks in every stage keep more, and then the tensor goes without.
+A base is worth its parameters where the stages have much in common. In many trained networks they have so little in
+common that a few more ranks in every stage keep more; such a tensor gets no base.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ..util.numbers import is_number
 from .ranks import adaptable, matrices_of
 from .sensitivity import Sensitivity
 
-DAMPING = 0.1  # of the sensitivities: what is lost at the ranks of a budget is neither small nor large
+DAMPING = 0.1  # of the sensitivities; the losses at the ranks of a budget are neither small nor large
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """A rank for each tensor by name, and the names of those without a base."""
+    """The rank of each tensor by name, and the names of the tensors without a base."""
 
     ranks: dict[str, int]
     without_base: frozenset[str]
@@ -34,13 +34,20 @@ class Allocation:
 
 @dataclass
 class _Option:
-    """A tensor with a base, or without: what each costs in parameters, and keeps of the stages."""
+    """A tensor with a base, or without one: its costs in parameters, and the energy that it keeps.
+
+    Attributes:
+        base_cost: parameters of the base.
+        rank_cost: parameters of one more rank in every stage.
+        base_gain: energy that the base keeps.
+        gains: energy that rank 1, 2, … adds, up to the highest rank whose pair is smaller than the tensor.
+    """
 
     without_base: bool
     base_cost: int
     rank_cost: int
     base_gain: float
-    gains: list[float]  # of rank 1, 2, …, as far as a pair is smaller than the tensor
+    gains: list[float]
 
 
 def allocate(
@@ -49,48 +56,53 @@ def allocate(
     budget: int | float,
     sensitivity: Mapping[tuple[str, str], Sensitivity] | None = None,
 ) -> Allocation:
-    """What keeps most of the stages at ``budget`` parameters of the whole network, or that share (0..1) of them.
+    """The ranks and bases that keep the most energy within a budget of parameters.
 
-    Kept is energy of the weights or, where it is known how sensitive the output is to them, the geometric mean of
-    that and of the energy of the output: the latter alone holds for small changes only, and leaves the other
-    tensors too little to train.
+    The energy is that of the weights. With ``sensitivity`` it is the geometric mean of this and of the energy of the
+    output: the latter by itself holds for small changes only, and leaves some tensors too little to train.
+
+    Args:
+        budget: parameters of the whole converted network, or a share (0..1) of the original's.
+        sensitivity: by group and tensor, as from :func:`sensitivities`.
 
     Raises:
-        LoRunError: no such number, or fewer parameters than rank 1 takes.
+        LoRunError: the budget is no such number, or below the parameters that rank 1 takes.
     """
     before = sum(parameter.numel() for parameter in dun.parameters())
     if not is_number(budget) or not 0 < budget < float("inf") or (budget >= 1 and budget != int(budget)):
         raise LoRunError(
-            f"expected a budget in parameters, or a share of them between 0 and 1, found {budget!r}: choose one"
+            f"expected a budget in parameters, or a share of them between 0 and 1, found {budget!r}: choose another"
         )
     limit = int(budget) if budget >= 1 else int(budget * before)
     options = _options(dun, stage_map, sensitivity)
-    rest = _without(dun, stage_map, set(options))
-    left = limit - rest
-    alone = {name: option for name, (_, option) in options.items()}  # the cheapest
-    least = rest + sum(option.base_cost + option.rank_cost for option in alone.values())
+    private = _num_private(dun, stage_map, set(options))
+    left = limit - private
+    without_base = {name: option for name, (_, option) in options.items()}  # the cheapest
+    least = private + sum(option.base_cost + option.rank_cost for option in without_base.values())
     if limit < least:
         raise LoRunError(
             f"expected a budget of at least {least:,} parameters, which the network takes at rank 1, found {limit:,}: "
             "raise it"
         )
-    chosen = max(
-        (alone, {name: option for name, (option, _) in options.items()}), key=lambda found: _fill(found, left)[0]
-    )
+    with_base = {name: option for name, (option, _) in options.items()}
+    chosen = max((without_base, with_base), key=lambda choice: _fill(choice, left)[0])
     kept, ranks = _fill(chosen, left)
     better = True
     while better:
         better = False
-        for name, of_tensor in options.items():
-            other = {**chosen, name: next(option for option in of_tensor if option is not chosen[name])}
-            found = _fill(other, left)
-            if found[0] > kept:
-                chosen, (kept, ranks), better = other, found, True
+        for name, alternatives in options.items():
+            other = {**chosen, name: next(option for option in alternatives if option is not chosen[name])}
+            filled = _fill(other, left)
+            if filled[0] > kept:
+                chosen, (kept, ranks), better = other, filled, True
     return Allocation(ranks, frozenset(name for name, option in chosen.items() if option.without_base))
 
 
 def _fill(options: Mapping[str, _Option], left: int) -> tuple[float, dict[str, int]]:
-    """What these options keep with ``left`` parameters, and each rank: greedily, by what a rank keeps per parameter."""
+    """The energy that these options keep with ``left`` parameters, and their ranks.
+
+    Greedy: the next rank goes to the tensor that gains the most energy per parameter.
+    """
     left -= sum(option.base_cost + option.rank_cost for option in options.values())
     if left < 0:
         return -math.inf, {}
@@ -109,14 +121,14 @@ def _fill(options: Mapping[str, _Option], left: int) -> tuple[float, dict[str, i
     return kept, ranks
 
 
-def _without(dun: nn.Module, stage_map: StageMap, adapted: Collection[str]) -> int:
-    """Parameters of the network, converted, without those that stand for the tensors of these names."""
+def _num_private(dun: nn.Module, stage_map: StageMap, adapted: Collection[str]) -> int:
+    """Parameters of the converted network, apart from the bases and factors of the tensors in ``adapted``."""
     size = sum(parameter.numel() for parameter in dun.parameters())
     for group in stage_map.groups:
         for spec in group.tensors:
             if not spec.common and not spec.buffer:
-                held = {id(tensor) for tensor in stage_parameters(dun, group, spec)}
-                size -= len(held) * spec.numel
+                distinct = {id(tensor) for tensor in stage_parameters(dun, group, spec)}
+                size -= len(distinct) * spec.numel
                 size += 0 if spec.smaller(1) and spec.name in adapted else (1 + len(group.sites)) * spec.numel
     return size
 
@@ -124,45 +136,47 @@ def _without(dun: nn.Module, stage_map: StageMap, adapted: Collection[str]) -> i
 def _options(
     dun: nn.Module, stage_map: StageMap, sensitivity: Mapping[tuple[str, str], Sensitivity] | None
 ) -> dict[str, list[_Option]]:
+    """For each tensor, the option with a base and the option without one."""
     places: dict[str, list[tuple[Group, TensorSpec]]] = {}
     for group, spec in adaptable(stage_map):
         places.setdefault(spec.name, []).append((group, spec))
     every = [place for found in places.values() for place in found]
-    if not all((g.name, s.name) in (sensitivity or {}) or _alike(dun, g, s) for g, s in every):
-        sensitivity = None  # what is known of some tensors alone can't be compared
+    if not all((g.name, s.name) in (sensitivity or {}) or _is_constant(dun, g, s) for g, s in every):
+        sensitivity = None  # tensors with and without a sensitivity can't be compared
     options: dict[str, list[_Option]] = {}
     for name, found in places.items():
         highest = min(sum(spec.smaller(rank) for rank in range(1, min(spec.matrix) + 1)) for _, spec in found)
         kept = [_kept(dun, g, s, (sensitivity or {}).get((g.name, s.name))) for g, s in found]
-        for alone in (False, True):
+        for without_base in (False, True):
             option = _Option(
-                alone,
-                base_cost=0 if alone else sum(spec.numel for _, spec in found),
+                without_base,
+                base_cost=0 if without_base else sum(spec.numel for _, spec in found),
                 rank_cost=sum(len(group.sites) * sum(spec.matrix) for group, spec in found),
-                base_gain=0.0 if alone else sum(item.base for item in kept),
+                base_gain=0.0 if without_base else sum(item.base for item in kept),
                 gains=[
-                    sum(float((k.without_base if alone else k.ranks)[rank]) for k in kept) for rank in range(highest)
+                    sum(float((item.without_base if without_base else item.ranks)[rank]) for item in kept)
+                    for rank in range(highest)
                 ],
             )
             options.setdefault(name, []).append(option)
     return options
 
 
-def _kept(dun: nn.Module, group: Group, spec: TensorSpec, known: Sensitivity | None) -> Energies:
-    """What the base of a tensor keeps, and its ranks."""
+def _kept(dun: nn.Module, group: Group, spec: TensorSpec, sensitivity: Sensitivity | None) -> Energies:
+    """The energy that the base and the ranks of a tensor keep."""
     matrices = matrices_of(dun, group, spec).cpu()
-    plain = energies(matrices)
-    if known is None:
-        return plain
-    seen = weighted_energies(matrices, known.rows, known.columns, DAMPING)
+    of_weights = energies(matrices)
+    if sensitivity is None:
+        return of_weights
+    of_output = weighted_energies(matrices, sensitivity.rows, sensitivity.columns, DAMPING)
     return Energies(
-        (plain.base * seen.base) ** 0.5,
-        (plain.ranks * seen.ranks).sqrt(),
-        (plain.without_base * seen.without_base).sqrt(),
+        (of_weights.base * of_output.base) ** 0.5,
+        (of_weights.ranks * of_output.ranks).sqrt(),
+        (of_weights.without_base * of_output.without_base).sqrt(),
     )
 
 
-def _alike(dun: nn.Module, group: Group, spec: TensorSpec) -> bool:
-    """Whether a tensor is the same in all stages, so that no rank has anything to keep."""
+def _is_constant(dun: nn.Module, group: Group, spec: TensorSpec) -> bool:
+    """Whether a tensor is the same in all stages, so that its residuals have no energy."""
     matrices = matrices_of(dun, group, spec)
     return bool((matrices == matrices[0]).all())

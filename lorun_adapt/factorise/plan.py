@@ -1,4 +1,4 @@
-"""Which tensors get a low-rank term and at what rank: PEFT's ``LoraConfig`` read for a denoiser."""
+"""Choose the tensors that get a low-rank term, and its rank, as PEFT's ``LoraConfig`` says."""
 
 from __future__ import annotations
 
@@ -22,21 +22,35 @@ from ..terms.term import Setting
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of a group's tensors: those with a term, and those to be kept as they are by request."""
+    """The plan for the tensors of a group.
+
+    Attributes:
+        terms: by name, the tensors that get a low-rank term.
+        kept: the tensors that ``modules_to_save`` keeps as they are. All others are private to each stage as well.
+    """
 
     terms: dict[str, Setting]
     kept: frozenset[str]
 
 
 def plan(dun: nn.Module, stage_map: StageMap, config: LoraConfig) -> dict[str, Plan]:
-    """For each group, the tensors that get a low-rank term; all others stay private.
+    """Plan which tensors of each group get a low-rank term.
 
-    Names in the config are matched by PEFT's own functions, relative to the denoiser. Without
-    ``target_modules`` and ``target_parameters`` every tensor is adapted whose pair is smaller
-    than itself.
+    PEFT's own functions match the names in the config, relative to the denoiser. Without ``target_modules`` and
+    ``target_parameters``, every tensor is adapted whose pair is smaller than the tensor itself.
+
+    >>> from lorun_adapt import find_stages
+    >>> net = nn.Module()
+    >>> net.stages = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)) for _ in range(3))
+    >>> plans = plan(net, find_stages(net), LoraConfig(r=2, lora_alpha=4, target_modules=["1"]))
+    >>> plans["stages"].terms
+    {'1.weight': Term(rank=2, scaling=2.0)}
+
+    Returns:
+        A plan for each group of the stage map, by name.
 
     Raises:
-        LoRunError: what :func:`check_config` refuses, or names that match nothing.
+        LoRunError: :func:`check_config` refuses the config, or a name in it matches nothing.
     """
     check_config(config)
     matches = _Matches(config)
@@ -62,14 +76,14 @@ def plan(dun: nn.Module, stage_map: StageMap, config: LoraConfig) -> dict[str, P
 
 
 class _Matches:
-    """A config's names against tensors, and which of them were met."""
+    """Matches a config's names with tensors, and records which of them matched."""
 
     def __init__(self, config: LoraConfig) -> None:
         self.config, self.kind = config, kind_of(config.peft_type)
         self.by_name = config.target_modules is not None or config.target_parameters is not None
         self.targets = copy.copy(config)
         if not self.by_name:
-            self.targets.target_modules = ".*"  # so that PEFT's function tells exclusions alone
+            self.targets.target_modules = ".*"  # PEFT's function then checks exclude_modules only
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             self.targets.target_modules = ".*"
         self.linear_only = self.targets.target_modules == ".*" and self.by_name and config.target_modules != ".*"
@@ -77,12 +91,13 @@ class _Matches:
         self.met_saved: set[str] = set()
 
     def saved(self, module: str) -> bool:
-        """Whether a module stays private by request (PEFT's rule: the name ends so)."""
+        """Whether ``modules_to_save`` has a module; by PEFT's rule, if the end of the module's name matches."""
         met = {name for name in self.config.modules_to_save or () if module.endswith(name)}
         self.met_saved |= met
         return bool(met)
 
     def term(self, spec: TensorSpec) -> Setting | None:
+        """The setting of a tensor's term; None if it gets none."""
         for alias in spec.aliases:
             module, _, attribute = alias.rpartition(".")
             if self._parameter(alias):
@@ -101,7 +116,7 @@ class _Matches:
         return any(name == target or name.endswith("." + target) for target in self.config.target_parameters or ())
 
     def _named(self, spec: TensorSpec, key: str) -> Setting:
-        """A term that was asked for by name: made, whatever its size."""
+        """The term of a tensor that the config names; it gets one even if that is larger than the tensor."""
         if not spec.adaptable:
             raise LoRunError(
                 f"expected a target with two dimensions or more, found {spec.name!r} of shape {spec.shape}"
@@ -119,22 +134,23 @@ class _Matches:
 
     def _term(self, key: str) -> Setting:
         config = self.config
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), key), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), key), config.lora_alpha)
+        ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+        rank = ranks.get(get_pattern_key(list(ranks), key), config.r)
+        alpha = alphas.get(get_pattern_key(list(alphas), key), config.lora_alpha)
         return Setting(rank, alpha / math.sqrt(rank) if config.use_rslora else alpha / rank)
 
     def check_all_used(self) -> None:
         config = self.config
         if self.by_name and not self.met_target:
             raise LoRunError(
-                f"expected target_modules={_shown(config.target_modules)} or "
-                f"target_parameters={_shown(config.target_parameters)} to match in a denoiser, found no tensor: "
-                "give names relative to the denoiser, as find_stages shows them"
+                f"target_modules={_shown(config.target_modules)} and "
+                f"target_parameters={_shown(config.target_parameters)} match no tensor of a denoiser: give names "
+                "relative to the denoiser, as find_stages shows them"
             )
         for name in config.modules_to_save or ():
             if name not in self.met_saved:
                 raise LoRunError(
-                    f"expected modules_to_save to name modules of a denoiser, found {name!r}: give names relative to it"
+                    f"{name!r} in modules_to_save is no module of a denoiser: give names relative to the denoiser"
                 )
 
 

@@ -40,7 +40,9 @@ def config_for_energy(dun: nn.Module, stage_map: StageMap, energy: float) -> Lor
         LoRunError: no such number.
     """
     if not is_number(energy) or not 0 < energy < 1:
-        raise LoRunError(f"expected a share of energy between 0 and 1, found {energy!r}: give a number of ranks as rank")
+        raise LoRunError(
+            f"expected a share of energy between 0 and 1, found {energy!r}: give a number of ranks as rank"
+        )
     ranks: dict[str, int] = {}
     for group, spec in adaptable(stage_map):
         ranks[spec.name] = max(rank_for_energy(matrices_of(dun, group, spec), energy), ranks.get(spec.name, 1))

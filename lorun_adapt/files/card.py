@@ -29,8 +29,8 @@ def model_card(converted: Converted, problems: Mapping[str, str], folder: Path) 
         f"# {network}, one base and an adapter per stage",
         "",
         *([_plain(converted.card.task), ""] if converted.card.task else []),
-        f"The {len(converted.stage_map)} denoisers of a trained deep unfolding network, collapsed into one base that they "
-        "share and a low-rank adapter for each, with "
+        f"The {len(converted.stage_map)} denoisers of a trained deep unfolding network, collapsed into one base that "
+        "they share and a low-rank adapter for each, with "
         "[LoRun](https://arxiv.org/abs/2602.18697)'s form and PEFT's files.",
         "",
     ]
@@ -79,7 +79,9 @@ def set_card(converted: Converted, name: str, folder: Path) -> str:
     if held.info.noise is not None:
         lines.append(f"Noise on the measurements, on a scale of 0 to 255: {_noise(held.info.noise)}.")
     if held.outside:
-        lines.append(f"It brings its own {', '.join(f'`{key}`' for key in held.outside)}, which stand outside the stages.")
+        lines.append(
+            f"It brings its own {', '.join(f'`{key}`' for key in held.outside)}, which stand outside the stages."
+        )
     lines += [
         "",
         *_table(measured),

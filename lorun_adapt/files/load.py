@@ -107,8 +107,8 @@ def _fill_base(base: nn.Module, stage_map: StageMap, content: bytes, file: Path)
     for name, place in places.items():
         if name not in tensors:
             raise LoRunError(
-                f"{file} has no tensor {name!r} of shape {tuple(place.shape)}: build the network that was converted, or "
-                "download the file again"
+                f"{file} has no tensor {name!r} of shape {tuple(place.shape)}: build the network that was converted, "
+                "or download the file again"
             )
         value = tensors[name].to(place)
         if not has_valid_values(value, name in buffers):

@@ -168,7 +168,9 @@ def _write_tensors(
             raise LoRunError(f"safetensors cannot store the {tensor.dtype} of {name!r}: convert it to another dtype")
         if not has_valid_values(tensor, name in buffers):
             if has_valid_values(held.detach(), name in buffers):
-                raise LoRunError(f"{name!r} holds numbers too large for {dtype}: save with a wider dtype; nothing was written")
+                raise LoRunError(
+                    f"{name!r} holds numbers too large for {dtype}: save with a wider dtype; nothing was written"
+                )
             raise LoRunError(
                 f"{name!r} holds NaN or Inf: go back to weights from before training diverged; nothing was written"
             )

@@ -46,8 +46,8 @@ class SavedFolder:
         known = self.description["files"].get(name) if self.description is not None else None
         if self.description is not None and known is None:
             raise LoRunError(
-                f"{self.folder / CONFIG_FILE} has no hash of {name!r}: the file was added later, or the folder is damaged; "
-                "download it again"
+                f"{self.folder / CONFIG_FILE} has no hash of {name!r}: the file was added later, or the folder is "
+                "damaged; download it again"
             )
         content = read_file(self.folder, name, limit, self.real_folders)
         if known is not None and hashlib.sha256(content).hexdigest() != known:

@@ -108,7 +108,8 @@ class SetReader:
         extra = [name for name in saved.folders(key) if re.fullmatch(r"stage_\d+", name) and name not in stages]
         if extra:
             raise LoRunError(
-                f"expected {len(stage_map)} stages, found {extra[-1]} in {saved.folder / key}: it is for another network"
+                f"expected {len(stage_map)} stages, found {extra[-1]} in {saved.folder / key}: it is for another "
+                "network"
             )
         if saved.description is not None:
             depth = len(key.split("/"))
@@ -117,8 +118,8 @@ class SetReader:
             held = {stage for stage in stages if os.path.isdir(saved.folder / key / stage)}
         if not held & stages:
             raise LoRunError(
-                f"no adapters for the {len(stage_map)} stages in {saved.folder / key}: give a set's folder, or say with "
-                "stage= which stage the adapter is for"
+                f"no adapters for the {len(stage_map)} stages in {saved.folder / key}: give a set's folder, or say "
+                "with stage= which stage the adapter is for"
             )
         read: dict[int, dict[str, tuple[StageAdapter, LoraConfig]]] = {}
         for part, (group, site) in parts.items():
@@ -191,8 +192,8 @@ class SetReader:
         pickle = where[1].removesuffix(file) + "adapter_model.bin"
         if not os.path.exists(where[1]) and os.path.exists(pickle):
             raise LoRunError(
-                f"expected {TENSORS_FILE}, found a pickle at {pickle}: pickles can run code and are never read; save the "
-                "adapter with safe_serialization=True"
+                f"expected {TENSORS_FILE}, found a pickle at {pickle}: pickles can run code and are never read; save "
+                "the adapter with safe_serialization=True"
             )
         config = saved.content(names[0], 65_536 + 600 * len(reader.slots))
         adapter, lora_config, metadata = reader.read(config, saved.content(names[1], reader.num_bytes), site, where)

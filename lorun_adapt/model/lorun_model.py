@@ -824,8 +824,8 @@ class LoRunModel(nn.Module):
         if not holds:
             held = self._store.stages(name) if name in self._store else []
             raise LoRunError(
-                f"the set {name!r} has no adapter for stage {stage}, only for {held}: name the stages that it is for, as "
-                "{stage: name}"
+                f"the set {name!r} has no adapter for stage {stage}, only for {held}: name the stages that it is for, "
+                "as {stage: name}"
             )
 
     def _check_new(self, name: str) -> None:
@@ -880,7 +880,7 @@ class LoRunModel(nn.Module):
         return dataclasses.replace(held, info=dataclasses.replace(held.info, quality=()))
 
     def _hashes(self) -> tuple[str, str]:
-        """Of the base as it is in memory, and of all of it: with the adapters, and what sets have outside the stages."""
+        """Hashes of the base as it is in memory, and of all tensors: base, adapters and what sets have outside."""
         return fingerprint_of(distinct_tensors(self.base)), fingerprint_of(self.state_dict())
 
     def _forget_what_changed(self, before: tuple[str, str]) -> None:

@@ -113,7 +113,9 @@ def merge(
                 value = dense[0][spec.name]
                 if len(dense) > 1:
                     values = [tensors[spec.name] for tensors in dense]
-                    value = weighted_sum_of_tensors(tensor_of(denoiser, spec.name), values, [1.0] * len(dense), spec.name)
+                    value = weighted_sum_of_tensors(
+                        tensor_of(denoiser, spec.name), values, [1.0] * len(dense), spec.name
+                    )
                 place = owner_of(module, spec.name)
                 if place in written and not torch.equal(written[place], value):
                     raise LoRunError(

@@ -160,7 +160,7 @@ class CountsCalls(nn.Module):
 
 
 def count_calls(network: nn.Module) -> None:
-    """Make each forward of ``network`` count the calls of its looped modules; it stays the same object, of a subclass."""
+    """Make each forward of ``network`` count the calls of looped modules; it stays the same object, of a subclass."""
     network.__class__ = _counting_class(cast(Hashable, type(network)))
 
 

@@ -127,7 +127,7 @@ class Converted:
         stage_map: where the stages are.
         sets: the adapter sets by name.
         active: the set that each stage runs with.
-        residuals: by group and tensor, for each of its stages: the norm that the conversion lost, and the tensor's norm.
+        residuals: by group and tensor, for each stage: the norm that the conversion lost, and the tensor's norm.
         trainable_names: parameters that the network's authors train.
         card: what the model card says beside the figures.
         known_fingerprint: of the base, where it has been worked out.

@@ -46,7 +46,9 @@ def weighted_sum_of_tensors(base: Tensor, values: Sequence[Tensor], weights: Seq
     if alike and (not numeric or math.isclose(sum(weights), 1.0)):
         return values[0].clone()
     if not numeric:
-        raise LoRunError(f"cannot sum the adapters: their whole numbers differ in {name!r}, and only equal ones can be kept")
+        raise LoRunError(
+            f"cannot sum the adapters: their whole numbers differ in {name!r}, and only equal ones can be kept"
+        )
     exact = torch.promote_types(base.dtype, torch.float32)
     total = base.detach().to(exact).clone()
     for weight, value in zip(weights, values):

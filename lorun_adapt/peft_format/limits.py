@@ -9,31 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..network.adapted import original_class
-from ..network.adapter import StageAdapter, lowrank_terms, private_tensors
+from ..network.adapter import StageAdapter, private_tensors, terms_of
 from ..stages.stage_map import Group
 from .code import class_that_reads
-
-PREFIX = "base_model.model."  # of the denoiser's names in a PeftModel
-WITHIN_PEFT = (  # the modules that PEFT's LoRA adds to a layer (PEFT 0.17 to 0.21)
-    "base_layer",
-    "lora_dropout",
-    "lora_dropout.default",
-    "lora_A",
-    "lora_A.default",
-    "lora_B",
-    "lora_B.default",
-    "lora_embedding_A",
-    "lora_embedding_B",
-    "lora_magnitude_vector",
-)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def peft_layer(denoiser: nn.Module, name: str) -> nn.Module | None:
-    """The layer whose weight the tensor ``name`` is, if PEFT's LoRA adapts it as this package does."""
-    module = denoiser.get_submodule(name.rpartition(".")[0])
-    return module if _why_unsupported(denoiser, name) is None else None
+from .lora import WITHIN_PEFT, why_unsupported
 
 
 @dataclass(frozen=True)
@@ -62,8 +41,9 @@ def peft_view(denoiser: nn.Module, first: nn.Module, group: Group, adapter: Stag
     adapted layer as well, the stage's own layer is stored as factors of full rank or, if it is a norm, the
     adapted layer is stored whole.
     """
-    terms, private = lowrank_terms(adapter), private_tensors(adapter)
-    layers = {name.rpartition(".")[0] for name in terms if _why_unsupported(denoiser, name) is None}
+    terms, private = terms_of(adapter), private_tensors(adapter)
+    supported = [name for name, term in terms.items() if term.as_lora() and why_unsupported(denoiser, name) is None]
+    layers = {name.rpartition(".")[0] for name in supported}
     owners = {name.rpartition(".")[0] for name in private} - layers
     problem = _problem(denoiser, group, adapter, layers, owners)
     if problem is not None:
@@ -74,7 +54,7 @@ def peft_view(denoiser: nn.Module, first: nn.Module, group: Group, adapter: Stag
     whole: set[str] = set()
     for owner in owners:
         if any(name.endswith(owner) for name in (layers | within) - {owner}):
-            if _why_unsupported(denoiser, f"{owner}.weight") is None and not denoiser.get_submodule(owner)._buffers:
+            if why_unsupported(denoiser, f"{owner}.weight") is None and not denoiser.get_submodule(owner)._buffers:
                 full.add(owner)
     saved = tuple(sorted(owners - full))
     for owner in saved:
@@ -119,12 +99,14 @@ def _problem(
     denoiser: nn.Module, group: Group, adapter: StageAdapter, layers: Collection[str], owners: Collection[str]
 ) -> str | None:
     """Why PEFT can't represent the stage, whatever its modules are called; None if it can."""
-    terms, private = lowrank_terms(adapter), private_tensors(adapter)
-    for name in terms:
-        if (reason := _why_unsupported(denoiser, name)) is not None:
+    terms, private = terms_of(adapter), private_tensors(adapter)
+    for name, term in terms.items():
+        if term.as_lora() is None:
+            return f"the tensor {name} is adapted by a {type(term).__name__}, which PEFT has no form for"
+        if (reason := why_unsupported(denoiser, name)) is not None:
             return f"the tensor {name} is adapted, and {reason}"
     if not terms:
-        return "the stage has no low-rank term, so that there is nothing for PEFT to target"
+        return "the stage adapts nothing, so that there is nothing for PEFT to target"
     if any(len(spec.aliases) > 1 for spec in group.tensors):
         return "the stage ties tensors within itself"
     for owner in sorted(owners):
@@ -165,30 +147,3 @@ def _is_simple(value: object) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_simple, value))
     return isinstance(value, (int, float, str, type(None)))
-
-
-def _why_unsupported(denoiser: nn.Module, name: str) -> str | None:
-    """Why PEFT's LoRA can't adapt a tensor as this package does; None if it can."""
-    path, _, attribute = name.rpartition(".")
-    module = denoiser.get_submodule(path)
-    kind = original_class(module)
-    if not path and attribute == "weight" and isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-        return "the denoiser is that one layer, which PEFT can't replace"
-    if attribute != "weight" or kind not in (nn.Linear, *CONVOLUTIONS):
-        return f"PEFT's LoRA has no layer that is right for the {attribute} of {kind.__name__}"
-    assert isinstance(module, (nn.Linear, *CONVOLUTIONS))
-    if not module.weight.is_floating_point():
-        return "PEFT's LoRA is for real numbers"
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        return "its layer has a hook or a forward of its own, which PEFT's LoRA runs before it adds its part"
-    if not {*module._parameters, *module._buffers} <= {"weight", "bias"}:
-        return "its layer holds more tensors than a weight and a bias"
-    if isinstance(module, nn.Linear):
-        return None
-    if module.groups != 1:
-        return f"its convolution has {module.groups} groups, for which PEFT's factors have another shape"
-    if module.padding_mode != "zeros":
-        return f"PEFT's LoRA of a convolution loses padding_mode={module.padding_mode!r}"
-    if any(step != 1 for step in module.dilation):
-        return f"PEFT's LoRA of a convolution loses dilation={module.dilation}"
-    return None

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 from peft import LoraConfig
 
 from ..errors import LoRunError
+from ..terms.registry import TERMS
 from ..util.numbers import is_number, is_whole_number
 
 READ = {
@@ -49,7 +50,8 @@ def check_config(config: LoraConfig) -> None:
     Raises:
         LoRunError: another kind of config, an option that has no meaning here, or a bad rank or alpha.
     """
-    if type(config) is not LoraConfig:
+    other_kind = isinstance(config, LoraConfig) and config.peft_type in TERMS
+    if type(config) is not LoraConfig and not other_kind:
         raise LoRunError(
             f"expected a peft.LoraConfig, found {type(config).__name__}: pass LoraConfig(r=8, lora_alpha=8)"
         )

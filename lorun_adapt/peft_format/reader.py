@@ -1,4 +1,4 @@
-"""Reads one denoiser's adapter from the tensors and the ``LoraConfig`` in a folder, whoever wrote them."""
+"""Read one denoiser's adapter from the tensors and the ``LoraConfig`` in a folder, whoever wrote them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from peft import LoraConfig
@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from ..disk.reading import Slot, file_limit, parse_json, parse_tensors
 from ..errors import LoRunError
-from ..network.adapter import StageAdapter
+from ..network.adapter import StageAdapter, make_adapter
 from ..stages.stage_map import Group, Site, StageMap, TensorSpec
-from ..terms.lowrank import LowRank
+from ..terms.registry import LORA, TERMS, other_kinds
+from ..terms.term import LoraFactors, Term
 from ..util.modules import has_valid_values
-from .limits import PREFIX, layer_problem
+from .limits import layer_problem
+from .lora import PREFIX, Names, bias_name, bias_of, factor_name
 from .options import REFUSED, config_from_json
 from .template import Place, Template, template_of
-from .writer import Names, bias_of
 
 USUAL_RANKS = 256  # up to here a file's rank may be above all sides of the network's matrices
 MOST_CONFIGS = 16  # kept: the stages of a set have one, mostly
@@ -48,8 +49,8 @@ class Reader:
 
     Attributes:
         slots: what a file may hold: by name, the shape and dtype.
-        highest: what a file's ranks may be: more than a tensor's limit, as PEFT allows it, but within reason.
-        num_bytes: what a file may have.
+        highest: the highest rank that a file may have: above a tensor's limit, as PEFT allows it, but within reason.
+        num_bytes: the most bytes that a file may have.
     """
 
     def __init__(self, base: nn.Module, group: Group, site: Site) -> None:
@@ -59,7 +60,6 @@ class Reader:
         self._adaptable = {spec.name for spec, _ in self._names if spec.adaptable}
         self._own = {spec.name for spec, _ in self._names}
         self._templates: dict[tuple[bytes, bytes, int], tuple[Template, dict[str, str]]] = {}
-        self._frozen = [spec.name for spec in group.tensors if spec.frozen]
         self._configs: dict[bytes, Wanted] = {}
         self._problems: dict[tuple[str, frozenset[str]], str | None] = {}
         self.slots: dict[str, Slot] = {}
@@ -69,6 +69,8 @@ class Reader:
                 self.slots |= {names.a: Slot(names.a_shape, spec.dtype), names.b: Slot(names.b_shape, spec.dtype)}
                 if names.layer is not None:
                     self.slots[names.bias] = Slot((spec.shape[0],), spec.dtype)
+                for kind in other_kinds():
+                    self.slots |= {f"{PREFIX}{spec.name}.{part}": slot for part, slot in kind.file_slots(spec).items()}
         self.highest = max([USUAL_RANKS, *(max(spec.matrix) for spec in group.tensors if spec.adaptable)])
         self.num_bytes = file_limit(self.slots, self.highest)
 
@@ -88,26 +90,27 @@ class Reader:
         length = int.from_bytes(content[:8], "little")
         key = config, content[: 8 + length], len(content)
         if (known := self._templates.get(key)) is not None:
-            template, about = known
+            template, metadata = known
             filled = template.filled(content)
             if (
                 filled is not None
                 and self._problem([n.replace("/", ".") for n in filled._modules], wanted, site) is None
             ):
-                return filled, wanted.told, about
-        tensors, about = parse_tensors(content, self.slots, where[1], self.highest)
+                return filled, wanted.lora_config, metadata
+        tensors, metadata = parse_tensors(content, self.slots, where[1], self.highest)
         adapter = self.adapter(tensors, wanted, site, where[1])
         template = template_of(content, tensors, self._places(), adapter)
         if template is not None and len(self._templates) < MOST_CONFIGS:
-            self._templates[key] = template, about
-        return adapter, wanted.told, about
+            self._templates[key] = template, metadata
+        return adapter, wanted.lora_config, metadata
 
     def _places(self) -> dict[str, Place]:
         """Where the tensors of a file go that need nothing done to them."""
         found: dict[str, Place] = {}
         for spec, names in self._names:
+            factors = list(TERMS[LORA].file_slots(spec))  # the names of A and B in a term
             key = spec.name.replace(".", "/")
-            found |= {PREFIX + spec.name: ("", key), names.a: (key, "lora_A"), names.b: (key, "lora_B")}
+            found |= {PREFIX + spec.name: ("", key), names.a: (key, factors[0]), names.b: (key, factors[1])}
         return found
 
     def _wanted(self, content: bytes, where: str) -> Wanted:
@@ -137,7 +140,7 @@ class Reader:
                 denoiser to which PEFT's layers do something else than their factors to its weights.
         """
         left = dict(tensors)
-        terms: dict[str, LowRank] = {}
+        terms: dict[str, Term] = {}
         private: dict[str, Tensor] = {}
 
         def fail(expected: str, found: str) -> LoRunError:
@@ -154,6 +157,9 @@ class Reader:
                 pair = [left.pop(name) for name in (names.a, names.b) if name in left]
             if len(pair) == 1:
                 raise fail(f"both factors of {spec.name!r}", "one")
+            if (other := self._other_term(spec, left)) is not None:
+                terms[spec.name] = other
+                continue
             # Where a file has factors and the whole tensor, one is PEFT's way of seeing the other.
             if pair and (wanted.saved(spec) or PREFIX + spec.name not in left):
                 left.pop(PREFIX + spec.name, None)
@@ -170,28 +176,34 @@ class Reader:
                 raise fail(f"the factors of {spec.name!r}, which the config targets", "none")
             value = left.pop(PREFIX + spec.name, None)
             layer = spec.name.removesuffix(".bias")
-            if layer != spec.name and f"{PREFIX}{layer}.lora_A.weight" in tensors:
-                difference = left.pop(f"{PREFIX}{layer}.lora_B.bias", None)
+            if layer != spec.name and factor_name(layer) in tensors:
+                difference = left.pop(bias_name(layer), None)
                 if value is None and difference is not None:
                     value = bias_of(base.detach(), difference, wanted.scaling(layer, wanted.rank(layer)))
                 if value is None and wanted.lora_bias:
                     raise fail(f"the bias of {layer!r}, since the config says lora_bias", "none")
             if value is None and (wanted.everything or wanted.saved(spec)):
                 raise fail(f"the tensor {spec.name!r}", "none")
-            value = base.detach().clone() if value is None else value.to(base)
-            trains = value.is_floating_point() or value.is_complex()
-            private[spec.name] = value if spec.buffer else nn.Parameter(value, trains)
+            private[spec.name] = base.detach().clone() if value is None else value.to(base)
         if left:
             raise fail(f"the tensors that the config says of {self.group.name!r}", f"{sorted(left)[0]!r} beside them")
         problem = self._problem(terms, wanted, site)
         if problem is not None:
             raise fail(f"a denoiser to which PEFT's layers do what is done here ({problem})", "an adapter of PEFT's")
-        if (name := _unsound(terms, private)) is not None:
+        if (name := _invalid(terms, private, {spec.name for spec, _ in self._names if spec.buffer})) is not None:
             raise LoRunError(
-                f"expected finite numbers in {name!r}, factors and scaling included, found NaN or Inf in {where}: "
-                "download it again, or save one from before training diverged"
+                f"{name!r} holds NaN or Inf, or its scaling does, in {where}: download it again, or save it with "
+                "weights from before training diverged"
             )
-        return StageAdapter(terms, private, self._frozen)
+        return make_adapter(self.group, terms, private)
+
+    def _other_term(self, spec: TensorSpec, left: dict[str, Tensor]) -> Term | None:
+        """The term of another kind than LoRA's that a file has for a tensor; its tensors are removed from ``left``."""
+        for kind in other_kinds() if spec.adaptable else ():
+            names = {part: f"{PREFIX}{spec.name}.{part}" for part in kind.file_slots(spec)}
+            if all(name in left for name in names.values()):
+                return kind.from_file({part: left.pop(name) for part, name in names.items()})
+        return None
 
     def _problem(self, terms: Iterable[str], wanted: Wanted, site: Site) -> str | None:
         """Why PEFT's layers would do something else than is done here, where the file is PEFT's as well."""
@@ -208,19 +220,20 @@ class Reader:
         return self._problems[key]
 
 
-def _unsound(terms: Mapping[str, LowRank], private: Mapping[str, Tensor]) -> str | None:
-    """The first tensor that can't be a trained network's."""
-    found = [(name, t, False) for name, term in terms.items() for t in (term.lora_A, term.lora_B, term.factor)]
-    found += [(name, tensor, not isinstance(tensor, nn.Parameter)) for name, tensor in private.items()]
-    # All at once first, as one by one takes longer than reading the file: of NaN, Inf, and huge numbers, the sum is
+def _invalid(terms: Mapping[str, Term], private: Mapping[str, Tensor], buffers: Collection[str]) -> str | None:
+    """The first tensor with values that a trained network can't have."""
+    tensors = [(name, t, False) for name, term in terms.items() for t in (*term.parameters(), *term.buffers())]
+    tensors += [(name, tensor, name in buffers) for name, tensor in private.items()]
+    # All at once first, since one by one takes longer than reading the file: of NaN, Inf, and huge numbers, the sum is
     # not finite.
-    floats = [t.detach().flatten() for _, t, _ in found if t is not None and t.is_floating_point()]
-    if len(floats) == sum(t is not None for _, t, _ in found) > 0 and math.isfinite(torch.cat(floats).sum().item()):
+    floats = [tensor.detach().flatten() for _, tensor, _ in tensors if tensor.is_floating_point()]
+    if len(floats) == len(tensors) > 0 and math.isfinite(torch.cat(floats).sum().item()):
         return None
-    return next((name for name, t, buffer in found if t is not None and not has_valid_values(t, buffer)), None)
+    return next((name for name, tensor, buffer in tensors if not has_valid_values(tensor, buffer)), None)
 
 
-def _term(spec: TensorSpec, pair: Sequence[Tensor], scaling: float, base: Tensor, where: str) -> LowRank:
+def _term(spec: TensorSpec, pair: Sequence[Tensor], scaling: float, base: Tensor, where: str) -> Term:
+    """The term of a file's factors A and B, at the tensor's highest rank at most."""
     rows, columns = spec.matrix
     a, b = pair[0].reshape(-1, columns), pair[1].reshape(rows, -1)
     limit = min(rows, columns)
@@ -232,7 +245,7 @@ def _term(spec: TensorSpec, pair: Sequence[Tensor], scaling: float, base: Tensor
         exact = torch.complex128 if base.is_complex() else torch.float64
         product = b.to(exact) @ a.to(exact)
         a, b = (product, torch.eye(rows)) if rows <= columns else (torch.eye(columns), product)
-    return LowRank(a.to(base), b.to(base), scaling)
+    return TERMS[LORA].from_lora(LoraFactors(a.to(base), b.to(base), scaling))
 
 
 class Wanted:
@@ -240,7 +253,7 @@ class Wanted:
 
     def __init__(self, config: LoraConfig) -> None:
         self.everything = config.rank_pattern.get(REFUSED) == 0  # ours, and not for PEFT
-        self.told = config
+        self.lora_config = config
         self.config = copy.copy(config)
         self.config.rank_pattern = {key: r for key, r in config.rank_pattern.items() if (key, r) != (REFUSED, 0)}
         self.lora_bias = config.lora_bias

@@ -1,9 +1,9 @@
-"""Split the matrices of N stages into one shared base and a rank-r pair each, without data.
+"""Factorise the matrices of N stages into one shared base and a rank-r pair for each stage, without data.
 
-Minimises sum_k ||W_k - W_0 - B_k A_k||^2 by turns. The first turn is the plain "mean, then SVD" of
-Relaxed Recursive Transformers (arXiv:2410.20672, section 2.3). In each further turn W_0 becomes
-the mean of W_k - B_k A_k, which is best for these pairs, and the pairs follow by a step of subspace
-iteration from where they were. Neither can raise the error.
+Minimises sum_k ||W_k - W_0 - B_k A_k||^2 by alternating updates. The first iteration is the "mean, then SVD" of
+Relaxed Recursive Transformers (arXiv:2410.20672, section 2.3). Each further iteration sets W_0 to the mean of
+W_k - B_k A_k, which is optimal for these pairs, and updates the pairs by a step of subspace iteration. Neither
+update can increase the error.
 """
 
 from __future__ import annotations
@@ -15,21 +15,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TURNS = 30
-ENOUGH = 1e-3  # stop when a turn lowers the error by less than this part of what it was at first
-WEIGHTED_TURNS = 12
+MAX_ITERATIONS = 30
+TOLERANCE = 1e-3  # stop when an iteration lowers the error by less than this fraction of the initial error
+WEIGHTED_ITERATIONS = 12
 CONJUGATE_STEPS = 40
-NOTHING = 1e-24  # of the energy: rounding
+ROUNDING = 1e-24  # an error below this fraction of the energy is rounding
 
 
 @dataclass(frozen=True)
 class Factors:
-    """``base`` (m, n), ``a`` (N, r, n), ``b`` (N, m, r): stage k is base + b[k] @ a[k]."""
+    """A shared base and a low-rank pair for each stage: stage k is approximated by base + b[k] @ a[k].
+
+    Attributes:
+        base: (m, n).
+        a: (N, r, n).
+        b: (N, m, r).
+        error: (N,), the squared Frobenius norm of each stage's error.
+    """
 
     base: Tensor
     a: Tensor
     b: Tensor
-    error: Tensor  # (N,) squared Frobenius norm of what each stage loses
+    error: Tensor
 
     @property
     def rank(self) -> int:
@@ -37,9 +44,23 @@ class Factors:
 
 
 def factorise(stages: Tensor, rank: int, without_base: bool = False) -> Factors:
-    """Factorise ``stages`` of shape (N, m, n); computed in float64 (complex128 for complex).
+    """Factorise the matrices of N stages into a shared base and a pair of rank ``rank`` for each.
 
-    ``without_base``: with a base of zero, each stage by itself.
+    >>> stages = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0))
+    >>> factors = factorise(stages, rank=1)
+    >>> factors.base.shape, factors.a.shape, factors.b.shape
+    (torch.Size([4, 3]), torch.Size([5, 1, 3]), torch.Size([5, 4, 1]))
+    >>> errors = (stages - factors.base - factors.b @ factors.a).square().sum((1, 2))
+    >>> bool(torch.allclose(errors, factors.error))
+    True
+
+    Args:
+        stages: (N, m, n), real or complex.
+        rank: 1 or more; reduced to min(m, n) if it is above.
+        without_base: use a base of zero, so that each stage is approximated by its pair alone.
+
+    Returns:
+        Factors in float64, or complex128.
     """
     work = stages.to(torch.complex128 if stages.is_complex() else torch.float64)
     if work.shape[1] > work.shape[2]:
@@ -48,13 +69,13 @@ def factorise(stages: Tensor, rank: int, without_base: bool = False) -> Factors:
     rank = min(rank, work.shape[1])
     base = torch.zeros_like(work[0]) if without_base else work.mean(0)
     residual = work - base
-    # The pair is kept as an orthonormal basis (N, m, r) of its columns and its coordinates there.
+    # The pair is represented by an orthonormal basis (N, m, r) of its columns and the coordinates in it.
     basis = torch.linalg.eigh(residual @ residual.mH)[1][..., -rank:]
     coordinates = basis.mH @ residual
     error = _lost(residual, coordinates)
-    enough = ENOUGH * error.sum()
-    for _ in range(0 if without_base else TURNS):
-        if error.sum() <= NOTHING * _energy(work).sum():
+    enough = TOLERANCE * error.sum()
+    for _ in range(0 if without_base else MAX_ITERATIONS):
+        if error.sum() <= ROUNDING * _energy(work).sum():
             break
         base = base + (residual - basis @ coordinates).mean(0)
         residual = work - base
@@ -64,7 +85,7 @@ def factorise(stages: Tensor, rank: int, without_base: bool = False) -> Factors:
         if before.sum() - error.sum() < enough:
             break
     scale = torch.linalg.vector_norm(coordinates, dim=2)
-    # Even factors train best; where a coordinate is zero, its basis vector can still train.
+    # Factors of equal norm train best; where a coordinate is zero, its basis vector can still train.
     scale = torch.where(scale > 0, scale, 1).sqrt()
     return Factors(base, coordinates / scale[:, :, None], basis * scale[:, None, :], error)
 
@@ -72,17 +93,28 @@ def factorise(stages: Tensor, rank: int, without_base: bool = False) -> Factors:
 def factorise_weighted(
     stages: Tensor, rank: int, rows: Tensor, columns: Tensor, damping: float, without_base: bool = False
 ) -> Factors:
-    """The same where some directions matter more: minimises sum_k tr(rows_k E_k columns_k E_k^T).
+    """Factorise with a weighted error: minimise sum_k tr(rows_k E_k columns_k E_k^T), with E_k the error of stage k.
 
-    E_k is what stage k loses. By turns: the pairs by a truncated SVD between the square roots of the
-    weights, and W_0 by conjugate gradients.
+    Alternates between the pairs, by a truncated SVD between the square roots of the weights, and W_0, by conjugate
+    gradients.
+
+    >>> stages = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0))
+    >>> first_row = torch.diag(torch.tensor([100.0, 1.0, 1.0, 1.0])).expand(5, 4, 4)  # the first row matters most
+    >>> factors = factorise_weighted(stages, 1, first_row, torch.ones(5, 1, 1), damping=0.0)
+    >>> error = (stages - factors.base - factors.b @ factors.a).square().sum((0, 2))
+    >>> bool(error[0] < 0.1 * error[1:].min())
+    True
 
     Args:
         stages: (N, m, n), real.
-        rows, columns: (N, m, m) and (N, n, n), or (N, 1, 1) for multiples of the identity.
-        damping: this part of the mean weight is added to each direction, since the weights hold for
-            small changes only.
-        without_base: with a base of zero.
+        rank: 1 or more.
+        rows, columns: symmetric weights (N, m, m) and (N, n, n), or (N, 1, 1) for multiples of the identity.
+        damping: this fraction of the mean weight is added to each direction, as the weights hold for small changes
+            only.
+        without_base: use a base of zero.
+
+    Returns:
+        Factors in float64; their ``error`` is not weighted.
     """
     if stages.shape[1] > stages.shape[2]:
         turned = factorise_weighted(stages.mT, rank, columns, rows, damping, without_base)
@@ -90,15 +122,15 @@ def factorise_weighted(
     work = stages.double()
     left, right = _Weight(rows, work.shape[1], damping), _Weight(columns, work.shape[2], damping)
     base = torch.zeros_like(work[0]) if without_base else _nearest(left, right, work, work.mean(0))
-    turns = 1 if without_base else WEIGHTED_TURNS
-    for turn in range(turns):
+    iterations = 1 if without_base else WEIGHTED_ITERATIONS
+    for iteration in range(iterations):
         whitened = _whitened(left, right, work - base)
         u = torch.linalg.eigh(whitened @ whitened.mT)[1][..., -rank:]
         b = left.unroot(u)
         a = right.unroot((u.mT @ whitened).mT).mT
-        if turn < turns - 1:
+        if iteration < iterations - 1:
             base = _nearest(left, right, work - b @ a, base)
-    # Even factors train best: the same product from its own SVD.
+    # Factors of equal norm train best: take them from the SVD of their product.
     q, r = torch.linalg.qr(b)
     u, s, v = torch.linalg.svd(r @ a, full_matrices=False)
     root = s[:, :rank].sqrt()
@@ -107,7 +139,7 @@ def factorise_weighted(
 
 
 class _Weight:
-    """Symmetric matrices (N, m, m), or (N, 1, 1) for multiples of the identity, and their square roots."""
+    """Symmetric weights (N, m, m), or (N, 1, 1) for multiples of the identity, and their square roots."""
 
     def __init__(self, matrices: Tensor, side: int, damping: float) -> None:
         mean = matrices.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
@@ -128,12 +160,12 @@ class _Weight:
 
 
 def _whitened(left: _Weight, right: _Weight, matrices: Tensor) -> Tensor:
-    """The matrices whose plain energy is the weighted energy of ``matrices``."""
+    """Matrices whose unweighted energy is the weighted energy of ``matrices``."""
     return right.root(left.root(matrices).mT).mT
 
 
 def _nearest(left: _Weight, right: _Weight, targets: Tensor, start: Tensor) -> Tensor:
-    """The matrix that is nearest to all ``targets`` (N, m, n) in their weights, by conjugate gradients."""
+    """The matrix with the least weighted distance to all ``targets`` (N, m, n), by conjugate gradients."""
 
     def weighted(x: Tensor) -> Tensor:
         return right.times(left.times(x).mT).mT
@@ -141,22 +173,28 @@ def _nearest(left: _Weight, right: _Weight, targets: Tensor, start: Tensor) -> T
     def summed(x: Tensor) -> Tensor:
         return weighted(x.expand(targets.shape)).sum(0)
 
-    wanted, found = weighted(targets).sum(0), start
-    rest = wanted - summed(found)
+    right_side, solution = weighted(targets).sum(0), start
+    rest = right_side - summed(solution)
     direction, size = rest, rest.square().sum()
     for _ in range(CONJUGATE_STEPS):
-        if size <= 1e-16 * wanted.square().sum():
+        if size <= 1e-16 * right_side.square().sum():
             break
         curved = summed(direction)
         step = size / (direction * curved).sum()
-        found, rest = found + step * direction, rest - step * curved
+        solution, rest = solution + step * direction, rest - step * curved
         before, size = size, rest.square().sum()
         direction = rest + size / before * direction
-    return found
+    return solution
 
 
 class Energies(NamedTuple):
-    """Of all stages: what their base keeps, what rank 1, 2, … adds to it, and what these keep without a base."""
+    """Energy (squared Frobenius norm) of a tensor, summed over all stages, that a factorisation keeps.
+
+    Attributes:
+        base: what the shared base keeps.
+        ranks: what the first, second, … rank adds to the base.
+        without_base: what the first, second, … rank adds where there is no base.
+    """
 
     base: float
     ranks: Tensor
@@ -164,13 +202,18 @@ class Energies(NamedTuple):
 
 
 def energies(stages: Tensor) -> Energies:
-    """The energy of ``stages`` (N, m, n), with their mean as the base."""
+    """The energy that a base and each rank keep of ``stages`` (N, m, n), real or complex; the base is their mean.
+
+    >>> kept = energies(torch.stack([torch.eye(2), torch.diag(torch.tensor([1.0, 3.0]))]))
+    >>> kept.base, kept.ranks.tolist(), kept.without_base.tolist()
+    (10.0, [2.0, 0.0], [10.0, 2.0])
+    """
     work = stages.detach().to(torch.complex128 if stages.is_complex() else torch.float64)
     return _energies(work, work - work.mean(0))
 
 
 def weighted_energies(stages: Tensor, rows: Tensor, columns: Tensor, damping: float) -> Energies:
-    """The same in the weights of :func:`factorise_weighted`, with the matrix that is nearest to all in these."""
+    """As :func:`energies`, in the weights of :func:`factorise_weighted` and with the base that is best in these."""
     work = stages.detach().double()
     left, right = _Weight(rows, work.shape[1], damping), _Weight(columns, work.shape[2], damping)
     residual = work - _nearest(left, right, work, work.mean(0))
@@ -183,7 +226,7 @@ def _energies(whole: Tensor, residual: Tensor) -> Energies:
 
 
 def _by_rank(matrices: Tensor) -> Tensor:
-    """The energy of the first, second, … singular value of each matrix, over all (N, m, n)."""
+    """The energy of the first, second, … singular value, summed over the matrices (N, m, n)."""
     matrices = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     return torch.linalg.eigvalsh(matrices @ matrices.mH).clamp_min(0).flip(-1).sum(0)
 
@@ -207,7 +250,7 @@ def sum_of_products(products: Sequence[tuple[float, Tensor, Tensor]], rank: int)
 
 
 def rank_for_energy(stages: Tensor, fraction: float) -> int:
-    """The smallest rank that keeps ``fraction`` of the energy of the residuals from the mean."""
+    """The smallest rank that keeps ``fraction`` (0..1) of the energy of the residuals from the mean of ``stages``."""
     energy = energies(stages).ranks.cumsum(0)
     return int((energy < fraction * energy[-1]).sum()) + 1
 
@@ -217,5 +260,5 @@ def _energy(matrices: Tensor) -> Tensor:
 
 
 def _lost(residual: Tensor, coordinates: Tensor) -> Tensor:
-    """(N,) what a projection on an orthonormal basis loses."""
+    """(N,), the energy that a projection on an orthonormal basis loses."""
     return (_energy(residual) - _energy(coordinates)).clamp_min(0)

@@ -86,7 +86,8 @@ def finetune(
             duration,
             seed=seed,
             resume_from=resume_from,
-            run_id=f"{adapter_name} for {held.info.noise}, begun as {fingerprint_of(begun)}, on {converted.fingerprint}",
+            run_id=f"{adapter_name} for {held.info.noise}, begun as {fingerprint_of(begun)}, "
+            f"on {converted.fingerprint}",
             spent=time.monotonic() - started,
             held_out=judged,
             patience=PATIENCE,

@@ -1,0 +1,218 @@
+"""The reference network, the demo and, where its data is at hand, the published network."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from skimage.data import camera
+from tasks import GREY_TASK, call
+
+import lorun_adapt
+from lorun_adapt.cli.demo import shipped
+from lorun_adapt.factorise import weigh
+from lorun_adapt.task.evaluate import evaluate
+from lorun_adapt.task.task import load_task
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+ROWS = ("linear estimate", "original", "rank 8, as converted", "rank 8, recovered")
+PUBLISHED = os.environ.get("ISTA_NET_PLUS")
+JUDGED = os.environ.get("BSD68")
+needs_data = pytest.mark.skipif(not PUBLISHED or not JUDGED, reason="ISTA_NET_PLUS and BSD68 do not name the data")
+
+
+def test_demo(tmp_path, capsys, monkeypatch) -> None:
+    code, out, _ = call(capsys, monkeypatch, "demo", "--out", tmp_path / "new")
+    assert code == 0 and "UnfoldedISTA: 9 stages" in out
+    scores = {
+        name: float(line.split()[-2]) for line in out.splitlines() for name in ROWS if line.strip().startswith(name)
+    }
+    assert len(scores) == 4 and scores["rank 8, as converted"] < scores["original"] - 1
+    assert scores["linear estimate"] < scores["original"] - 0.2 <= scores["rank 8, recovered"]
+    picture = np.asarray(Image.open(tmp_path / "new/demo.png"))
+    assert picture.shape[0] > 700 and picture.shape[1] > 1400 and picture.std() > 30
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["demo.png"]
+
+
+def test_reference_network() -> None:
+    task = load_task(str(shipped("examples/compressive_sensing.py")))
+    net = task.build()
+    task.load_weights(net, None)
+    phi = task.module.sampling_matrix()
+    torch.testing.assert_close(phi @ phi.T, torch.eye(272), atol=1e-5, rtol=0)
+    energy, lost = 0.0, 0.0
+    for spec in lorun_adapt.find_stages(net).groups[0].tensors:
+        stack = torch.stack([stage.get_parameter(spec.name) for stage in net.stages]).detach()
+        energy, lost = energy + float(stack.square().sum()), lost + float((stack - stack.mean(0)).square().sum())
+    assert lost > 0.5 * energy  # honestly separate stages
+    photograph = torch.from_numpy(camera()) / 255
+    images = torch.stack([photograph[100:170, 200:240], photograph[300:370, 100:140]])[
+        :, None
+    ]  # no multiple of the block
+    (y,) = task.measure(images)
+    assert y.shape == (2, 272, 3, 2)
+    with torch.no_grad():
+        restored = task.module.restore(net(y), images)
+    estimate = task.module.restore(task.module.first_estimate(y), images)
+    assert (restored - images).square().mean() < (estimate - images).square().mean()
+
+
+def test_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import train_compressive_sensing as train
+
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.tile(np.arange(120, dtype=np.uint8) * 2, (120, 1))).save(tmp_path / "images/a.png")
+    out = tmp_path / "net.safetensors"
+    arguments = ["train", str(tmp_path / "images"), "--batch", "1", "--out", str(out), "--minutes"]
+    monkeypatch.setattr(train.task, "build", lambda: train.task.UnfoldedISTA(stages=2, width=4))
+
+    monkeypatch.setattr(sys, "argv", [*arguments, "0.005"])
+    with monkeypatch.context() as within, pytest.raises(KeyboardInterrupt):
+        within.setattr(train, "save_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        train.main()
+    assert not out.exists()
+    saved = torch.load(out.with_suffix(".checkpoint"), weights_only=True)
+
+    done: list[float] = []  # with a learning rate of 0 from here on, the weights stay those of the checkpoint
+    monkeypatch.setattr(train, "learning_rate", lambda share, peak: done.append(share) or 0.0)
+    monkeypatch.setattr(sys, "argv", [*arguments, "0.01"])
+    train.main()
+    assert done[0] >= 0.5 and f"{saved['steps'] + len(done)} steps" in capsys.readouterr().out
+    trained = load_file(out)
+    assert trained.keys() == saved["net"].keys()
+    assert all(torch.equal(tensor, saved["net"][name]) for name, tensor in trained.items())
+    assert not out.with_suffix(".checkpoint").exists()
+
+
+# --- short scripts -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Eight crops."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for i in range(8):
+        Image.fromarray(camera()[40 * i : 40 * i + 120, 50 * i : 50 * i + 120]).save(folder / f"{i}.png")
+    return folder
+
+
+def run_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys, *arguments: object) -> str:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def reference(folder: Path) -> lorun_adapt.LoRunModel:
+    return lorun_adapt.from_pretrained(folder, load_task(str(shipped("examples/compressive_sensing.py"))).build())
+
+
+def test_example_convert(photographs, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(weigh, "PROBES", 0)  # it takes long to find what the output is sensitive to
+    out = run_example("convert.py", monkeypatch, capsys, photographs, "--minutes", 0.05, "--out", tmp_path / "out")
+    assert "UnfoldedISTA: 9 stages" in out and "shared base" in out
+    assert len(reference(tmp_path / "out").stage_map) == 9
+
+
+def test_example_download(hub, monkeypatch, capsys) -> None:
+    reference(shipped("adapters/compressive_sensing")).push_to_hub("alice/cs", token="alice-token")
+    out = run_example("download.py", monkeypatch, capsys, "alice/cs")
+    scores = {line.split(":")[0]: float(line.split()[1]) for line in out.splitlines()}
+    assert set(scores) == {"default", "sigma10", "sigma25", "sigma50"}
+    assert scores["default"] == max(scores.values()) > 25  # these measurements have no noise
+    assert hub.downloads
+
+
+def test_example_swap(monkeypatch, capsys) -> None:
+    out = run_example("swap.py", monkeypatch, capsys)
+    rows = [line.split() for line in out.splitlines()[1:]]
+    assert [int(row[0]) for row in rows] == [0, 10, 20, 30, 40, 45]
+    gains = [float(row[3]) - float(row[1]) for row in rows]
+    assert gains[0] > -0.3 and all(gain > 0.5 for gain in gains[2:]) and gains[-1] > 3
+    assert "interpolated" in out
+
+
+def test_example_finetune(photographs, tmp_path, monkeypatch, capsys) -> None:
+    out = tmp_path / "out"
+    run_example("finetune.py", monkeypatch, capsys, photographs, "--sigma", 35, "--minutes", 0.05, "--out", out)
+    lorun = reference(out)
+    assert lorun.adapter_names[-1] == "sigma35-own" and lorun.adapter_info["sigma35-own"].sigma == 35
+    assert lorun.adapter_names[:-1] == reference(shipped("adapters/compressive_sensing")).adapter_names
+
+
+def test_table_of_noise_levels(tmp_path, monkeypatch, capsys) -> None:
+    """On a small network and for no time."""
+    (tmp_path / "task.py").write_text(GREY_TASK)
+    task = load_task(str(tmp_path / "task.py"))
+    net = task.build()
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    lorun_adapt.convert(net, rank=2).save_pretrained(tmp_path / "net")
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(4):
+        Image.fromarray(camera()[40 * i : 40 * i + 40, 50 * i : 50 * i + 40]).save(images / f"{i}.png")
+    out = run_example(
+        "noise_levels.py", monkeypatch, capsys, tmp_path / "task.py", images, "--converted", tmp_path / "net",
+        "--judge", images, "--weights", tmp_path / "net.pth", "--minutes", 0.02, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert [line.split()[1] for line in out.splitlines()[-3:]] == ["10", "25", "50"]
+    assert "| between the sets for 10 and 50 |" in out and "bytes in float16" in out
+    assert lorun_adapt.from_pretrained(tmp_path / "out", net).adapter_names[1:] == ["sigma10", "sigma25", "sigma50"]
+
+
+def test_noise_that_the_reference_network_estimates() -> None:
+    task = load_task(str(shipped("examples/compressive_sensing.py")))
+    image = torch.from_numpy(camera())[None, None] / 255
+    for sigma in (0, 5, 10, 25, 50):
+        torch.manual_seed(0)
+        assert task.noise_level(task.measure(image, sigma)) == pytest.approx(sigma, rel=0.1, abs=3)
+
+
+@needs_data
+def test_published_network(tmp_path, capsys, monkeypatch) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for file in sorted(Path(JUDGED).glob("*.png"))[:6]:
+        (images / file.name).symlink_to(file)
+    task = EXAMPLES / "ista_net_plus.py"
+    code, out, _ = call(capsys, monkeypatch, "convert", task, "--rank", 8, "--out", tmp_path / "out")
+    assert code == 0 and "fcs.8" in out
+    code, out, _ = call(
+        capsys, monkeypatch, "eval", task, "--converted", tmp_path / "out", "--images", images, "--json"
+    )
+    result = json.loads(out)
+    assert result["parameters"] == 336_978 and result["parameters_converted"] <= 136_000
+    assert 28.7 < result["mean"]["psnr"] < 30 and 20 < result["mean"]["psnr_converted"] < result["mean"]["psnr"]
+
+    spec = load_task(str(task))
+    net = spec.build()
+    spec.load_weights(net, None)
+    full = lorun_adapt.convert(net, rank=28)  # the last rank at which the large kernels are adapted
+    assert set(full.stage_map.ranks["denoiser"]) == {
+        f"conv{k}_{way}" for k in (1, 2) for way in ("forward", "backward")
+    }
+    file = spec.images(images)[0]
+    scores = evaluate(spec, [file], net, full.merge_and_unload()).images[0]
+    assert abs(scores.psnr - scores.psnr_converted) < 0.5
+    fresh = spec.build()
+    fresh.load_state_dict(full.merge_and_unload().state_dict(), strict=True)
+
+
+@needs_data
+@pytest.mark.slow
+def test_quality_floors() -> None:
+    for name, floor in (("ista_net_plus", 29.2), ("compressive_sensing", 28.8)):
+        task = load_task(str(EXAMPLES / f"{name}.py"))
+        net = task.build()
+        task.load_weights(net, None)
+        assert evaluate(task, task.images(Path(JUDGED)), net, None).mean()["psnr"] > floor

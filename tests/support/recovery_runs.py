@@ -1,0 +1,83 @@
+"""Recovery's small teacher, its measurements, and ways to stop a run or to launch it on two processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from dun_zoo import Block, Denoiser, ListOfBlocks
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import lorun_adapt
+
+Batch = tuple[Tensor, Tensor]
+
+
+def teacher(stages: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    net = ListOfBlocks([Block(Denoiser()) for _ in range(stages)])
+    for p in net.parameters():
+        p.data.mul_(1.5)
+    return net.eval()
+
+
+def measurements(count: int = 8) -> list[Batch]:
+    generator = torch.Generator().manual_seed(2)
+    mask = (torch.rand(1, 1, 8, 8, generator=generator) > 0.5).float()
+    return [(torch.rand(4, 1, 8, 8, generator=generator) * mask, mask) for _ in range(count)]
+
+
+def values(lorun: lorun_adapt.LoRunModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in lorun.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def distance(net: nn.Module, original: nn.Module, batch: Batch | None = None) -> float:
+    batch = batch or measurements(9)[-1]
+    with torch.no_grad():
+        return float((net(*batch) - original(*batch)).square().mean())
+
+
+class Stopping:
+    """Batches that stop the run where the ``at``-th is asked for."""
+
+    def __init__(self, at: int, how: str) -> None:
+        self.at, self.how = at, how
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index, batch in enumerate(measurements(60)):
+            if index == self.at and self.how == "signal":
+                os.kill(os.getpid(), signal.SIGINT)
+            elif index == self.at:
+                raise KeyboardInterrupt
+            yield batch
+
+
+def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Whose mean over two batches is that of the batches put together, other than with each one's energy."""
+    return 10 * (output - target).square().mean()
+
+
+def launch(script: str, tmp_path: Path) -> dict[str, Tensor]:
+    """The tensors that a script on two processes writes into the file that it is given."""
+    (tmp_path / "launched.py").write_text(script)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*command, str(tmp_path / "launched.py"), str(tmp_path / "out.safetensors")],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return load_file(tmp_path / "out.safetensors")

@@ -1,0 +1,531 @@
+"""Ranks, configs, factorisation and alignment."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from conversions import relative
+from dun_zoo import ZOO, Attention, Block, Denoiser, Layers, ListOfBlocks, ListOfDenoisers, dncnn
+from peft import LoraConfig
+from torch import nn
+
+import lorun_adapt
+from lorun_adapt import LoRunError, LoRunModel, convert
+from lorun_adapt.factorise.align import align, hidden_channels
+from lorun_adapt.network.adapter import lowrank_terms, private_tensors
+from lorun_adapt.terms.factors import factorise, rank_for_energy
+
+
+def adapted(lorun: LoRunModel, stage: int = 0) -> dict[str, int]:
+    group = lorun.stage_map.groups[0]
+    return {name: term.rank for name, term in lowrank_terms(lorun.adapter_of(group, group.sites[stage])).items()}
+
+
+def scalings(lorun: LoRunModel) -> dict[str, float]:
+    group = lorun.stage_map.groups[0]
+    return {name: term.scaling for name, term in lowrank_terms(lorun.adapter_of(group, group.sites[0])).items()}
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    return ListOfDenoisers([dncnn(16, 5) for _ in range(4)]).eval()
+
+
+# --- factorisation -------------------------------------------------------------------------------
+
+
+def plain_error(stages: torch.Tensor, rank: int) -> float:
+    residual = stages.double() - stages.double().mean(0)
+    return float(torch.linalg.svdvals(residual)[:, rank:].square().sum())
+
+
+@pytest.mark.parametrize("shape", [(9, 32, 288), (5, 288, 32), (3, 16, 16)])
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_never_worse_than_mean_then_svd(shape, rank) -> None:
+    torch.manual_seed(rank)
+    stages = torch.randn(shape) + 2 * torch.randn(shape[1:])
+    found = factorise(stages, rank)
+    restored = found.base + found.b @ found.a
+    error = (stages - restored).square().sum((1, 2))
+    torch.testing.assert_close(found.error, error, atol=1e-9, rtol=1e-6)
+    assert float(error.sum()) <= plain_error(stages, rank) * (1 + 1e-9) + 1e-12
+    assert found.a.shape[1] == min(rank, *shape[1:])
+
+
+def test_alternating_gains_on_low_rank_stages() -> None:
+    torch.manual_seed(0)
+    stages = torch.randn(20, 20) + torch.randn(4, 20, 3) @ torch.randn(4, 3, 20) * 3
+    assert float(factorise(stages, 4).error.sum()) < 0.8 * plain_error(stages, 4)
+
+
+def test_half_precision_is_factorised_in_better() -> None:
+    torch.manual_seed(0)
+    stages = torch.randn(4, 16, 40)
+    half = factorise(stages.half(), 4)
+    assert half.base.dtype == torch.float64
+    torch.testing.assert_close(half.error, factorise(stages, 4).error, rtol=1e-2, atol=0)
+
+
+def test_complex_stages() -> None:
+    torch.manual_seed(0)
+    stages = torch.randn(4, 8, 20, dtype=torch.complex64)
+    full = factorise(stages, 8)
+    torch.testing.assert_close((full.base + full.b @ full.a).to(torch.complex64), stages)
+    assert factorise(stages, 2).error.dtype == torch.float64
+
+
+def test_rank_for_energy() -> None:
+    torch.manual_seed(0)
+    u, v = torch.linalg.qr(torch.randn(10, 4))[0], torch.linalg.qr(torch.randn(30, 4))[0]
+    term = u @ torch.diag(torch.tensor([4.0, 2, 1, 0.5])) @ v.T
+    stages = torch.stack([term, -term])
+    energy = torch.tensor([16, 4, 1, 0.25]).cumsum(0) / 21.25
+    for rank in range(1, 5):
+        assert rank_for_energy(stages, float(energy[rank - 1]) - 1e-3) == rank
+
+
+# --- what is adapted -----------------------------------------------------------------------------
+
+
+def test_by_default_where_it_is_smaller(net: nn.Module) -> None:
+    lorun = convert(net, rank=2)
+    assert adapted(lorun) == {"layers.0.weight": 2, "layers.2.weight": 2, "layers.5.weight": 2, "layers.8.weight": 2}
+    assert convert(net).peft_config["default"].r == 8
+    assert adapted(convert(net, rank=8)) == {"layers.2.weight": 8, "layers.5.weight": 8, "layers.8.weight": 8}
+    small = convert(net, rank=15)
+    assert adapted(small) == {}  # 15 * (16 + 144) > 16 * 144
+    assert relative(small(*ZOO["list_of_dncnns"]().inputs), net(*ZOO["list_of_dncnns"]().inputs)) < 1e-6
+
+
+def test_rank_as_a_share_of_energy(net: nn.Module) -> None:
+    low, high = convert(net, rank=0.2), convert(net, rank=0.6)
+    name = "layers.5.weight"
+    assert adapted(low)[name] < adapted(high)[name]
+    stacks = torch.stack([d.get_parameter(name) for d in net.denoisers]).flatten(2)
+    assert adapted(low)[name] == rank_for_energy(stacks, 0.2)
+    assert scalings(low)[name] == 1
+
+
+@pytest.mark.parametrize("rank", [0, -1, 1.5, True, "8", float("nan")])
+def test_impossible_ranks(net: nn.Module, rank) -> None:
+    with pytest.raises(LoRunError, match="rank"):
+        convert(net, rank=rank)
+    if isinstance(rank, int) and not isinstance(rank, bool):
+        with pytest.raises(LoRunError, match="rank"):
+            convert(net, LoraConfig(rank_pattern={"layers.2": rank}))
+
+
+def test_config_and_rank_together(net: nn.Module) -> None:
+    with pytest.raises(LoRunError, match="found config and rank"):
+        convert(net, LoraConfig(), rank=4)
+
+
+def test_target_modules(net: nn.Module) -> None:
+    assert adapted(convert(net, LoraConfig(target_modules=["layers.2", "8"], r=4))) == {
+        "layers.2.weight": 4,
+        "layers.8.weight": 4,
+    }
+    assert adapted(convert(net, LoraConfig(target_modules=r"layers\.[25]", r=4))) == {
+        "layers.2.weight": 4,
+        "layers.5.weight": 4,
+    }
+    with pytest.raises(LoRunError, match="match no tensor of a denoiser"):
+        convert(net, LoraConfig(target_modules=["nothing"]))
+
+
+def test_targets_match_as_peft_matches() -> None:
+    """Which tensors get a term here are those of the layers that PEFT wraps."""
+    from peft import get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    net = ListOfDenoisers([Attention() for _ in range(3)])
+    for options in (
+        {"target_modules": ["mlp.0"]},
+        {"target_modules": r".*mlp\.[02]"},
+        {"target_modules": "all-linear", "exclude_modules": ["out_proj", "attend"]},
+        {"target_modules": ["0", "2"], "exclude_modules": r"mlp\.2"},
+        {"target_modules": ["0", "2"], "rank_pattern": {"0": 3}, "alpha_pattern": {"mlp.2": 32}, "use_rslora": True},
+        {"target_modules": ["0"], "modules_to_save": ["norm"]},
+    ):
+        config = LoraConfig(r=2, **options)
+        ours = convert(net, config)
+        wrapped = get_peft_model(net.denoisers[0].__class__(), LoraConfig(r=2, **options))
+        layers = {
+            n.removeprefix("base_model.model.") + ".weight": m
+            for n, m in wrapped.named_modules()
+            if isinstance(m, LoraLayer)
+        }
+        assert adapted(ours) == {name: layer.r["default"] for name, layer in layers.items()}
+        assert scalings(ours) == pytest.approx({name: layer.scaling["default"] for name, layer in layers.items()})
+
+
+def test_target_parameters() -> None:
+    case = ZOO["list_of_raw_kernels"]()
+    lorun = convert(case.net, LoraConfig(r=2, target_parameters=["inner"], rank_pattern={"inner": 3}))
+    assert adapted(lorun) == {"inner": 3}
+    with pytest.raises(LoRunError, match="two dimensions"):
+        convert(case.net, LoraConfig(target_parameters=["threshold"]))
+
+
+def test_modules_to_save_stay_private(net: nn.Module) -> None:
+    lorun = convert(net, LoraConfig(r=2, modules_to_save=["layers.5"]))
+    assert "layers.5.weight" not in adapted(lorun)
+    group = lorun.stage_map.groups[0]
+    for site, denoiser in zip(group.sites, net.denoisers):
+        kept = private_tensors(lorun.adapter_of(group, site))["layers.5.weight"]
+        assert torch.equal(kept, denoiser.layers[5].weight) and kept.requires_grad
+    with pytest.raises(LoRunError, match="modules_to_save"):
+        convert(net, LoraConfig(modules_to_save=["nothing"]))
+
+
+def test_named_targets_are_adapted_whatever_their_size(net: nn.Module) -> None:
+    with pytest.warns(UserWarning, match="larger than the tensor"):
+        lorun = convert(net, LoraConfig(r=9, target_modules=["layers.0"]))
+    assert adapted(lorun) == {"layers.0.weight": 9}
+    with pytest.warns(UserWarning, match="above the limit of 'layers.0.weight': 9 is used"):
+        lorun = convert(net, LoraConfig(r=64, lora_alpha=128, target_modules=["layers.0"]))
+    assert adapted(lorun) == {"layers.0.weight": 9} and scalings(lorun) == {"layers.0.weight": 2}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_dropout": 0.1},
+        {"bias": "all"},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"fan_in_fan_out": True},
+        {"layers_to_transform": [0], "target_modules": ["0"]},
+        {"task_type": "CAUSAL_LM"},
+    ],
+)
+def test_options_without_a_meaning_are_errors(net: nn.Module, options) -> None:
+    with pytest.raises(LoRunError, match=next(iter(options))):
+        convert(net, LoraConfig(**options))
+
+
+def test_another_kind_of_config_is_an_error(net: nn.Module) -> None:
+    from peft import IA3Config
+
+    with pytest.raises(LoRunError, match="IA3Config"):
+        convert(net, IA3Config())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights_are_an_error(net: nn.Module, value: float) -> None:
+    net.denoisers[2].layers[5].weight.data[0, 0] = value
+    with pytest.raises(LoRunError, match="NaN or Inf in 'denoisers.2.layers.5.weight'"):
+        convert(net)
+
+
+def test_weight_norm_is_an_error_with_the_way_out() -> None:
+    utils = torch.nn.utils
+    for norm, way_out in (
+        (utils.weight_norm, utils.remove_weight_norm),
+        (utils.spectral_norm, utils.remove_spectral_norm),
+        (utils.parametrizations.weight_norm, None),
+        (utils.parametrizations.spectral_norm, None),
+    ):
+        net = ListOfDenoisers([Denoiser() for _ in range(3)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for denoiser in net.denoisers:
+                norm(denoiser.body)
+        name = way_out.__name__ if way_out else "remove_parametrizations"
+        with torch.no_grad(), pytest.raises(LoRunError, match=rf"denoisers.0.body.*remove it first.*{name}"):
+            convert(net)
+        for denoiser in net.denoisers:
+            if way_out:
+                way_out(denoiser.body)
+            else:
+                utils.parametrize.remove_parametrizations(denoiser.body, "weight")
+        convert(net)
+
+
+def test_recurrent_weights_stay_private() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(8, 32, batch_first=True)
+            self.out = nn.Linear(32, 8)
+
+        def forward(self, x):
+            return x + self.out(self.rnn(x[:, 0])[0])[:, None]
+
+    net = ListOfDenoisers([Recurrent() for _ in range(3)])
+    inputs = ZOO["list_of_denoisers"]().inputs
+    lorun = convert(net, rank=4)
+    assert set(adapted(lorun)) == {"out.weight"}
+    with torch.no_grad():
+        net.denoisers[1].out.weight.copy_(net.denoisers[0].out.weight)
+        net.denoisers[2].out.weight.copy_(net.denoisers[0].out.weight)
+    assert relative(convert(net, rank=4)(*inputs), net(*inputs)) < 1e-6
+
+
+def test_tied_tensors_within_a_stage_stay_tied() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(1, 1, 5, padding=2)
+            self.b = nn.Conv2d(1, 1, 5, padding=2)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x)))
+
+    net = ListOfDenoisers([Tied() for _ in range(3)])
+    with pytest.warns(UserWarning, match="larger"):
+        lorun = convert(net, LoraConfig(r=1, target_modules=["a"]))
+    assert [torch.equal(denoiser.a.weight, denoiser.b.weight) for denoiser in lorun.network.denoisers] == [True] * 3
+    merged = lorun.merge_and_unload()
+    assert [denoiser.a.weight is denoiser.b.weight for denoiser in merged.denoisers] == [True] * 3
+
+
+def test_constants_are_kept_once() -> None:
+    class Masked(Denoiser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("index", torch.arange(64).reshape(8, 8))
+
+    net = ListOfDenoisers([Masked() for _ in range(3)])
+    lorun = convert(net, rank=2)
+    assert [spec.name for spec in lorun.stage_map.groups[0].tensors if spec.common] == ["index"]
+    assert "index" not in private_tensors(lorun.adapters["default"]["stage_00"]["denoiser"])
+
+
+# --- alignment -----------------------------------------------------------------------------------
+
+
+def shuffled(denoiser: nn.Module) -> nn.Module:
+    """The same function with its hidden channels in another order."""
+    import copy
+
+    twin = copy.deepcopy(denoiser)
+    first, second = torch.randperm(8), torch.randperm(8)
+    twin.head.weight.data, twin.head.bias.data = denoiser.head.weight[first].data, denoiser.head.bias[first].data
+    twin.body.weight.data = denoiser.body.weight[second][:, first].data
+    twin.body.bias.data = denoiser.body.bias[second].data
+    twin.tail.weight.data = denoiser.tail.weight[:, second].data
+    return twin
+
+
+def test_where_channels_can_be_permuted() -> None:
+    places = [(place.rows, place.columns) for place in hidden_channels(Denoiser())]
+    assert places == [(("head.weight", "head.bias"), "body.weight"), (("body.weight", "body.bias"), "tail.weight")]
+    places = hidden_channels(dncnn(8, 4))
+    assert "layers.3.running_mean" in places[1].rows and places[1].columns == "layers.5.weight"
+    raw = hidden_channels(ZOO["list_of_raw_kernels"]().net.blocks[0])
+    assert [(place.rows, place.columns) for place in raw] == [(("analysis",), "inner"), (("inner",), "outer")]
+
+
+def test_skips_and_shared_layers_are_left_alone() -> None:
+    class Skip(Denoiser):
+        def forward(self, x):
+            hidden = torch.relu(self.head(x))
+            return self.tail(torch.relu(self.body(hidden)) + hidden)
+
+    assert hidden_channels(Skip()) == []
+
+
+class SometimesSkips(Denoiser):
+    """One class, but a flag decides whether hidden channels meet others on the way."""
+
+    def __init__(self, skip: bool) -> None:
+        super().__init__()
+        self.skip = skip
+
+    def forward(self, x):
+        hidden = torch.relu(self.head(x))
+        inner = torch.relu(self.body(hidden))
+        return self.tail(inner + hidden if self.skip else inner)
+
+
+class TracedInPartOnly(Denoiser):
+    """The sequence by itself would allow what the features taken from within it forbid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(self.head, nn.ReLU(), self.body, nn.ReLU())
+
+    def forward(self, x):
+        if x.shape[-1] % 2:
+            raise ValueError
+        features = []
+        for layer in self.layers:
+            x = layer(x)
+            features.append(x)
+        return self.tail(features[1] * features[3])
+
+
+@pytest.mark.parametrize(
+    "denoisers", [[SometimesSkips(k > 0) for k in range(4)], [TracedInPartOnly() for _ in range(4)]]
+)
+def test_aligning_never_changes_the_function(denoisers) -> None:
+    net = ListOfDenoisers(denoisers)
+    inputs = ZOO["list_of_denoisers"]().inputs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lorun = convert(net, LoraConfig(r=7, target_modules=["body", "2"]))
+    assert 0 < lorun.report().relative_error < 0.3
+    merged = lorun.merge_and_unload()
+    for plain, original in zip(merged.denoisers, net.denoisers):  # private tensors tell whether channels moved
+        assert torch.equal(plain.tail.weight, original.tail.weight)
+        assert torch.equal(plain.head.weight, original.head.weight)
+    assert relative(lorun(*inputs), net(*inputs)) < 0.3
+
+
+def test_permuted_copies_become_one() -> None:
+    denoiser = Denoiser()
+    net = ListOfDenoisers([shuffled(denoiser) for _ in range(4)])
+    inputs = ZOO["list_of_denoisers"]().inputs
+    lorun = convert(net, rank=1)
+    assert lorun.report().relative_error < 1e-6
+    assert relative(lorun(*inputs), net(*inputs)) < 1e-5
+
+
+def test_aligning_never_raises_the_error() -> None:
+    net = ListOfBlocks([Block(Denoiser(12)) for _ in range(5)])
+    group = lorun_adapt.find_stages(net).groups[0]
+    stacks = {spec.name: torch.stack([b.get_parameter(spec.name).data for b in net.blocks]) for spec in group.tensors}
+    ranks = {"denoiser.body.weight": 3, "denoiser.head.weight": 2}
+    moved = align(group, list(net.blocks), stacks, ranks)
+
+    def total(held):
+        return sum(float(factorise(held[n].flatten(2), r).error.sum()) for n, r in ranks.items())
+
+    assert total(moved) <= total(stacks)
+
+
+# --- figures and PEFT ----------------------------------------------------------------------------
+
+
+def test_report(net: nn.Module) -> None:
+    lorun = convert(net, rank=2)
+    report = lorun.report()
+    assert report.network_before.num_parameters == sum(p.numel() for p in net.parameters())
+    assert report.network_before.num_bytes == sum(t.numel() * t.element_size() for t in net.state_dict().values())
+    assert report.network_after.num_parameters == lorun.num_parameters()
+    assert report.denoisers_before.num_parameters == sum(p.numel() for p in net.denoisers.parameters())
+    assert sum(item.after.num_parameters for item in report.stages) + report.base.num_parameters == (
+        report.denoisers_after.num_parameters
+    )
+    group = lorun.stage_map.groups[0]
+    for item, denoiser in zip(report.stages, net.denoisers):
+        assert set(item.residuals) == set(adapted(lorun))
+        weight = lorun.merge_and_unload().denoisers[item.stage].layers[11].weight
+        if not hidden_channels(denoiser):
+            assert item.residuals["layers.11.weight"] == pytest.approx(
+                relative(weight, denoiser.layers[11].weight), rel=1e-3
+            )
+    assert "whole network" in str(report) and f"{lorun.num_parameters():,}" in str(report)
+    assert len(group.sites) == len(report.stages)
+
+
+def test_report_of_a_loop_counts_the_module_once() -> None:
+    case = ZOO["looped"]()
+    report = convert(case.net, rank=1, **case.find()).report()
+    assert report.network_before.num_parameters == sum(p.numel() for p in case.net.parameters())
+    assert report.relative_error == 0
+
+
+def test_layers_of_one_dimension() -> None:
+    net = ListOfDenoisers([Layers(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(3)])
+    inputs = ZOO["list_of_denoisers"]().inputs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lorun = convert(net, LoraConfig(r=8, target_modules="all-linear"))
+    assert relative(lorun(*inputs), net(*inputs)) < 1e-5
+
+
+# --- networks as people write them ---------------------------------------------------------------
+
+
+def test_what_the_authors_froze_stays_frozen(tmp_path) -> None:
+    class Transformed(Denoiser):
+        def __init__(self, k: int) -> None:
+            super().__init__()
+            self.dct = nn.Parameter(torch.eye(8), requires_grad=False)
+            self.noise = nn.Parameter(torch.full((2, 2), float(k)), requires_grad=False)
+
+        def forward(self, x):
+            return super().forward(x @ self.dct) + 0 * self.noise.sum()
+
+    net = ListOfDenoisers([Transformed(k) for k in range(3)])
+    lorun = convert(net, rank=1)
+    specs = {spec.name: spec for spec in lorun.stage_map.groups[0].tensors}
+    assert specs["dct"].common and not specs["noise"].common and not specs["noise"].adaptable
+    lorun.save_pretrained(tmp_path / "saved")
+    for model in (lorun, lorun_adapt.from_pretrained(tmp_path / "saved", net)):
+        assert not {"noise", "dct"} & {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
+        assert float(model.network.denoisers[2].noise.sum()) == 8
+    assert not lorun.merge_and_unload().denoisers[0].dct.requires_grad
+    net.requires_grad_(False)  # frozen as a whole, for inference: its stages are adapted all the same
+    assert set(lorun.stage_map.ranks["denoiser"]) < set(convert(net, rank=1).stage_map.ranks["denoiser"])
+
+
+def test_an_operator_used_outside_the_stages_stays_the_base() -> None:
+    class Operator(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.rand(8, 8))
+
+        def forward(self, x):
+            return x @ self.kernel
+
+    class Uses(Block):
+        def __init__(self, operator: nn.Module) -> None:
+            super().__init__(Denoiser())
+            self.operator = operator
+
+        def forward(self, x, y, mask):
+            return super().forward(self.operator(x), y, mask)
+
+    class Net(ListOfBlocks):
+        def __init__(self) -> None:
+            operator = Operator()
+            super().__init__([Uses(operator) for _ in range(3)])
+            self.operator = operator
+
+        def forward(self, y, mask):
+            return super().forward(self.operator(y), mask)
+
+    net = Net()
+    lorun = convert(net, rank=2)
+    for term in lowrank_terms(lorun.adapters["default"]["stage_00"]["denoiser"]).values():
+        nn.init.ones_(term.lora_B)
+    kernels = [lorun.network.operator.kernel, *(block.operator.kernel for block in lorun.network.blocks)]
+    assert [torch.equal(kernel, net.operator.kernel) for kernel in kernels] == [True, False, True, True]
+
+
+def test_activations_kept_as_attributes() -> None:
+    class Keeps(Denoiser):
+        def forward(self, x):
+            self.feature = torch.relu(self.head(x))
+            return x + self.tail(torch.relu(self.body(self.feature)))
+
+    net = ListOfDenoisers([Keeps() for _ in range(3)])
+    inputs = ZOO["list_of_denoisers"]().inputs
+    net(*inputs)
+    kept = net.denoisers[0].feature
+    lorun = convert(net, rank=2)
+    assert net.denoisers[0].feature is kept
+    expected = lorun(*inputs)
+    with lorun.disable_adapter():
+        lorun(*inputs)
+        with lorun.disable_adapter():
+            pass
+        assert torch.equal(lorun(*inputs), lorun.base(*inputs))
+    assert torch.equal(lorun(*inputs), expected)
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [lambda d: setattr(d, "kernels", [d.body.weight]), lambda d: setattr(d, "run", lambda x: d.body(x))],
+)
+def test_parameters_out_of_reach_are_an_error(hide) -> None:
+    net = ListOfDenoisers([Denoiser() for _ in range(3)])
+    hide(net.denoisers[1])
+    with pytest.raises(LoRunError, match=r"denoisers.1.*'(kernels|run)'"):
+        convert(net)

@@ -1,0 +1,536 @@
+"""Recovery: what it improves, what it leaves alone, and how it is stopped, resumed and repeated."""
+
+from __future__ import annotations
+
+import copy
+import re
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from dun_zoo import ZOO, Block, Case, Denoiser, ListOfBlocks
+from peft import LoraConfig
+from recovery_runs import Batch, Stopping, distance, launch, mean_squared_error, measurements, same, teacher, values
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lorun_adapt
+from lorun_adapt import LoRunError
+from lorun_adapt.cli.demo import shipped
+from lorun_adapt.factorise import weigh
+from lorun_adapt.network.observe import Observer
+from lorun_adapt.task.task import load_task
+from lorun_adapt.training import distill
+from lorun_adapt.training.distill import Distillation
+
+
+def test_every_shape_of_network_recovers(case: Case) -> None:
+    lorun = lorun_adapt.convert(case.net, rank=1, **case.find())
+    before = distance(lorun, case.net, case.inputs)
+    original = copy.deepcopy(case.net.state_dict())
+    assert lorun.recover(case.net, [case.inputs], steps=25)
+    after = distance(lorun, case.net, case.inputs)
+    assert after < 0.5 * before or before < 1e-9 and after < 1e-9
+    assert all(torch.equal(tensor, original[name]) for name, tensor in case.net.state_dict().items())
+    assert not any(p.requires_grad for p in lorun.base.parameters())
+    if not case.run_to_find and not case.exact:  # one module for several stages holds no merged weights
+        merged = distance(lorun.merge_and_unload(), case.net, case.inputs)
+        assert merged == pytest.approx(after, rel=1e-3, abs=1e-9)
+
+
+def test_convert_recovers_and_saves(tmp_path) -> None:
+    net, batches = teacher(), measurements()
+    plain = lorun_adapt.convert(net, LoraConfig(r=2, lora_alpha=2))
+    lorun = lorun_adapt.convert(net, LoraConfig(r=2, lora_alpha=2), calibration=batches, steps=60)
+    assert distance(lorun, net) < 0.3 * distance(plain, net)
+    assert lorun.num_parameters() == plain.num_parameters()
+    again = lorun_adapt.convert(net, LoraConfig(r=2, lora_alpha=2))
+    again.recover(teacher=net, calibration=batches, steps=60)
+    assert same(values(again), values(lorun))
+    lorun.save_pretrained(tmp_path / "saved")
+    loaded = lorun_adapt.from_pretrained(tmp_path / "saved", teacher())
+    with torch.no_grad():
+        assert torch.equal(loaded(*batches[0]), lorun(*batches[0]))
+    timed = lorun_adapt.convert(net, rank=2, calibration=batches, minutes=0.02)
+    assert distance(timed, net) < distance(plain, net)
+
+
+def test_modes_and_random_numbers_of_the_caller_stay() -> None:
+    net = teacher().train()
+    lorun = lorun_adapt.convert(net, rank=1)
+    lorun.train()
+    torch.manual_seed(5)
+    lorun.recover(net, measurements(), steps=2)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+    assert net.training and lorun.training and lorun.network.training
+
+
+# --- stopped, resumed, repeated ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["signal", "exception"])
+def test_ctrl_c_keeps_the_best_and_resumes_to_the_bit(how, tmp_path) -> None:
+    net, checkpoint = teacher(), tmp_path / "state.safetensors"
+    whole = lorun_adapt.convert(net, rank=2)
+    whole.recover(net, Stopping(-1, how), steps=30)
+    lorun = lorun_adapt.convert(net, rank=2)
+    before, handler = distance(lorun, net), signal.getsignal(signal.SIGINT)
+    with pytest.warns(UserWarning, match="stopped"):
+        assert not lorun.recover(net, Stopping(37, how), steps=30, resume_from=checkpoint)
+    assert distance(lorun, net) < before and checkpoint.exists()
+    assert signal.getsignal(signal.SIGINT) is handler
+    lorun = lorun_adapt.convert(net, rank=2)  # as in another process
+    assert lorun.recover(net, Stopping(-1, how), steps=30, resume_from=checkpoint)
+    assert same(values(lorun), values(whole)) and not checkpoint.exists()
+
+
+@pytest.mark.parametrize("at", [0, 1, 12])
+def test_ctrl_c_before_the_first_step(at, tmp_path) -> None:
+    net = teacher()
+    lorun = lorun_adapt.convert(net, rank=2)
+    before = values(lorun)
+    if at == 0:
+        with pytest.raises(KeyboardInterrupt):
+            lorun.recover(net, Stopping(at, "exception"), steps=30)
+    else:
+        with pytest.warns(UserWarning, match="stopped"):
+            assert not lorun.recover(net, Stopping(at, "signal"), steps=30, resume_from=tmp_path / "state")
+    assert same(values(lorun), before)
+
+
+def test_a_shuffled_loader_resumes_to_the_bit(tmp_path) -> None:
+    net, checkpoint = teacher(), tmp_path / "state.safetensors"
+    images, masks = (torch.cat(parts) for parts in zip(*[(y, mask.expand_as(y)) for y, mask in measurements()]))
+
+    def loader() -> DataLoader:
+        return DataLoader(TensorDataset(images, masks), batch_size=5, shuffle=True)
+
+    def run(calibration, **options) -> dict[str, Tensor]:
+        lorun = lorun_adapt.convert(net, rank=2, calibration=calibration, steps=25, **options)
+        return values(lorun)
+
+    class Interrupted:
+        def __init__(self) -> None:
+            self.loader, self.drawn = loader(), 0
+
+        def __iter__(self) -> Iterator[Batch]:
+            for batch in self.loader:
+                if self.drawn == 34:
+                    raise KeyboardInterrupt
+                self.drawn += 1
+                yield batch
+
+    whole = run(loader())
+    torch.manual_seed(123)  # the caller's own random state is of no consequence
+    assert same(run(loader()), whole)
+    with pytest.warns(UserWarning, match="stopped"):
+        run(Interrupted(), resume_from=checkpoint)
+    assert same(run(loader(), resume_from=checkpoint), whole)
+    assert not same(run(loader(), seed=1), whole)
+
+
+def test_a_state_of_another_run_is_refused(tmp_path) -> None:
+    net, checkpoint = teacher(), tmp_path / "state.safetensors"
+    with pytest.warns(UserWarning, match="stopped"):
+        lorun_adapt.convert(net, rank=2, calibration=Stopping(31, "exception"), steps=30, resume_from=checkpoint)
+    lorun = lorun_adapt.convert(net, rank=1)
+    before = values(lorun)
+    with pytest.raises(LoRunError, match="belongs to another run"):
+        lorun.recover(net, measurements(), steps=30, resume_from=checkpoint)
+    checkpoint.write_bytes(b"no such thing")
+    with pytest.raises(LoRunError, match="cannot read the state file"):
+        lorun.recover(net, measurements(), steps=30, resume_from=checkpoint)
+    assert same(values(lorun), before)
+
+
+def test_outside_the_main_thread() -> None:
+    net = teacher()
+    lorun = lorun_adapt.convert(net, rank=1)
+    finished = []
+    thread = threading.Thread(target=lambda: finished.append(lorun.recover(net, measurements(), steps=3)))
+    thread.start()
+    thread.join()
+    assert finished == [True]
+
+
+# --- NaN -----------------------------------------------------------------------------------------
+
+
+def test_nan_is_rolled_back() -> None:
+    net = teacher()
+    calls = []
+
+    def loss(output: Tensor, batch: Batch) -> Tensor:
+        calls.extend([1] * torch.is_grad_enabled())
+        error = (output - batch[0]).square().mean()
+        return error * float("nan") if len(calls) == 10 and torch.is_grad_enabled() else error
+
+    lorun = lorun_adapt.convert(net, rank=1)
+    with pytest.warns(UserWarning, match="the loss is nan at step .*half the learning rate"):
+        assert lorun.recover(net, measurements(), steps=30, loss=loss)
+    assert all(torch.isfinite(tensor).all() for tensor in lorun.state_dict().values())
+    with pytest.raises(LoRunError, match="the loss is NaN or Inf before training"):
+        lorun.recover(net, measurements(), steps=5, loss=lambda output, batch: output.sum() * float("nan"))
+
+
+def test_batches_with_nan_are_left_out() -> None:
+    net, batches = teacher(), measurements()
+    batches[4] = (batches[4][0] * float("nan"), batches[4][1])
+    lorun = lorun_adapt.convert(net, rank=2)
+    before = distance(lorun, net)
+    with pytest.warns(UserWarning, match="the batch is skipped"):
+        lorun.recover(net, batches, steps=30)
+    assert distance(lorun, net) < before
+    kept = values(lorun)
+    with pytest.raises(LoRunError, match="batches of calibration all have NaN or Inf"):
+        lorun.recover(net, [batches[4]], steps=3)
+    assert same(values(lorun), kept)
+    with pytest.raises(LoRunError, match="remove such batches"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lorun.recover(net, [*batches[:4], *[batches[4]] * 20], steps=30)
+    assert all(torch.isfinite(tensor).all() for tensor in values(lorun).values())
+
+
+# --- networks that work in place, draw random numbers, or return more than an image ----------------
+
+
+class Odd(nn.Module):
+    """A stage that adds noise of its own, and changes its input and its output in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.denoiser = Denoiser()
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, object]:
+        y.mul_(1.01)
+        out = self.denoiser(x + 0.05 * torch.randn_like(x))
+        return {"log": [out.detach().mean().item()], "image": out, "residual": 1e-6 * self.denoiser(y)}
+
+
+class OddNetwork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Odd() for _ in range(3))
+
+    def forward(self, y: Tensor) -> dict[str, object]:
+        x, residuals = y.clone(), []
+        for block in self.blocks:
+            found = block(x, y)
+            x = found["image"]
+            x.add_(y, alpha=0.1)
+            residuals.append(found["residual"])
+        return {"residuals": residuals, "restored": x, "time": 3}
+
+
+def odd() -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    return OddNetwork().eval(), [torch.rand(4, 1, 8, 8, generator=generator) for _ in range(4)]
+
+
+def test_in_place_random_and_nested() -> None:
+    net, batches = odd()
+    kept = [batch.clone() for batch in batches]
+    lorun = lorun_adapt.convert(net, rank=1)
+
+    def error(seed: int) -> float:
+        outputs = []
+        for network in (lorun, net):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                outputs.append(network(batches[0].clone())["restored"])
+        return float((outputs[0] - outputs[1]).square().mean())
+
+    before = error(1)
+    lorun.recover(net, batches, steps=60)
+    assert error(1) < 0.4 * before
+    assert all(torch.equal(a, b) for a, b in zip(batches, kept))
+
+
+def test_only_what_later_stages_read_is_distilled() -> None:
+    net, batches = odd()
+    lorun = lorun_adapt.convert(net, rank=1)
+    observer = Observer(net, lorun.stage_map, (batches[0],))
+    output = net(batches[0].clone())
+    assert observer._final == [len(output["residuals"])]
+    assert observer._handed_on == [[0]] * 3
+    same_network = Distillation(copy.deepcopy(net), net, observer)
+    total, final, psnr = same_network(lambda: (batches[0],), 3)
+    assert float(total.detach()) == 0 and float(final) == 0 and float(psnr) > 100
+
+
+class ComplexStage(nn.Module):
+    """A denoiser of k-space: complex kernels, on real and imaginary parts at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(6, 1, 3, 3, dtype=torch.complex64) / 4)
+        self.middle = nn.Parameter(torch.randn(6, 6, 3, 3, dtype=torch.complex64) / 8)
+        self.last = nn.Parameter(torch.randn(1, 6, 3, 3, dtype=torch.complex64) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.conv2d(x, self.first, padding=1)
+        hidden = hidden / (1 + hidden.abs())
+        hidden = nn.functional.conv2d(hidden, self.middle, padding=1)
+        return x + nn.functional.conv2d(hidden / (1 + hidden.abs()), self.last, padding=1)
+
+
+def test_complex_networks() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(ComplexStage() for _ in range(3))).eval()
+    batches = [torch.randn(2, 1, 8, 8, dtype=torch.complex64) for _ in range(4)]
+    lorun = lorun_adapt.convert(net, rank=2, stages="*")
+
+    def error() -> float:
+        with torch.no_grad():
+            return float((lorun(batches[0]) - net(batches[0])).abs().square().mean())
+
+    before = error()
+    assert any(p.is_complex() for p in lorun.parameters())
+    lorun.recover(net, batches, steps=40)
+    assert error() < 0.5 * before
+
+
+# --- memory and processes ------------------------------------------------------------------------
+
+
+def test_memory_of_a_training_step() -> None:
+    task = load_task(str(shipped("examples/compressive_sensing.py")))
+    net = task.build()
+    task.load_weights(net, None)
+    batch = task.measure(torch.rand(2, 1, 99, 99, generator=torch.Generator().manual_seed(0)))
+    lorun = lorun_adapt.convert(net)
+    lorun.base.requires_grad_(True)
+
+    def saved(step) -> int:
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)
+            return tensor
+
+        alive: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            step().backward()
+        return sum(kept.values())
+
+    truth = net(*batch).detach() + 0.1
+    plain = saved(lambda: (net(*batch) - truth).square().mean())
+    distillation = Distillation(lorun, net, Observer(net, lorun.stage_map, batch))
+    assert saved(lambda: distillation(lambda: batch, 0)[0]) <= 1.01 * plain
+
+
+LAUNCHED = """
+import sys
+import torch
+from safetensors.torch import save_file
+import lorun_adapt
+from lorun_adapt.factorise import weigh
+from lorun_adapt.training import distill
+from lorun_adapt.training.processes import process_state
+from recovery_runs import mean_squared_error, measurements, teacher
+
+weigh.PROBES = 0  # these would be batches of another size
+distill.relative_error = mean_squared_error
+lorun = lorun_adapt.convert(teacher(), rank=2)
+lorun.recover(teacher(), measurements(2 + 2 * 12), steps=12)
+assert process_state().num_processes == 2
+if process_state().is_main_process:
+    state = lorun.merge_and_unload().state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, sys.argv[1])
+"""
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch) -> None:
+    found = launch(LAUNCHED, tmp_path)
+    monkeypatch.setattr(weigh, "PROBES", 0)
+    monkeypatch.setattr(distill, "relative_error", mean_squared_error)
+    batches = measurements(2 + 2 * 12)
+    pairs = [(torch.cat([a[0], b[0]]), a[1]) for a, b in zip(batches[2::2], batches[3::2])]
+    lorun = lorun_adapt.convert(teacher(), rank=2)
+    start = lorun.merge_and_unload()
+    lorun.recover(teacher(), [*batches[:2], *pairs], steps=12)
+    one, two = lorun.merge_and_unload(), teacher()
+    two.load_state_dict(found)
+    assert distance(one, two) < 0.02 * distance(one, start)
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([], "calibration has no batches"),
+        (iter(()), "calibration has no batches"),
+        (5, "iterable"),
+        (torch.rand(2, 1, 8, 8), "iterable"),
+        ([{"y": 1}], "tuple of the forward's arguments"),
+        ([()], "an empty tuple"),
+        ([torch.rand(4, 1, 8, 8)], "first batch of calibration, found TypeError"),
+        ([(torch.rand(4, 3, 8, 8), torch.rand(1, 3, 8, 8))], "first batch of calibration, found RuntimeError"),
+    ],
+)
+def test_bad_calibration(calibration, message) -> None:
+    net = teacher()
+    lorun = lorun_adapt.convert(net, rank=1)
+    before = values(lorun)
+    with pytest.raises(LoRunError, match=message):
+        lorun.recover(net, calibration, steps=5)
+    assert same(values(lorun), before) and not any(p.requires_grad for p in lorun.base.parameters())
+
+
+def test_bad_arguments() -> None:
+    net, batches = teacher(), measurements()
+    lorun = lorun_adapt.convert(net, rank=1)
+    for options in ({}, {"minutes": 1, "steps": 2}, {"minutes": 0}, {"minutes": -1}, {"steps": 1.5}, {"steps": True}):
+        with pytest.raises(LoRunError, match="minutes|steps"):
+            lorun.recover(net, batches, **options)
+        with pytest.raises(LoRunError, match="minutes|steps"):
+            lorun_adapt.convert(net, calibration=batches, **options)
+    with pytest.raises(LoRunError, match="expected calibration"):
+        lorun_adapt.convert(net, rank=1, minutes=3)
+    with pytest.raises(LoRunError, match="teacher"):
+        lorun.recover(teacher(stages=4), batches, steps=1)
+    with pytest.raises(LoRunError, match="teacher"):
+        lorun.recover("net", batches, steps=1)
+
+
+def test_other_sets_stand_in_the_way(tmp_path) -> None:
+    net = teacher()
+    lorun = lorun_adapt.convert(net, rank=1)
+    lorun.save_pretrained(tmp_path / "saved")
+    lorun.load_adapter(tmp_path / "saved", "other")
+    with pytest.raises(LoRunError, match="recover first"):
+        lorun.recover(net, measurements(), steps=1)
+
+
+def test_an_iterator_that_ends_is_gone_through_again() -> None:
+    net = teacher()
+    by_list = lorun_adapt.convert(net, rank=1, calibration=measurements(5), steps=12)
+    by_iterator = lorun_adapt.convert(net, rank=1, calibration=iter(measurements(5)), steps=12)
+    assert same(values(by_list), values(by_iterator))
+
+
+def test_ground_truth_behind_the_arguments() -> None:
+    net = teacher()
+    pairs = [(y, mask, 0.3 * y.flip(-1)) for y, mask in measurements()]  # far from what the teacher gives
+
+    def loss(output: Tensor, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return (output - batch[2]).square().mean()
+
+    lorun = lorun_adapt.convert(net, rank=2, calibration=pairs, steps=60, loss=loss)
+    by_distance = lorun_adapt.convert(net, rank=2, calibration=pairs, steps=60)
+    with torch.no_grad():
+        assert loss(lorun(*pairs[0][:2]), pairs[0]) < 0.8 * loss(by_distance(*pairs[0][:2]), pairs[0])
+
+
+# --- budget --------------------------------------------------------------------------------------
+
+
+def least_budget(net: nn.Module) -> int:
+    """What the error names, for a budget that is too small."""
+    with pytest.raises(LoRunError, match="at least [0-9,]+ parameters") as caught:
+        lorun_adapt.convert(net, budget=1)
+    return int(re.findall("at least ([0-9,]+) parameters", str(caught.value))[0].replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(ZOO) - {"looped", "one_block_many_times", "ends_around_a_loop", "shared_body"})
+)
+def test_budget_is_kept(name) -> None:
+    net = ZOO[name]().net
+    before = sum(p.numel() for p in net.parameters())
+    least = least_budget(net)
+    assert least <= lorun_adapt.convert(net, rank=1).num_parameters()
+    for budget in (least, (least + before) // 2, 0.9):
+        limit = budget if budget >= 1 else int(budget * before)
+        if limit < least:
+            continue
+        lorun = lorun_adapt.convert(net, budget=budget)
+        assert lorun.num_parameters() <= limit
+    with pytest.raises(LoRunError, match=f"at least {least:,} parameters"):
+        lorun_adapt.convert(net, budget=least - 1)
+
+
+def test_budget_buys_what_keeps_most() -> None:
+    net = teacher()
+    with torch.no_grad():
+        for block in net.blocks[1:]:  # one tensor alike in all stages, so that any rank is wasted on it
+            for a, b in zip(block.parameters(), net.blocks[0].parameters()):
+                if a.ndim == 4 and a.shape[:2] == (8, 8):
+                    a.copy_(b)
+                    break
+    least = lorun_adapt.convert(net, rank=1).num_parameters()
+    ranks = lorun_adapt.convert(net, budget=least + 300).stage_map.ranks
+    found = [rank for tensors in ranks.values() for rank in tensors.values()]
+    assert min(found) == 1 < max(found)
+    for bad in (0, -5, True, "half", 10.5):
+        with pytest.raises(LoRunError, match="budget"):
+            lorun_adapt.convert(net, budget=bad)
+    with pytest.raises(LoRunError, match="one of config, rank and budget"):
+        lorun_adapt.convert(net, budget=0.5, rank=2)
+
+
+class TwoWays(Denoiser):
+    """One way has large weights and shows little in the output, the other shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.shown = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.hidden.weight.data.mul_(10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        head = torch.relu(self.head(x))
+        return x + self.tail(1e-4 * self.hidden(head) + self.shown(head))
+
+
+def test_budget_is_spent_on_what_the_output_is_sensitive_to() -> None:
+    torch.manual_seed(0)
+    net = ListOfBlocks([Block(TwoWays()) for _ in range(3)]).eval()
+    for p in net.parameters():
+        p.data.mul_(1.5)
+    budget = least_budget(net) + 800
+    ranks = lorun_adapt.convert(net, budget=budget).stage_map.ranks["denoiser"]
+    assert ranks["denoiser.hidden.weight"] > ranks["denoiser.shown.weight"] == 1
+    lorun = lorun_adapt.convert(net, budget=budget, calibration=measurements(), steps=5)
+    ranks = lorun.stage_map.ranks["denoiser"]
+    assert ranks["denoiser.shown.weight"] > ranks["denoiser.hidden.weight"] == 1
+    assert lorun.num_parameters() <= budget
+
+
+def test_a_budget_goes_to_a_base_only_where_stages_have_much_in_common(tmp_path) -> None:
+    net = teacher()
+    body = "denoiser.body.weight"
+    with torch.no_grad():
+        for block in net.blocks[1:]:
+            kernel = block.get_parameter(body)
+            kernel.copy_(net.blocks[0].get_parameter(body) + 0.05 * kernel)
+    lorun = lorun_adapt.convert(net, budget=0.6)
+    tensors = lorun.stage_map.groups[0].tensors
+    assert {spec.name: spec.without_base for spec in tensors if spec.smaller(1)}[body] is False
+    without = [spec.name for spec in tensors if spec.without_base]
+    assert without  # the other kernels are drawn anew for each stage
+    for name in without:
+        base = lorun.base.get_parameter(f"blocks.0.{name}")
+        assert not base.any() and not base.requires_grad
+
+    lorun.recover(net, measurements(), steps=3)
+    assert not any(lorun.base.get_parameter(f"blocks.0.{name}").any() for name in without)
+    lorun.save_pretrained(tmp_path / "saved")
+    held = load_file(tmp_path / "saved/base.safetensors")
+    assert f"blocks.0.{body}" in held and not any(f"blocks.0.{name}" in held for name in without)
+    loaded = lorun_adapt.from_pretrained(tmp_path / "saved", net)
+    batch = next(iter(measurements()))
+    assert torch.equal(loaded(*batch), lorun(*batch))
+    assert loaded.num_parameters() == lorun.num_parameters() <= 0.6 * sum(p.numel() for p in net.parameters())
+    assert loaded.report().network_after.num_parameters == loaded.num_parameters()
+    assert loaded.fingerprint == lorun.fingerprint
+    torch.testing.assert_close(loaded.merge_and_unload()(*batch), lorun(*batch))
