@@ -276,8 +276,8 @@ def _check_separate(modules: Mapping[str, nn.Module], groups: Sequence[Sequence[
         inside = any(id(child) != key and id(child) in objects for child in module.modules())
         if len({index for index, _ in found}) > 1 or not right or (looped and not callable_) or inside:
             raise LoRunError(
-                f"expected separate stages in {file}, found one twice or inside another at {found[0][1].module!r}: "
-                "save it anew or download it again"
+                f"the stages in {file} are not separate, as one appears twice or inside another at "
+                f"{found[0][1].module!r}: save it anew or download it again"
             )
 
 
