@@ -14,8 +14,10 @@ from torch import nn
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel, convert
 from lorun_adapt.factorise.align import align, hidden_channels
-from lorun_adapt.network.adapter import terms_of, private_tensors
+from lorun_adapt.network.adapter import private_tensors, terms_of
 from lorun_adapt.terms.factors import factorise, rank_for_energy
+from lorun_adapt.terms.lowrank import LowRank
+from lorun_adapt.terms.term import Setting
 
 
 def adapted(lorun: LoRunModel, stage: int = 0) -> dict[str, int]:
@@ -118,7 +120,7 @@ def test_impossible_ranks(net: nn.Module, rank) -> None:
 
 
 def test_config_and_rank_together(net: nn.Module) -> None:
-    with pytest.raises(LoRunError, match="found config and rank"):
+    with pytest.raises(LoRunError, match="config and rank exclude each other"):
         convert(net, LoraConfig(), rank=4)
 
 
@@ -390,7 +392,8 @@ def test_aligning_never_raises_the_error() -> None:
     group = lorun_adapt.find_stages(net).groups[0]
     stacks = {spec.name: torch.stack([b.get_parameter(spec.name).data for b in net.blocks]) for spec in group.tensors}
     ranks = {"denoiser.body.weight": 3, "denoiser.head.weight": 2}
-    moved = align(group, list(net.blocks), stacks, ranks)
+    settings = {name: Setting(rank) for name, rank in ranks.items()}
+    moved = align(group, list(net.blocks), stacks, settings, LowRank)
 
     def total(held):
         return sum(float(factorise(held[n].flatten(2), r).error.sum()) for n, r in ranks.items())

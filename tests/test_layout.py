@@ -67,7 +67,7 @@ def test_nothing_imports_upwards(file: str) -> None:
 
 
 def test_what_stands_at_the_root() -> None:
-    expected = {"__init__.py", "__main__.py", "_version.py", "py.typed", "errors.py", "conversion.py"}
+    expected = {"__init__.py", "__main__.py", "_version.py", "py.typed", "errors.py", "conversion.py", "README.md"}
     assert {path.name for path in ROOT.iterdir() if path.is_file()} == expected
     assert {folder.name for folder in FOLDERS} | {"errors", "_version", "conversion"} == set(FLOOR)
 
@@ -97,7 +97,7 @@ def test_one_kind_of_term_is_named_in_few_places() -> None:
     named = [
         file.relative_to(ROOT).as_posix()
         for file in MODULES
-        if re.search(r"\bLowRank\b|lora_A|terms_of", file.read_text())
+        if re.search(r"\bLowRank\b|lora_A|lowrank_terms", file.read_text())
     ]
     others = [file for file in named if file not in ("terms/lowrank.py", "terms/registry.py")]
     assert len(others) <= 1 and all(file.startswith("peft_format/") for file in others), others

@@ -24,7 +24,7 @@ import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel
 from lorun_adapt.files.adapter_info import read_adapter_info
 from lorun_adapt.files.description import as_text
-from lorun_adapt.model.noise_choice import INTERPOLATED
+from lorun_adapt.files.layout import INTERPOLATED
 from lorun_adapt.network.converted import AdapterInfo, Quality
 from lorun_adapt.network.noise import between, mixed
 from lorun_adapt.task.task import load_task
@@ -113,7 +113,7 @@ def test_it_is_saved_and_loaded(tmp_path) -> None:
 def test_what_is_one_sigma(noise) -> None:
     lorun, _ = converted()
     lorun.set_noise("default", sigma=noise)
-    assert lorun.adapter_info["default"].noise_schedule == 25.0
+    assert lorun.adapter_info["default"] == AdapterInfo(sigma=25.0)
     lorun.set_noise("default", noise_schedule=torch.linspace(1, 3, 3))
     assert lorun.adapter_info["default"].noise_schedule == (1, 2, 3)
 
@@ -126,6 +126,11 @@ def test_what_is_no_noise(noise) -> None:
         lorun.set_noise("default", sigma=noise)
     with pytest.raises(LoRunError, match="one sigma of 0 or more for the measurements, or 3"):
         lorun.finetune(noisy(), "new", noise_schedule=noise, steps=3, loss=to_truth)
+    for one, several in ((None, 25), ([1, 2, 3], None), (25, [1, 2, 3])):
+        with pytest.raises(LoRunError, match="as the other|not both"):
+            lorun.set_noise("default", sigma=one, noise_schedule=several)
+        with pytest.raises(LoRunError, match="as the other|not both"):
+            lorun.finetune(noisy(), "new", sigma=one, noise_schedule=several, steps=3, loss=to_truth)
     assert lorun.adapter_info == {"default": AdapterInfo()} and same(frozen(lorun), before)
     with pytest.raises(LoRunError, match="found 'other'"):
         lorun.set_noise("other", sigma=1)
@@ -156,10 +161,10 @@ GOOD = {"noise_schedule": 25.0, "measured": [vars(Quality("a", 1, 0.0, 1.0, 1.0)
     ],
 )
 def test_damage_is_refused(wrong) -> None:
-    assert read_adapter_info(json.dumps(GOOD).encode(), 3, "here").noise_schedule == 25
+    assert read_adapter_info(json.dumps(GOOD).encode(), 3, "here").sigma == 25
     backwards = {**GOOD, "measured": [dict(reversed(GOOD["measured"][0].items()))]}
     assert read_adapter_info(json.dumps(backwards).encode(), 3, "here").quality == (Quality("a", 1, 0.0, 1.0, 1.0),)
-    with pytest.raises(LoRunError, match="found wrong '.*' in here"):
+    with pytest.raises(LoRunError, match="here has an invalid '"):
         read_adapter_info(json.dumps(wrong).encode(), 3, "here")
 
 
