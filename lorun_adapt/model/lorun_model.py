@@ -7,7 +7,7 @@ import dataclasses
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -169,7 +169,7 @@ class LoRunModel(nn.Module):
             wanted = self._running.wanted(adapter)
             for stage, name in wanted.items():
                 self._store.check_known(name)
-                self._check_holds(name, stage, self._store.holds(name, stage))
+                _check_holds(name, stage, self._store.stages(name))
             network = self._network_for(wanted)
             before = self._running.names
             self._running.active, self._running.inference_mode, self.network = wanted, inference_mode, network
@@ -663,7 +663,7 @@ class LoRunModel(nn.Module):
             wanted = [self._running.wanted(name) for name in names]
             for stage, name in [item for active in wanted for item in active.items()]:
                 self._store.check_known(name)
-                self._check_holds(name, stage, self._store.holds(name, stage))
+                _check_holds(name, stage, self._store.stages(name))
             if not wanted:
                 raise LoRunError("no adapter set to merge: name one in adapter_names")
             choices, active = [self._choice(active) for active in wanted], wanted[0]
@@ -818,7 +818,7 @@ class LoRunModel(nn.Module):
         """Hold a set under a name, in place of one that has it; if that one runs, run the new one."""
         for stage, active in self._running.active.items():
             if active == name:
-                self._check_holds(name, stage, stage in held.adapters)
+                _check_holds(name, stage, held.adapters)
         before = self._store.get(name) if name in self._store else None
         self._store.put(name, held)
         self._running.forget(name)
@@ -836,14 +836,6 @@ class LoRunModel(nn.Module):
         for name in set(names):
             stages = [] if frozen else [stage for stage, active in running.active.items() if active == name]
             self._store.set_trainable(name, stages, outside=not frozen and running.everywhere == name)
-
-    def _check_holds(self, name: str, stage: int, holds: bool) -> None:
-        if not holds:
-            held = self._store.stages(name) if name in self._store else []
-            raise LoRunError(
-                f"the set {name!r} has no adapter for stage {stage}, only for {held}: name the stages that it is for, "
-                "as {stage: name}"
-            )
 
     def _check_new(self, name: str) -> None:
         check_adapter_name(name)
@@ -908,3 +900,11 @@ class LoRunModel(nn.Module):
         if now != before:
             for name, info in self.adapter_info.items():
                 self.adapter_info[name] = dataclasses.replace(info, quality=())
+
+
+def _check_holds(name: str, stage: int, stages: Collection[int]) -> None:
+    if stage not in stages:
+        raise LoRunError(
+            f"the set {name!r} has no adapter for stage {stage}, only for {list(stages)}: name the stages that it is for, "
+            "as {stage: name}"
+        )

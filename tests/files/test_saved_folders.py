@@ -221,7 +221,7 @@ def test_damage_is_an_error(saved: Path, blocks: Case, tmp_path: Path) -> None:
                 (tmp_path / "damaged" / name).unlink()
             else:
                 (tmp_path / "damaged" / name).write_bytes(damage((saved / name).read_bytes()))
-            with pytest.raises(LoRunError, match="expected .*found|cannot read .*; |not valid JSON: "):
+            with pytest.raises(LoRunError, match="expected .*found|cannot read .*; |not valid JSON: |no lorun_config.json in .*: |has an invalid .*: |another hash.*: "):
                 lorun_adapt.from_pretrained(tmp_path / "damaged", blocks.net)
 
 
@@ -318,7 +318,7 @@ def test_one_stage_from_a_file(two, saved: Path, blocks: Case) -> None:
     lorun, _, untrained = two
     for source in (saved, saved / "adapters/default", saved / "adapters/default/stage_02"):
         lorun.load_adapter(source, "single", stage=2)
-        with pytest.raises(LoRunError, match="'single' to hold stage 0, found only \\[2\\]"):
+        with pytest.raises(LoRunError, match="'single' has no adapter for stage 0, only for \\[2\\]"):
             lorun.set_adapter("single")
         lorun.set_adapter({2: "single"})
         one = lorun(*blocks.inputs)
@@ -333,7 +333,7 @@ def test_one_stage_from_a_file(two, saved: Path, blocks: Case) -> None:
 
 @pytest.mark.parametrize("name", ["", "../evil", "a.b", "a/b", "keys", "forward", "-x"])
 def test_names_that_cannot_be(lorun: LoRunModel, saved: Path, name: str) -> None:
-    with pytest.raises(LoRunError, match="adapter name"):
+    with pytest.raises(LoRunError, match="cannot be called"):
         lorun.load_adapter(saved, name)
 
 
@@ -344,6 +344,6 @@ def test_adapters_of_another_base_are_refused(lorun: LoRunModel, saved: Path, bl
     with pytest.raises(LoRunError, match="for the base"):
         other.load_adapter(saved, "first")
     assert other.adapter_names == ["default"]
-    with pytest.raises(LoRunError, match="expected a folder"):
+    with pytest.raises(LoRunError, match="no folder at"):
         lorun.load_adapter(saved / "nothing", "first")
     assert torch.equal(lorun(*blocks.inputs), expected)

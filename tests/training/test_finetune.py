@@ -170,10 +170,10 @@ def test_a_stopped_set_is_gone_on_with(tmp_path) -> None:
     with pytest.warns(UserWarning, match="fine-tuning was stopped"):
         run(lorun, stopping())
     lorun.save_pretrained(tmp_path / "saved")
-    with pytest.raises(LoRunError, match="a new name"):
+    with pytest.raises(LoRunError, match="a set 'new' already"):
         lorun.finetune(noisy(), "new", steps=30, loss=to_truth)
     before = {name: tensor.clone() for name, tensor in lorun.state_dict().items()}
-    with pytest.raises(LoRunError, match="found 'nothing'"):
+    with pytest.raises(LoRunError, match="no adapter set 'nothing'"):
         lorun.finetune(noisy(), "new", "nothing", steps=30, loss=to_truth, resume_from=tmp_path / "state.safetensors")
     assert same(lorun.state_dict(), before) and lorun.active_adapters == ["new"]
     again = lorun_adapt.from_pretrained(tmp_path / "saved", net)
@@ -184,13 +184,13 @@ def test_a_stopped_set_is_gone_on_with(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((noisy(), "new"), {"steps": 3}, "a loss with the truth, or a teacher, found neither"),
-        ((noisy(), "default"), {"steps": 3, "loss": to_truth}, "a new name"),
-        ((noisy(), "new", "nothing"), {"steps": 3, "loss": to_truth}, "found 'nothing'"),
-        ((noisy(), "new", ["default", "nothing"]), {"steps": 3, "loss": to_truth}, "found 'nothing'"),
-        ((noisy(), "default", []), {"steps": 3, "loss": to_truth}, "a new name"),
+        ((noisy(), "new"), {"steps": 3}, "nothing to minimise: give loss="),
+        ((noisy(), "default"), {"steps": 3, "loss": to_truth}, "a set 'default' already"),
+        ((noisy(), "new", "nothing"), {"steps": 3, "loss": to_truth}, "no adapter set 'nothing'"),
+        ((noisy(), "new", ["default", "nothing"]), {"steps": 3, "loss": to_truth}, "no adapter set 'nothing'"),
+        ((noisy(), "default", []), {"steps": 3, "loss": to_truth}, "a set 'default' already"),
         ((noisy(), "new", []), {"steps": 3, "loss": to_truth}, "as many weights as adapters"),
-        ((noisy(), "a/b"), {"steps": 3, "loss": to_truth}, "an adapter name"),
+        ((noisy(), "a/b"), {"steps": 3, "loss": to_truth}, "cannot be called 'a/b'"),
         ((noisy(), "new"), {"loss": to_truth}, "neither minutes nor steps"),
         ((iter([]), "new"), {"steps": 3, "loss": to_truth}, "calibration has no batches"),
         ((iter([(torch.rand(2, 3),)]), "new"), {"steps": 3, "loss": to_truth}, "to run on the first batch"),

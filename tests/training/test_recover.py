@@ -395,7 +395,7 @@ def test_bad_arguments() -> None:
             lorun.recover(net, batches, **options)
         with pytest.raises(LoRunError, match="minutes|steps"):
             lorun_adapt.convert(net, calibration=batches, **options)
-    with pytest.raises(LoRunError, match="expected calibration"):
+    with pytest.raises(LoRunError, match="are for recovery: pass calibration"):
         lorun_adapt.convert(net, rank=1, minutes=3)
     with pytest.raises(LoRunError, match="teacher"):
         lorun.recover(teacher(stages=4), batches, steps=1)
@@ -408,7 +408,7 @@ def test_other_sets_stand_in_the_way(tmp_path) -> None:
     lorun = lorun_adapt.convert(net, rank=1)
     lorun.save_pretrained(tmp_path / "saved")
     lorun.load_adapter(tmp_path / "saved", "other")
-    with pytest.raises(LoRunError, match="recover first"):
+    with pytest.raises(LoRunError, match="recover with one set"):
         lorun.recover(net, measurements(), steps=1)
 
 
@@ -475,7 +475,7 @@ def test_budget_buys_what_keeps_most() -> None:
     for bad in (0, -5, True, "half", 10.5):
         with pytest.raises(LoRunError, match="budget"):
             lorun_adapt.convert(net, budget=bad)
-    with pytest.raises(LoRunError, match="one of config, rank and budget"):
+    with pytest.raises(LoRunError, match="rank and budget exclude each other"):
         lorun_adapt.convert(net, budget=0.5, rank=2)
 
 
