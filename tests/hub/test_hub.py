@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import hub_server
@@ -15,10 +14,10 @@ from conversions import SET, train_a_bit
 from dun_zoo import ZOO, Case
 from hub_server import ROUTES, HubServer
 from huggingface_hub import constants, utils
+from tasks import command
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel
-from lorun_adapt.cli import main as cli
 from lorun_adapt.files.description import as_text
 from lorun_adapt.hub.repository import Repository
 from lorun_adapt.hub.transfer import pull
@@ -490,15 +489,6 @@ def test_a_safetensors_file(lorun: LoRunModel, blocks: Case, tmp_path: Path) -> 
 
 
 # --- the command line ----------------------------------------------------------------------------
-
-
-def command(capsys, monkeypatch, *arguments: object) -> tuple[int, str]:
-    """The exit code of a command and what it prints."""
-    monkeypatch.setattr(sys, "argv", ["lorun-adapt", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    captured = capsys.readouterr()
-    return ended.value.code or 0, captured.out + captured.err
 
 
 def test_push_list_and_pull(
