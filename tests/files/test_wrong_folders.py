@@ -279,7 +279,11 @@ HURT_BASE: dict[str, tuple[Callable[[Path], object], bool, str]] = {
         True,
         r"'blocks.0.step' of shape \(\)",
     ),
-    "base_nan": (tensors(lambda t: t["blocks.0.step"].fill_(float("nan")), "base.safetensors"), True, "holds NaN or Inf"),
+    "base_nan": (
+        tensors(lambda t: t["blocks.0.step"].fill_(float("nan")), "base.safetensors"),
+        True,
+        "holds NaN or Inf",
+    ),
     "base_pickle": (lambda f: torch_file(f, "base.safetensors"), True, "found a pickle"),
     "base_link_out": (lambda f: link_out(f, "base.safetensors"), True, "leads out of"),
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import hub_server
@@ -15,10 +14,10 @@ from conversions import SET, train_a_bit
 from dun_zoo import ZOO, Case
 from hub_server import ROUTES, HubServer
 from huggingface_hub import constants, utils
+from tasks import command
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel
-from lorun_adapt.cli import main as cli
 from lorun_adapt.files.description import as_text
 from lorun_adapt.hub.repository import Repository
 from lorun_adapt.hub.transfer import pull
@@ -487,49 +486,3 @@ def test_a_safetensors_file(lorun: LoRunModel, blocks: Case, tmp_path: Path) -> 
     (tmp_path / "mine" / "adapter_config.json").unlink()
     with pytest.raises(LoRunError, match="adapter_config.json"):
         lorun.load_adapter(tmp_path / "mine" / "best.safetensors", "mine", stage=2)
-
-
-# --- the command line ----------------------------------------------------------------------------
-
-
-def command(capsys, monkeypatch, *arguments: object) -> tuple[int, str]:
-    """The exit code of a command and what it prints."""
-    monkeypatch.setattr(sys, "argv", ["lorun-adapt", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    captured = capsys.readouterr()
-    return ended.value.code or 0, captured.out + captured.err
-
-
-def test_push_list_and_pull(
-    hub: HubServer, lorun: LoRunModel, blocks: Case, tmp_path: Path, capsys, monkeypatch
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", "alice-token")
-    lorun.save_pretrained(tmp_path / "saved")
-    code, text = command(capsys, monkeypatch, "push", tmp_path / "saved", "alice/net", "--private")
-    assert code == 0 and hub.endpoint in text and hub.repos["alice/net"].private
-    for source in (tmp_path / "saved", "alice/net"):
-        code, text = command(capsys, monkeypatch, "list", source)
-        assert code == 0 and "ListOfBlocks, with its base" in text and "default" in text and " 4 " in text
-    code, text = command(capsys, monkeypatch, "pull", "alice/net", "--out", tmp_path / "pulled")
-    assert code == 0
-    for file in (tmp_path / "saved").rglob("*.*"):
-        assert (tmp_path / "pulled" / file.relative_to(tmp_path / "saved")).read_bytes() == file.read_bytes()
-    assert torch.equal(
-        lorun_adapt.from_pretrained(tmp_path / "pulled", blocks.net)(*blocks.inputs), lorun(*blocks.inputs)
-    )
-
-
-def test_commands_end_with_2(hub: HubServer, lorun: LoRunModel, tmp_path: Path, capsys, monkeypatch) -> None:
-    lorun.save_pretrained(tmp_path / "saved")
-    monkeypatch.setenv("HF_TOKEN", "alice-token")
-    (tmp_path / "saved" / SET / "stage_01" / "adapter_config.json").write_text("{}")
-    for arguments, message in (
-        (("push", tmp_path / "saved", "alice/net"), "is missing or was changed after it was saved"),
-        (("pull", "alice/none", "--out", tmp_path / "out"), "a repository alice/none, found none"),
-        (("list", tmp_path), "a saved conversion or user/name"),
-        (("list", tmp_path / "saved", "--revision", "v1"), "a saved conversion or user/name"),
-    ):
-        code, text = command(capsys, monkeypatch, *arguments)
-        assert code == 2 and message in text
-    assert not hub.repos and not (tmp_path / "out").exists()
