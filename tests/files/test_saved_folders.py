@@ -210,6 +210,9 @@ def test_without_an_exchange_a_kill_between_two_renames_loses_nothing(
 # --- what does not load --------------------------------------------------------------------------
 
 
+REFUSED = "expected .*found|cannot read .*; |not valid JSON: |no lorun_config.json in .*: |has an invalid .*: |another hash.*: "
+
+
 def test_damage_is_an_error(saved: Path, blocks: Case, tmp_path: Path) -> None:
     for name in files(saved):
         if Path(name).name == "README.md":
@@ -223,7 +226,7 @@ def test_damage_is_an_error(saved: Path, blocks: Case, tmp_path: Path) -> None:
                 (tmp_path / "damaged" / name).write_bytes(damage((saved / name).read_bytes()))
             with pytest.raises(
                 LoRunError,
-                match="expected .*found|cannot read .*; |not valid JSON: |no lorun_config.json in .*: |has an invalid .*: |another hash.*: ",
+                match=REFUSED,
             ):
                 lorun_adapt.from_pretrained(tmp_path / "damaged", blocks.net)
 

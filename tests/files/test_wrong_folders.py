@@ -207,7 +207,11 @@ HURT: dict[str, tuple[Callable[[Path], object], bool, str]] = {
     "config_link_out": (lambda f: link_out(f, CONFIG), True, "leads out of"),
     "stage_link_out": (lambda f: link_out(f, STAGE), True, "leads out of"),
     "description_link_out": (lambda f: link_out(f, "lorun_config.json"), False, "leads out of"),
-    "no_description": (lambda f: (f / "lorun_config.json").unlink(), False, "lorun_config.json|expected adapters"),
+    "no_description": (
+        lambda f: (f / "lorun_config.json").unlink(),
+        False,
+        "no lorun_config.json|no adapters for the 4 stages",
+    ),
     "description_no_json": (rewrite("lorun_config.json", lambda c: c[:-9]), False, "not valid JSON"),
     "description_a_list": (rewrite("lorun_config.json", lambda c: b"[1]"), False, "invalid 'format'"),
     "description_huge": (rewrite("lorun_config.json", lambda c: c + b" " * 2**24), False, "expected at most"),
@@ -241,7 +245,11 @@ HURT: dict[str, tuple[Callable[[Path], object], bool, str]] = {
         "invalid 'errors'",
     ),
     "set_named_as_an_attribute": (description(lambda d: d.update(adapters=["training"])), True, "invalid 'adapters'"),
-    "group_named_as_an_attribute": (description(lambda d: d["groups"][0].update(name="_modules")), True, "wrong"),
+    "group_named_as_an_attribute": (
+        description(lambda d: d["groups"][0].update(name="_modules")),
+        True,
+        "invalid 'groups'",
+    ),
     "many_sets": (description(lambda d: d.update(adapters=[f"s{i}" for i in range(1000)])), True, "invalid 'adapters'"),
     "active_not_held": (
         description(lambda d: [d["files"].pop(name) for name in list(d["files"]) if "stage_03" in name]),
@@ -522,7 +530,7 @@ def test_other_arguments_that_cannot_be(saved: Path, lorun: LoRunModel) -> None:
             lorun.load_adapter(saved, name)
     with pytest.raises(LoRunError, match="floating-point dtype"):
         lorun.save_pretrained(saved, dtype="float16")
-    with pytest.raises(LoRunError, match="expected a network, found NoneType"):
+    with pytest.raises(LoRunError, match="and a network, found PosixPath and NoneType"):
         lorun_adapt.from_pretrained(saved, None)
     with pytest.raises(LoRunError, match="no values"):
         lorun_adapt.from_pretrained(saved, ZOO["list_of_blocks"]().net.to("meta"))

@@ -169,7 +169,7 @@ def test_adapters_without_their_base(hub: HubServer, lorun: LoRunModel, blocks: 
     with pytest.raises(LoRunError, match="for the base"):
         other.load_adapter("alice/adapters", "theirs")
     lorun.save_pretrained(tmp_path / "alone", adapters_only=True)
-    with pytest.raises(LoRunError, match="found adapters alone"):
+    with pytest.raises(LoRunError, match="holds adapters without their base"):
         lorun_adapt.from_pretrained(tmp_path / "alone", blocks.net)
 
 

@@ -155,7 +155,7 @@ def test_a_state_is_of_one_noise_and_one_start(tmp_path) -> None:
     before = {name: tensor.clone() for name, tensor in lorun.state_dict().items()}
     for start, noise in (("default", 250), ("other", 5)):
         with pytest.raises(LoRunError, match="belongs to another run"):
-            lorun.finetune(noisy(), "new", start, noise_schedule=noise, **given)
+            lorun.finetune(noisy(), "new", start, sigma=noise, **given)
         assert same(lorun.state_dict(), before) and lorun.adapter_info["new"].sigma == 5 and state.exists()
     assert lorun.finetune(noisy(), "new", sigma=5, **given)
 
@@ -248,7 +248,7 @@ def test_a_loop_trains_its_calls_apart() -> None:
 def test_a_set_that_only_runs_stays_frozen_where_training_fails() -> None:
     lorun, _ = converted()
     lorun.set_adapter("default", inference_mode=True)
-    with pytest.raises(LoRunError, match="found neither"):
+    with pytest.raises(LoRunError, match="nothing to minimise"):
         lorun.finetune(noisy(), "new", steps=3)
     assert not any(p.requires_grad for p in lorun.parameters())
 
