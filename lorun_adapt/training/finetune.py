@@ -121,7 +121,7 @@ def _split(batches: Iterable[Any]) -> tuple[Iterable[Any], Iterable[Any]]:
     return list(itertools.islice(stream, HELD_OUT)), stream
 
 
-def matching(base: nn.Module, stage_map: StageMap, patterns: Iterable[str]) -> dict[str, Tensor]:
+def matching_parameters(base: nn.Module, stage_map: StageMap, patterns: Iterable[str]) -> dict[str, Tensor]:
     """Copies of the parameters outside the stages that match glob patterns, by name.
 
     Raises:
