@@ -29,7 +29,7 @@ from huggingface_hub.utils import (
 from ..disk.folder import sha256
 from ..disk.reading import parse_json, read_file
 from ..errors import LoRunError
-from ..files.description import LARGEST, is_unchanged, parse_description
+from ..files.description import MAX_BYTES, is_unchanged, parse_description
 from ..files.layout import ADAPTERS_FOLDER, CONFIG_FILE, NAMES
 
 # With some versions, what is raised for a broken connection is no OSError but what the library for HTTP raises.
@@ -101,7 +101,7 @@ class Repository:
         own = f"{root}/{CONFIG_FILE}".lstrip("/")
         commit = _commit(found, own)
         file = self._whole(own, commit, _is_whole_description)
-        description = parse_description(read_file(file.parent, file.name, LARGEST), file)
+        description = parse_description(read_file(file.parent, file.name, MAX_BYTES), file)
         for name in needed(description, key):
             if not NAMES.fullmatch(name) or name not in description["files"]:
                 raise LoRunError(
@@ -214,7 +214,7 @@ def _has_its_name(path: Path) -> bool:
 
 def _is_whole_description(path: Path) -> bool:
     try:
-        content = parse_json(read_file(path.parent, path.name, LARGEST), str(path))
+        content = parse_json(read_file(path.parent, path.name, MAX_BYTES), str(path))
     except LoRunError:
         return False
     return isinstance(content, dict) and is_unchanged(content)

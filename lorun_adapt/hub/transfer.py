@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from ..disk.folder import as_path, replace_folder, sha256
 from ..disk.reading import parse_json, read_file
 from ..errors import LoRunError
-from ..files.description import LARGEST, read_description
+from ..files.description import MAX_BYTES, read_description
 from ..files.layout import ADAPTERS_FOLDER, BASE_FILE, CONFIG_FILE, NAMES, PEFT_CONFIG_FILE, SET_CONFIG_FILE
 from ..files.save import check_keeps_base, foreign_entries
 from .repository import Repository
@@ -119,6 +119,6 @@ def list_adapters(source: str, revision: str | None = None) -> tuple[dict[str, A
         configs(description, "")
     entries: dict[str, dict[str, Any]] = {}
     for name, files in wanted.items():
-        parts = [parse_json(read_file(folder, file, LARGEST), file) for file in files.values()]
+        parts = [parse_json(read_file(folder, file, MAX_BYTES), file) for file in files.values()]
         entries[name] = {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
     return description, entries

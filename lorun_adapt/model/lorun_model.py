@@ -938,8 +938,8 @@ class LoRunModel(nn.Module):
         if not holds:
             held = self._store.stages(name) if name in self._store else []
             raise LoRunError(
-                f"the set {name!r} has no adapter for stage {stage}, only for {held}: activate it in those stages, with "
-                "{stage: name}"
+                f"the set {name!r} has no adapter for stage {stage}, only for {held}: activate it in those "
+                "stages, with {stage: name}"
             )
 
     def _check_new(self, name: str) -> None:
@@ -954,7 +954,8 @@ class LoRunModel(nn.Module):
     def _weighted(self, names: Sequence[str], weights: Sequence[float]) -> AdapterSet:
         if isinstance(names, str) or len(names) == 0 or len(names) != len(weights):
             raise LoRunError(
-                f"expected as many weights as adapters, found {weights!r} for {names!r}: give two lists of the same length"
+                f"expected as many weights as adapters, found {weights!r} for {names!r}: give two lists of the "
+                "same length"
             )
         return weighted_set(self.base, self.stage_map, [self._store.get(name) for name in names], weights)
 

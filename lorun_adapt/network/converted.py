@@ -16,7 +16,7 @@ from ..util.modules import distinct_tensors
 from .adapter import StageAdapter
 from .noise import Noise
 
-MOST_QUALITIES = 100  # kept for a set
+MAX_QUALITIES = 100  # kept for a set
 
 Residuals = Mapping[str, Mapping[str, list[tuple[float, float]]]]
 
@@ -95,7 +95,7 @@ class AdapterInfo:
     def with_quality(self, quality: Quality) -> AdapterInfo:
         """The same with another measurement, which replaces one of the same images and noise."""
         others = [item for item in self.quality if (item.images, item.sigma) != (quality.images, quality.sigma)]
-        return dataclasses.replace(self, quality=(*others[-MOST_QUALITIES + 1 :], quality))
+        return dataclasses.replace(self, quality=(*others[-MAX_QUALITIES + 1 :], quality))
 
 
 @dataclass(frozen=True)
