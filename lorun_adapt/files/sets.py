@@ -119,8 +119,8 @@ class SetReader:
             held = {stage for stage in stages if os.path.isdir(saved.folder / key / stage)}
         if not held & stages:
             raise LoRunError(
-                f"no adapters for the {len(stage_map)} stages in {saved.folder / key}: give the folder of a set, or pass "
-                "stage= for the adapter of one stage"
+                f"no adapters for the {len(stage_map)} stages in {saved.folder / key}: give the folder of a set, or "
+                "pass stage= for the adapter of one stage"
             )
         read: dict[int, dict[str, tuple[StageAdapter, LoraConfig]]] = {}
         for part, (group, site) in parts.items():
