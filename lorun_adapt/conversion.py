@@ -1,4 +1,4 @@
-"""Convert a trained unfolding network: find its stages, choose ranks, factorise, put together."""
+"""Convert a trained unfolding network: find its stages, choose ranks, factorise, assemble."""
 
 from __future__ import annotations
 
@@ -53,29 +53,34 @@ def convert(
 ) -> LoRunModel:
     """Collapse the repeated denoisers of ``dun`` into one base and a low-rank adapter per stage.
 
-    The network itself stays as it is. Without data the quality falls, since the stages of a trained network have
-    little in common; ``calibration`` brings it back. A module that is called in a loop is shared already, and its
-    adapters start at zero.
+    The original network is not changed. Conversion alone reduces the quality, since the stages of a trained network
+    have little in common; recovery on ``calibration`` restores it. A module that is called in a loop is already
+    shared, so its adapters start at zero.
 
     Args:
         dun: the trained network.
-        config: a PEFT ``LoraConfig``, with names relative to the denoiser. It is read for ``r``, ``lora_alpha``,
-            ``use_rslora``, ``rank_pattern``, ``alpha_pattern``, ``target_modules``, ``exclude_modules``,
-            ``target_parameters`` and ``modules_to_save`` (which stay each stage's own). A config of another
-            ``peft_type`` asks for another kind of adapter, see ``lorun_adapt/terms``.
-        rank: instead of ``config``: the rank of all adapters, 8 by default.
-        energy: instead of ``config``: the share (0 to 1) of the residuals' energy to keep, from which the rank of each
-            tensor follows.
-        budget: instead of ``config``: how many parameters the whole network may have, or, in 0..1, what share of those
-            it has. The ranks, and the tensors that get no base, are chosen so as to keep most energy of the stages'
-            weights and, with ``calibration``, of what these do to the output.
-        stages, example_inputs, calls: as for :func:`find_stages`.
-        calibration, minutes, steps, loss, resume_from, seed: distil ``dun`` into the conversion, as
-            :meth:`LoRunModel.recover` does.
+        config: a PEFT ``LoraConfig`` with names relative to the denoiser. These fields are used: ``r``,
+            ``lora_alpha``, ``use_rslora``, ``rank_pattern``, ``alpha_pattern``, ``target_modules``,
+            ``exclude_modules``, ``target_parameters`` and ``modules_to_save`` (modules that each stage keeps as its
+            own). Another ``peft_type`` selects another kind of adapter, see ``lorun_adapt/terms``.
+        rank: instead of ``config``, the rank of all adapters; 8 by default.
+        energy: instead of ``config``, the share of the residuals' energy to keep, 0 to 1. Each tensor gets the lowest
+            rank that keeps it.
+        budget: instead of ``config``, the number of parameters of the converted network, or, between 0 and 1, its
+            share of the original number. The ranks, and which tensors get no base, are chosen to keep as much energy
+            of the weights as possible, weighted, with ``calibration``, by their effect on the output.
+        stages, example_inputs, calls: as in :func:`find_stages`.
+        calibration, minutes, steps, loss, resume_from: recover the quality afterwards, as in
+            :meth:`LoRunModel.recover`.
+        seed: seed of all random numbers.
+
+    Returns:
+        The converted network with one adapter set, ``default``, in the train/eval mode of ``dun``.
 
     Raises:
         LoRunError: as :func:`find_stages` and :meth:`LoRunModel.recover`; more than one of config, rank, energy and
-            budget, or an option that means nothing here; weights that are not finite; a parametrised or lazy stage.
+            budget; a config field that is not supported; NaN or Inf in the weights; a parametrised or lazy module in
+            a stage.
 
     >>> import lorun_adapt, torch
     >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -90,9 +95,7 @@ def convert(
         with seeded(seed):
             batches = Batches(calibration)
     elif any(value is not None for value in (minutes, steps, loss, resume_from)):
-        raise LoRunError(
-            "minutes, steps, loss and resume_from are for recovery: pass calibration too, or leave them out"
-        )
+        raise LoRunError("minutes, steps, loss and resume_from need calibration: pass it as well, or leave them out")
     converted = collapse(
         dun,
         config,
@@ -125,16 +128,16 @@ def collapse(
     seed: int = 0,
     without_base: Collection[str] = (),
 ) -> Converted:
-    """:func:`convert` up to where recovery starts.
+    """Convert without recovery; see :func:`convert` for the arguments not listed here.
 
     Args:
-        calibration: says where a budget is best spent.
-        without_base: names of tensors that get no base; a budget chooses them itself.
+        calibration: batches to measure the sensitivity of the output on, which decides how a budget is divided.
+        without_base: names of tensors that get no base; with a budget, they are chosen automatically.
     """
     named = {"config": config, "rank": rank, "energy": energy, "budget": budget}
     given = [name for name, value in named.items() if value is not None]
     if len(given) > 1:
-        raise LoRunError(f"{' and '.join(given)} exclude each other: give one of config, rank, energy and budget")
+        raise LoRunError(f"{' and '.join(given)} exclude each other: give only one of config, rank, energy and budget")
     stage_map = find_stages(dun, stages=stages, example_inputs=example_inputs, calls=calls)
     modules = [site.module for group in stage_map.groups for site in group.sites]
     check_parameters(dun, modules)
@@ -149,7 +152,7 @@ def collapse(
             sensitivity = measure_sensitivity(dun, stage_map, calibration, seed)
         allocation = allocate(dun, stage_map, budget, sensitivity)
         if calibration is not None:
-            from .training.processes import broadcast  # training needs libraries that conversion does not
+            from .training.processes import broadcast  # imported here: training needs more libraries than conversion
 
             allocation = broadcast(allocation)
         config, without_base = config_of_ranks(allocation.ranks), allocation.without_base
@@ -158,7 +161,7 @@ def collapse(
     elif config is None:
         config = config_for_rank(DEFAULT_RANK if rank is None else rank)
     plans, kind = plan(dun, stage_map, config), kind_of(config.peft_type)
-    # A tensor without a term stays each stage's own, and without a base nothing of it would be left.
+    # A tensor without a term is private to each stage, so dropping its base would save nothing.
     stage_map = stage_map.dropping_bases({name: set(without_base) & p.terms.keys() for name, p in plans.items()})
 
     base = copy_network(dun)

@@ -95,7 +95,7 @@ def eval_(
 ) -> None:
     """PSNR and SSIM over a folder of images."""
 
-    from ..files.save import write_words
+    from ..files.save import update_cards
     from ..model.pretrained import from_pretrained
     from ..task.evaluate import evaluate
     from ..task.task import load_task
@@ -136,7 +136,7 @@ def eval_(
     if record and converted is not None and lorun is not None:
         lorun.note_quality(result.quality(images.resolve().name, sigma))
         lorun.set_adapter(before)
-        write_words(lorun.converted(), converted)
+        update_cards(lorun.converted(), converted)
 
 
 @cli.command()

@@ -188,7 +188,7 @@ def finetune(
     images, at most 20, which it is not trained on, is kept, and its PSNR there shown. Ctrl-C saves the best so far.
     """
     from ..files.load import stored_dtype
-    from ..files.save import write_words
+    from ..files.save import update_cards
     from ..model.lorun_model import DEFAULT_SET
     from ..model.pretrained import from_pretrained
     from ..task.crops import Crops, held_out_of
@@ -223,7 +223,7 @@ def finetune(
     if _is_main_process():
         _show_gain(lorun, spec, kept, adapter_name, (start_from or (DEFAULT_SET,))[0], sigma, images, seed)
         lorun.set_adapter(before)
-        write_words(lorun.converted(), out)
+        update_cards(lorun.converted(), out)
 
 
 def _show_gain(

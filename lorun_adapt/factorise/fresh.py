@@ -1,4 +1,4 @@
-"""A new adapter set that adds nothing to the base yet."""
+"""Create an untrained adapter set, which does not change the base's output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from .plan import plan
 
 
 def untrained_set(base: nn.Module, stage_map: StageMap, config: LoraConfig) -> AdapterSet:
-    """Terms that are zero for the tensors that ``config`` adapts, and the base's values for all others.
+    """Return a set with zero terms for the tensors that ``config`` adapts, and copies of the base's other tensors.
+
+    Args:
+        base: the shared base.
+        stage_map: the positions of its stages.
+        config: the tensors to adapt and their ranks.
 
     Raises:
         LoRunError: as :func:`~lorun_adapt.factorise.plan.plan`.

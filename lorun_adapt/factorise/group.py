@@ -1,4 +1,4 @@
-"""Split the tensors of one group's stages into a base and an adapter for each stage."""
+"""Factorise the tensors of one group's stages into a base and an adapter for each stage."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from .plan import Plan
 
 
 class FactorisedGroup(NamedTuple):
-    """A group's base and adapters.
+    """The base and the adapters of a group.
 
     Attributes:
         base: the tensors of the shared denoiser, by name.
-        adapters: one for each site, in their order.
-        residuals: for each adapted tensor, for each site: the norm that is lost, and the tensor's norm.
+        adapters: one for each site, in the order of the sites.
+        residuals: for each adapted tensor, a pair for each site: the norm of the difference between the original
+            tensor and its replacement, and the norm of the original tensor.
     """
 
     base: dict[str, Tensor]
@@ -31,15 +32,16 @@ class FactorisedGroup(NamedTuple):
 
 
 def factorise_group(dun: nn.Module, group: Group, planned: Plan, kind: type[Term]) -> FactorisedGroup:
-    """Factorise the stages' tensors as planned, after the hidden channels are aligned.
+    """Align the hidden channels of the stages, then factorise their tensors.
 
     Args:
-        dun: the network that is converted; it is left as it is.
+        dun: the network to convert; it is not changed.
         group: one of its groups.
-        planned: which tensors get a term of this ``kind``. The others stay each stage's own.
+        planned: the tensors that get a term; the others become private to each stage.
+        kind: the class of the terms.
     """
     device = stage_values(dun, group, group.tensors[0])[0].device
-    # On the CPU: the matrices are small, and not every accelerator has float64.
+    # On the CPU, since the matrices are small and not every accelerator supports float64.
     stacks = {
         spec.name: torch.stack([tensor.cpu() for tensor in stage_values(dun, group, spec)])
         for spec in group.tensors

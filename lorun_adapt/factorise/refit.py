@@ -1,4 +1,4 @@
-"""Factorise the original again by what its output is sensitive to, and put that into a converted network."""
+"""Factorise the original network again, weighted by the sensitivity of its output, into a converted network."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from .sensitivity import Sensitivity
 def refit(
     converted: Converted, source: nn.Module, sensitivity: Mapping[tuple[str, str], Sensitivity], damping: float
 ) -> None:
-    """Make the stages of ``converted`` those of ``source``, as near as their terms allow, in place.
+    """Fit the base and the active adapters of ``converted`` to the weights of ``source``, in place.
 
-    Tensors whose sensitivity is not known stay as they are. Private ones become those of ``source``.
+    Adapted tensors of unknown sensitivity do not change. Private tensors are copied from ``source``.
 
     Args:
+        converted: the network to change.
         source: a network of the original class.
-        sensitivity: by group and tensor, as :func:`~lorun_adapt.factorise.sensitivity.sensitivities` gives it.
-        damping: this part of the mean sensitivity is added to every direction.
+        sensitivity: by group and tensor, from :func:`~lorun_adapt.factorise.sensitivity.sensitivities`.
+        damping: the fraction of the mean sensitivity that is added to every direction.
     """
     choice = converted.choice
     for group in converted.stage_map.groups:

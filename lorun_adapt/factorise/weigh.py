@@ -1,4 +1,4 @@
-"""Measure on batches what a network's output is sensitive to."""
+"""Measure on batches how sensitive a network's output is to its tensors."""
 
 from __future__ import annotations
 
@@ -14,13 +14,23 @@ from ..util.progress import progress
 from ..util.seeds import seeded
 from .sensitivity import Sensitivity, sensitivities
 
-PROBES = 20  # batches on which it is measured
+PROBES = 20  # batches to measure on
 
 
 def measure_sensitivity(
     teacher: nn.Module, stage_map: StageMap, calibration: Batches, seed: int
 ) -> dict[tuple[str, str], Sensitivity]:
-    """What the output of ``teacher`` is sensitive to, by group and tensor, on the next batches of ``calibration``."""
+    """Measure the sensitivity of a network's output to its tensors on the next batches of ``calibration``.
+
+    Args:
+        teacher: the network.
+        stage_map: the positions of its stages.
+        calibration: batches of arguments of the forward.
+        seed: seed of the random numbers.
+
+    Returns:
+        The sensitivity by group and tensor.
+    """
     with evaluating(teacher), seeded(seed):
         observer = Observer(teacher, stage_map, calibration.first)
         return sensitivity_on(probes(calibration), teacher, stage_map, observer, seed)
@@ -29,11 +39,11 @@ def measure_sensitivity(
 def sensitivity_on(
     batches: list[Batch], teacher: nn.Module, stage_map: StageMap, observer: Observer, seed: int
 ) -> dict[tuple[str, str], Sensitivity]:
-    """The same on these batches; progress is shown."""
+    """Measure the sensitivity on given batches, with a progress bar; see :func:`measure_sensitivity`."""
     bar = progress(batches, "weighing tensors", "batch", delay=2, leave=False)
     return sensitivities(teacher, stage_map, lambda *arguments: observer.run(*arguments).final, bar, seed)
 
 
 def probes(calibration: Batches) -> list[Batch]:
-    """The next batches of ``calibration`` to measure on, without those that hold NaN or Inf."""
+    """Return the next batches of ``calibration`` to measure on, without those that have NaN or Inf."""
     return [batch for batch in itertools.islice(calibration, PROBES) if is_finite(batch)]

@@ -1,5 +1,5 @@
-"""A saved converted network as a folder of files: saving, loading, and the cards that describe it.
+"""Saved folders: writing and reading a converted network, and its model cards.
 
-``layout.py`` names every file; start with ``save.py`` and ``load.py``. May import ``peft_format``, and what this may
-import.
+``layout.py`` lists every file name; start with ``save.py`` and ``load.py``. May import ``peft_format`` and everything
+below it.
 """

@@ -1,4 +1,4 @@
-"""``set_config.json``: what is known of an adapter set beside its tensors."""
+"""``set_config.json``: the noise level and the measured quality of an adapter set."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Any
 
 from ..disk.reading import parse_json
 from ..errors import LoRunError
-from ..network.converted import MOST_QUALITIES, AdapterInfo, Quality
+from ..network.converted import MAX_QUALITIES, AdapterInfo, Quality
 from ..network.noise import as_noise
 from ..util.numbers import is_number
 from ..util.text import is_short
 
-LARGEST_FILE = 1 << 19  # bytes
-LARGEST_NUMBER = 1e12
+MAX_INFO_BYTES = 1 << 19  # bytes
+MAX_VALUE = 1e12
 
 
 def adapter_info_text(info: AdapterInfo) -> str:
-    """The file's text."""
+    """Return the text of the file."""
     quality = [dataclasses.asdict(item) for item in info.quality]
     return json.dumps({"noise_schedule": info.noise, "measured": quality}, indent=2) + "\n"
 
 
 def read_adapter_info(content: bytes, num_stages: int, where: str) -> AdapterInfo:
-    """What a file says.
+    """Read the file.
 
     Args:
-        content: the file's bytes.
-        num_stages: how many stages the network has.
-        where: the file's name, for errors.
+        content: the bytes of the file.
+        num_stages: the number of stages of the network.
+        where: the file's name, for error messages.
 
     Raises:
-        LoRunError: content of another form.
+        LoRunError: invalid content.
     """
     entry = parse_json(content, where)
     info, wrong = AdapterInfo(), None
@@ -45,7 +45,7 @@ def read_adapter_info(content: bytes, num_stages: int, where: str) -> AdapterInf
         except LoRunError:
             wrong = "noise_schedule"
         rows = entry["measured"]
-        if not isinstance(rows, list) or len(rows) > MOST_QUALITIES or not all(map(_is_quality, rows)):
+        if not isinstance(rows, list) or len(rows) > MAX_QUALITIES or not all(map(_is_quality, rows)):
             wrong = "measured"
     if wrong is not None:
         raise LoRunError(f"{where} has an invalid {wrong!r}: download it again")
@@ -53,7 +53,7 @@ def read_adapter_info(content: bytes, num_stages: int, where: str) -> AdapterInf
 
 
 def is_storable(quality: Quality) -> bool:
-    """Whether :func:`read_adapter_info` would read it back."""
+    """Whether :func:`read_adapter_info` could read ``quality`` back."""
     return _is_quality(dataclasses.asdict(quality))
 
 
@@ -66,7 +66,7 @@ def _is_quality(row: Any) -> bool:
         and type(row["count"]) is int
         and 0 < row["count"] < 2**31
         and all(
-            (n is None and name.endswith("_original")) or (is_number(n) and -LARGEST_NUMBER < n < LARGEST_NUMBER)
+            (n is None and name.endswith("_original")) or (is_number(n) and -MAX_VALUE < n < MAX_VALUE)
             for name, n in numbers.items()
         )
     )

@@ -1,4 +1,4 @@
-"""The model cards: the README.md of a saved conversion, and of each of its sets."""
+"""Model cards: the README.md of a saved conversion and of each of its sets."""
 
 from __future__ import annotations
 
@@ -15,90 +15,105 @@ from ..network.report import make_report
 from .layout import ADAPTERS_FOLDER, BASE_FILE
 
 TAGS = ["lorun", "deep-unfolding", "lora", "image-restoration"]
-KIND = "image-to-image"  # of the tasks that the Hub knows
+PIPELINE_TAG = "image-to-image"  # the Hub has a fixed list; this is the closest
 
 
 def model_card(converted: Converted, problems: Mapping[str, str], folder: Path) -> str:
-    """What ``folder`` holds and how to load it; ``problems``: why PEFT can't read some stages."""
+    """Return the card of a saved conversion: its contents, sizes and quality, and how to load it.
+
+    Args:
+        converted: the saved network.
+        problems: reasons why PEFT cannot load some adapters, and the first folder that each applies to.
+        folder: the folder with the files that the card describes.
+    """
     report, network = make_report(converted), converted.stage_map.network
     adapters_only = not (folder / BASE_FILE).exists()
     before, after = report.network_before, report.network_after
     measured = [(name, row) for name in converted.sets for row in converted.sets[name].info.quality]
     lines = [
-        *_head(converted, measured),
-        f"# {network}, one base and an adapter per stage",
+        *_metadata(converted, measured),
+        f"# {network}: a shared base and an adapter per stage",
         "",
-        *([_plain(converted.card.task), ""] if converted.card.task else []),
-        f"The {len(converted.stage_map)} denoisers of a trained deep unfolding network, collapsed into one base that "
-        "they share and a low-rank adapter for each, with "
-        "[LoRun](https://arxiv.org/abs/2602.18697)'s form and PEFT's files.",
+        *([_escaped(converted.card.task), ""] if converted.card.task else []),
+        f"A trained deep unfolding network with {len(converted.stage_map)} stages. Its stages share one denoiser, the "
+        "base, and each stage has a low-rank adapter, as in [LoRun](https://arxiv.org/abs/2602.18697). The adapters "
+        "are stored in PEFT's file format.",
         "",
     ]
     if adapters_only:
-        lines += [f"The base is elsewhere: that of the fingerprint `{converted.fingerprint}`.", ""]
+        lines += [
+            f"This folder has no base. Load the adapters on the base with the fingerprint `{converted.fingerprint}`.",
+            "",
+        ]
     else:
         lines += [
-            "| | original | here, with one set |",
+            "| | original | converted, with one set |",
             "| --- | ---: | ---: |",
             f"| parameters | {before.num_parameters:,} | {after.num_parameters:,} |",
             f"| bytes in memory | {before.num_bytes:,} | {after.num_bytes:,} |",
             "",
         ]
     lines += [
-        "| adapter set | noise, sigma of 255 | stages | ranks | bytes on disk |",
+        "| adapter set | noise sigma (0 to 255) | stages | ranks | bytes on disk |",
         "| --- | --- | ---: | --- | ---: |",
     ]
     for name, held in converted.sets.items():
-        noise = _noise(held.info.noise)
+        noise = _noise_text(held.info.noise)
         size = tensor_bytes(folder / ADAPTERS_FOLDER / name)
-        lines.append(f"| `{name}` | {noise} | {len(held.adapters)} | {_ranks(held)} | {size:,} |")
+        lines.append(f"| `{name}` | {noise} | {len(held.adapters)} | {_ranks_text(held)} | {size:,} |")
     lines.append("")
-    lines += [*_table(measured), *_loading(converted, adapters_only)]
+    lines += [*_quality_table(measured), *_loading_example(converted, adapters_only)]
     if problems:
-        lines.append("`PeftModel.from_pretrained` refuses these adapters, because:")
+        lines.append("`PeftModel.from_pretrained` refuses to load some adapters of this conversion, because:")
         lines += [f"- {problem} (first in `{where}`)" for problem, where in problems.items()]
     else:
-        lines += _peft(converted)
+        lines += _peft_example(converted)
     return "\n".join(lines) + "\n"
 
 
 def set_card(converted: Converted, name: str, folder: Path) -> str:
-    """What a set's folder holds and how to load it."""
+    """Return the card of a set: its contents, size and quality, and how to load it.
+
+    Args:
+        converted: the saved network.
+        name: the set.
+        folder: the folder of the set.
+    """
     held, network = converted.sets[name], converted.stage_map.network
     measured = [(name, row) for row in held.info.quality]
     adapters = [adapter for stage in held.adapters.values() for adapter in stage.values()]
     parameters = sum(parameter.numel() for adapter in adapters for parameter in adapter.parameters())
     lines = [
-        *_head(converted, measured),
+        *_metadata(converted, measured),
         f"# {name}: adapters for {network}",
         "",
-        *([_plain(converted.card.task), ""] if converted.card.task else []),
-        f"{len(held.adapters)} stages, ranks {_ranks(held)}, {parameters:,} parameters, "
-        f"{tensor_bytes(folder):,} bytes, for the base of the fingerprint `{converted.fingerprint[:12]}`.",
+        *([_escaped(converted.card.task), ""] if converted.card.task else []),
+        f"{len(held.adapters)} stages, ranks {_ranks_text(held)}, {parameters:,} parameters, "
+        f"{tensor_bytes(folder):,} bytes, for the base with the fingerprint `{converted.fingerprint[:12]}`.",
     ]
     if held.info.noise is not None:
-        lines.append(f"Noise on the measurements, on a scale of 0 to 255: {_noise(held.info.noise)}.")
+        lines.append(f"Noise on the measurements (sigma, 0 to 255): {_noise_text(held.info.noise)}.")
     if held.outside:
         lines.append(
-            f"It brings its own {', '.join(f'`{key}`' for key in held.outside)}, which stand outside the stages."
+            f"It replaces these parameters outside the stages: {', '.join(f'`{key}`' for key in held.outside)}."
         )
     lines += [
         "",
-        *_table(measured),
+        *_quality_table(measured),
         "```python",
-        "# lorun: the conversion that it is for, from lorun_adapt.from_pretrained(...)",
-        f'lorun.load_adapter("path or user/name of the conversion", "{name}")',
+        "# lorun: a conversion with this base, from lorun_adapt.from_pretrained(...)",
+        f'lorun.load_adapter("path or user/name of the folder with this set", "{name}")',
         f'lorun.set_adapter("{name}")',
         "```",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _head(converted: Converted, measured: Iterable[tuple[str, Quality]]) -> list[str]:
-    """What the Hub reads."""
+def _metadata(converted: Converted, measured: Iterable[tuple[str, Quality]]) -> list[str]:
+    """Return the YAML header that the Hub reads."""
     results = [
         EvalResult(
-            task_type=KIND,
+            task_type=PIPELINE_TAG,
             dataset_type=row.images,
             dataset_name=f"{row.images}, sigma {row.sigma:g}",
             metric_type=kind,
@@ -112,7 +127,7 @@ def _head(converted: Converted, measured: Iterable[tuple[str, Quality]]) -> list
         library_name="lorun-adapt",
         license=converted.card.license,
         base_model=converted.card.base_model,
-        pipeline_tag=KIND,
+        pipeline_tag=PIPELINE_TAG,
         tags=TAGS,
         model_name=converted.stage_map.network if results else None,
         eval_results=results or None,
@@ -120,7 +135,7 @@ def _head(converted: Converted, measured: Iterable[tuple[str, Quality]]) -> list
     return ["---", data.to_yaml(), "---", ""]
 
 
-def _table(measured: list[tuple[str, Quality]]) -> list[str]:
+def _quality_table(measured: list[tuple[str, Quality]]) -> list[str]:
     if not measured:
         return []
     lines = [
@@ -128,19 +143,19 @@ def _table(measured: list[tuple[str, Quality]]) -> list[str]:
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for name, row in measured:
-        images = f"{_plain(row.images)}, {row.count}"
+        images = f"{_escaped(row.images)}, {row.count}"
         original = "" if row.psnr_original is None else f"{row.psnr_original:.2f} dB"
         lines.append(f"| `{name}` | {images} | {row.sigma:g} | {row.psnr:.2f} | {row.ssim:.4f} | {original} |")
     return [*lines, ""]
 
 
-def _loading(converted: Converted, adapters_only: bool) -> list[str]:
+def _loading_example(converted: Converted, adapters_only: bool) -> list[str]:
     network, name = converted.stage_map.network, list(converted.sets)[-1]
     if adapters_only:
         load = ['lorun = lorun_adapt.from_pretrained("path or user/name of the base", net)']
-        load.append(f'lorun.load_adapter("path or user/name of this", "{name}")')
+        load.append(f'lorun.load_adapter("path or user/name of this folder", "{name}")')
     else:
-        load = ['lorun = lorun_adapt.from_pretrained("path or user/name of this", net)']
+        load = ['lorun = lorun_adapt.from_pretrained("path or user/name of this folder", net)']
     return [
         "```python",
         "import lorun_adapt",
@@ -152,11 +167,11 @@ def _loading(converted: Converted, adapters_only: bool) -> list[str]:
     ]
 
 
-def _peft(converted: Converted) -> list[str]:
+def _peft_example(converted: Converted) -> list[str]:
     first, group = next(iter(converted.sets)), converted.stage_map.groups[0].name
     several = len(converted.stage_map.groups) > 1
     return [
-        "A stage in PEFT:",
+        "To load one stage with PEFT:",
         "",
         "```python",
         f"denoiser = lorun.base_denoiser({group!r})" if several else "denoiser = lorun.base_denoiser()",
@@ -165,19 +180,19 @@ def _peft(converted: Converted) -> list[str]:
     ]
 
 
-def _ranks(held: AdapterSet) -> str:
+def _ranks_text(held: AdapterSet) -> str:
     adapters = [adapter for stage in held.adapters.values() for adapter in stage.values()]
     found = {term.rank for adapter in adapters for term in terms_of(adapter).values() if term.rank}
     return ", ".join(map(str, sorted(found))) or "none"
 
 
-def _noise(noise: Noise | None) -> str:
+def _noise_text(noise: Noise | None) -> str:
     if noise is None:
-        return "not said"
+        return "unknown"
     return f"{noise:g}" if isinstance(noise, float) else ", ".join(f"{sigma:g}" for sigma in noise)
 
 
-def _plain(text: str) -> str:
-    """Words that came with a file, as one line without markup."""
+def _escaped(text: str) -> str:
+    """Text from a user or a file as one line, with Markdown characters escaped."""
     line = " ".join(text.split())
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in line)

@@ -1,4 +1,4 @@
-"""``lorun_config.json``: which network was converted, where its stages are, and the hash of every file."""
+"""``lorun_config.json``: the class of the converted network, its stages, and the hash of every file."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ from ..util.text import is_short
 from .layout import CONFIG_FILE, NAMES, is_adapter_name
 
 FORMAT = 1
-MOST_SETS, MOST_STAGES = 100, 1000
-LARGEST = 64 << 20  # bytes, where the network is not known
+MAX_SETS, MAX_STAGES = 100, 1000
+MAX_BYTES = 64 << 20  # of a file, if the network is unknown
 
 
 def describe(converted: Converted, files: Mapping[str, str]) -> dict[str, Any]:
-    """What the file says of a converted network.
+    """Return the contents of the file.
 
     Args:
-        files: the SHA-256 of each file, by its place in the folder.
+        converted: the network to describe.
+        files: the SHA-256 of each file, by its path in the folder.
 
     Raises:
         LoRunError: a card with long or unprintable text.
     """
     card = dataclasses.asdict(converted.card)
     if not is_card(card):
-        raise LoRunError(f"the card must hold short lines of printable text, not {card}: change lorun.card")
+        raise LoRunError(f"the card must have short lines of printable text, not {card}: change lorun.card")
     return {
         "format": FORMAT,
         "network": converted.stage_map.network,
@@ -58,7 +59,7 @@ def describe(converted: Converted, files: Mapping[str, str]) -> dict[str, Any]:
 
 
 def groups_of(stage_map: StageMap) -> list[dict[str, Any]]:
-    """What the file says of where the stages are."""
+    """Return the part of the file that says where the stages are."""
     return [
         {
             "name": group.name,
@@ -72,51 +73,52 @@ def groups_of(stage_map: StageMap) -> list[dict[str, Any]]:
 
 
 def as_text(description: Mapping[str, Any]) -> str:
-    """The file's text: the description and a hash of it."""
+    """Return the text of the file: the description with a hash of it."""
     return json.dumps({**description, "sha256": _digest(description)}, indent=2) + "\n"
 
 
 def read_description(folder: Path, num_tensors: int | None = None) -> dict[str, Any]:
-    """The description in ``folder``, with every part of the right form.
+    """Read and validate the description in ``folder``.
 
     Args:
-        num_tensors: how many tensors the network's stages have, which bounds the file; None where the network is
-            not known.
+        folder: a saved folder.
+        num_tensors: the number of tensors of the network's stages, which limits the size of the file; None if the
+            network is unknown.
 
     Raises:
-        LoRunError: no description, a damaged one, or one of a newer format.
+        LoRunError: no description, a damaged one, or one in a newer format.
     """
     return parse_description(description_bytes(folder, num_tensors), folder / CONFIG_FILE)
 
 
 def description_bytes(folder: Path, num_tensors: int | None = None) -> bytes:
-    """The bytes of the description in ``folder``; see :func:`read_description`."""
+    """Return the bytes of the description in ``folder``; see :func:`read_description`."""
     if not os.path.isfile(folder / CONFIG_FILE):
         raise LoRunError(f"no {CONFIG_FILE} in {folder}: give a folder that save_pretrained wrote")
-    return read_file(folder, CONFIG_FILE, LARGEST if num_tensors is None else 1_000_000 + 1000 * num_tensors)
+    return read_file(folder, CONFIG_FILE, MAX_BYTES if num_tensors is None else 1_000_000 + 1000 * num_tensors)
 
 
 def parse_description(content: bytes, file: Path) -> dict[str, Any]:
-    """The description that ``content`` holds; ``file`` names it in errors."""
+    """Parse and validate a description; ``file`` is its path, for error messages."""
     description = parse_json(content, str(file))
     version = description.get("format") if isinstance(description, dict) else None
     if type(version) is int and version > FORMAT:
         raise LoRunError(
-            f"{file} has the format {str(version)[:20]}, and this version reads {FORMAT}: update lorun-adapt"
+            f"{file} has format {str(version)[:20]}, but this version reads format {FORMAT}: update lorun-adapt"
         )
     wrong = None if type(version) is int and version == FORMAT else "format"
     if wrong is None:
-        wrong = _wrong_part(description) if is_unchanged(description) else "sha256"
+        wrong = _invalid_key(description) if is_unchanged(description) else "sha256"
     if wrong is not None:
         raise LoRunError(f"{file} has an invalid {wrong!r}: save the conversion again or download it again")
     return description
 
 
 def is_unchanged(description: Mapping[str, Any]) -> bool:
-    """Whether it has the hash that it says."""
+    """Whether the hash in a description is correct."""
     try:
         return description.get("sha256") == _digest({k: value for k, value in description.items() if k != "sha256"})
-    except RecursionError:  # nested so deeply that it could just be read
+    except RecursionError:  # nested too deeply to be written again
         return False
 
 
@@ -124,19 +126,19 @@ def _digest(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
-def _wrong_part(description: Mapping[str, Any]) -> str | None:
-    """The key whose value is not what it must be."""
-    for key, right in (
+def _invalid_key(description: Mapping[str, Any]) -> str | None:
+    """Return the first key with an invalid value; None if all are valid."""
+    for key, is_valid in (
         ("network", _is_str),
         ("groups", lambda v: isinstance(v, list) and bool(v) and all(map(_is_group, v))),
-        ("adapters", lambda v: _are(v, list, is_adapter_name) and 0 < len(v) == len(set(v)) <= MOST_SETS),
+        ("adapters", lambda v: _are(v, list, is_adapter_name) and 0 < len(v) == len(set(v)) <= MAX_SETS),
         ("fingerprint", _is_digest),
         ("card", is_card),
         ("files", lambda v: _are(v, dict, _is_file) and all(map(_is_digest, v.values()))),
         ("active", lambda v: _are(v, list, lambda name: name in description["adapters"])),
         ("errors", lambda v: isinstance(v, dict) and v.keys() == {g["name"] for g in description["groups"]}),
     ):
-        if key not in description or not right(description[key]):
+        if key not in description or not is_valid(description[key]):
             return key
     groups = description["groups"]
     stages = [{site["stage"] for site in group["sites"]} for group in groups]
@@ -155,8 +157,8 @@ def _wrong_part(description: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _are(value: object, kind: type, right: Callable[[Any], bool]) -> bool:
-    return isinstance(value, kind) and all(right(item) for item in value)  # type: ignore[attr-defined]
+def _are(value: object, kind: type, is_valid: Callable[[Any], bool]) -> bool:
+    return isinstance(value, kind) and all(is_valid(item) for item in value)  # type: ignore[attr-defined]
 
 
 def _is_str(value: object) -> bool:
@@ -180,7 +182,7 @@ def _is_group(value: object) -> bool:
         isinstance(value, dict)
         and is_adapter_name(value.get("name"))
         and isinstance(value.get("sites"), list)
-        and 1 < len(value["sites"]) <= MOST_STAGES
+        and 1 < len(value["sites"]) <= MAX_STAGES
         and all(map(_is_site, value["sites"]))
         and isinstance(value.get("tensors"), dict)
         and all(_are(shape, list, _is_count) for shape in value["tensors"].values())
@@ -214,7 +216,12 @@ def _are_errors(value: object, group: Mapping[str, Any]) -> bool:
 
 
 def stage_map_of(dun: nn.Module, description: Mapping[str, Any], file: Path) -> StageMap:
-    """The stages that the description names, in ``dun``.
+    """Return the stages that the description names, located in ``dun``.
+
+    Args:
+        dun: a network of the converted class.
+        description: a valid description.
+        file: its path, for error messages.
 
     Raises:
         LoRunError: a network of another class, or with other stages.
@@ -222,20 +229,20 @@ def stage_map_of(dun: nn.Module, description: Mapping[str, Any], file: Path) -> 
     network = type_before_parametrizations(dun).__name__
     if description["network"] != network:
         raise LoRunError(
-            f"expected the class {description['network'][:100]}, found {network} for {file}: build the network "
-            "that was converted"
+            f"expected the class {description['network'][:100]}, found {network} for {file}: pass a network of the "
+            "converted class"
         )
     modules = dict(dun.named_modules(remove_duplicate=False))
     sites_of = [
         tuple(Site(site["stage"], site["module"], site.get("call")) for site in entry["sites"])
         for entry in description["groups"]
     ]
-    # By name among those that the network lists: an attribute could be a property, which would run.
+    # Look the names up in named_modules(): getattr with a name from a file could run a property.
     lacking = [site.module for sites in sites_of for site in sites if site.module not in modules]
     if lacking:
         raise LoRunError(
-            f"expected the stages that {file} names, found no {lacking[0][:100]!r} in {network}: build the network "
-            "that was converted, with as many stages"
+            f"{network} has no {lacking[0][:100]!r}, which {file} lists as a stage: build the network with the same "
+            "number of stages as the converted one"
         )
     _check_separate(modules, sites_of, file)
     groups = []
@@ -248,13 +255,13 @@ def stage_map_of(dun: nn.Module, description: Mapping[str, Any], file: Path) -> 
             name = next(n for n in {**shapes, **entry["tensors"]} if shapes.get(n) != entry["tensors"].get(n))
             raise LoRunError(
                 f"expected {name[:200]!r} of shape {entry['tensors'].get(name)}, found {shapes.get(name)} in the "
-                f"stages of {network} for {file}: build the network that was converted"
+                f"stages of {network} for {file}: build the network with the same sizes as the converted one"
             )
         odd = [spec.name for spec in specs if spec.name in entry["without_base"] and not spec.adaptable]
         if odd:
             raise LoRunError(
-                f"expected a base for {odd[0][:200]!r}, which no low-rank term can stand for, found none in {file}: "
-                "save it anew or download it again"
+                f"{file} stores no base for {odd[0][:200]!r}, but no low-rank term can replace it: save the conversion "
+                "again or download it again"
             )
         specs = tuple(dataclasses.replace(spec, without_base=spec.name in entry["without_base"]) for spec in specs)
         groups.append(Group(entry["name"], sites, specs))
@@ -262,7 +269,7 @@ def stage_map_of(dun: nn.Module, description: Mapping[str, Any], file: Path) -> 
 
 
 def _check_separate(modules: Mapping[str, nn.Module], groups: Sequence[Sequence[Site]], file: Path) -> None:
-    """Refuse stages that share a module, other than as one module with several parents or calls."""
+    """Raise an error if stages overlap; one module may stand for several stages if it has several parents or calls."""
     objects: dict[int, list[tuple[int, Site]]] = {}
     for index, sites in enumerate(groups):
         for site in sites:
@@ -276,13 +283,13 @@ def _check_separate(modules: Mapping[str, nn.Module], groups: Sequence[Sequence[
         inside = any(id(child) != key and id(child) in objects for child in module.modules())
         if len({index for index, _ in found}) > 1 or not right or (looped and not callable_) or inside:
             raise LoRunError(
-                f"the stages in {file} are not separate, as one appears twice or inside another at "
-                f"{found[0][1].module!r}: save it anew or download it again"
+                f"the stages in {file} overlap: one appears twice or inside another at {found[0][1].module!r}; save "
+                "the conversion again or download it again"
             )
 
 
 def is_card(value: object) -> bool:
-    """Whether a file's entry is one."""
+    """Whether ``value`` is a valid entry for the card."""
     return (
         isinstance(value, dict)
         and value.keys() == {field.name for field in dataclasses.fields(Card)}

@@ -1,15 +1,15 @@
-"""The names of all files in a saved folder: each once, here.
+"""The names of all files in a saved folder.
 
-    lorun_config.json                                stages, fingerprint of the base, hashes of files, the card's words
+    lorun_config.json                                stages, fingerprint of the base, hashes of files, text of the card
     base.safetensors                                 the whole network, each shared tensor once
     adapters/<set>/stage_00/adapter_config.json      a PEFT LoraConfig
     adapters/<set>/stage_00/adapter_model.safetensors
     adapters/<set>/outside.safetensors               the set's own parameters outside the stages, if it has any
-    adapters/<set>/set_config.json                   its noise and its quality, where these are known
+    adapters/<set>/set_config.json                   its noise level and measured quality, if known
     adapters/<set>/README.md                         the set's card
     README.md                                        the model card
 
-A stage with several denoisers has a subfolder for each.
+If a stage has several denoisers, each has a subfolder.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ TENSORS_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.js
 
 TOP_LEVEL = (CONFIG_FILE, BASE_FILE, CARD_FILE, ADAPTERS_FOLDER)
 
-INTERPOLATED = "interpolated"  # the set that stands for a noise level between those of others; it is never saved
+INTERPOLATED = "interpolated"  # the set that select_adapter makes between two others; it is never saved
 
 
 def _any_of(*names: str) -> str:
     return "|".join(map(re.escape, names))
 
 
-# What a saved conversion can hold beside its description.
+# Every file of a saved conversion except its description.
 NAMES = re.compile(
     rf"{_any_of(BASE_FILE, CARD_FILE)}|{ADAPTERS_FOLDER}/[\w-]+/"
     rf"({_any_of(CARD_FILE, OUTSIDE_FILE, SET_CONFIG_FILE)}"
@@ -41,7 +41,7 @@ NAMES = re.compile(
 
 
 def is_adapter_name(name: object) -> bool:
-    """Whether ``name`` can name a set or a group: names become folders and attributes.
+    """Whether ``name`` can name a set or a group. Names become folders and attributes.
 
     >>> from lorun_adapt.files.layout import is_adapter_name
     >>> is_adapter_name("sigma25"), is_adapter_name("../sigma25")

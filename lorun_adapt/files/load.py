@@ -27,10 +27,11 @@ from .sets import SetReader
 
 
 def load(folder: Path, dun: nn.Module) -> Converted:
-    """The conversion that ``folder`` holds; see :func:`lorun_adapt.from_pretrained`.
+    """Load the conversion in ``folder``; see :func:`lorun_adapt.from_pretrained`.
 
     Args:
-        dun: a network of the class that was converted, with any weights. It is left as it is.
+        folder: a saved folder.
+        dun: a network of the converted class, with any weights; it is not changed.
 
     Raises:
         LoRunError: files that are missing, damaged, or for another network.
@@ -67,23 +68,28 @@ def load(folder: Path, dun: nn.Module) -> Converted:
 
 
 def check_has_base(description: Mapping[str, Any], where: object) -> None:
-    """Refuse adapters that were saved without their base.
+    """Raise an error if a folder has adapters but no base.
+
+    Args:
+        description: the folder's description.
+        where: the folder, for the error message.
 
     Raises:
         LoRunError: the description lists no base.
     """
     if BASE_FILE not in description["files"]:
         raise LoRunError(
-            f"{where} holds adapters without their base: load the base {str(description.get('fingerprint'))[:12]} that "
-            "they name, and these with load_adapter"
+            f"{where} has adapters but no base: load their base {str(description.get('fingerprint'))[:12]} first, then "
+            "these adapters with load_adapter"
         )
 
 
 def stored_dtype(converted: Converted, path: Path) -> torch.dtype | None:
-    """The dtype that a folder stores its numbers as; None if there are several, or it is that of ``converted``.
+    """Return the floating-point dtype of a folder's tensors; None if there are several, or it equals the loaded dtype.
 
     Args:
-        converted: what was loaded from ``path``.
+        converted: the network loaded from ``path``.
+        path: a saved folder.
     """
     dtypes = set()
     for name in read_description(path, converted.stage_map.num_tensors)["files"]:
@@ -100,26 +106,25 @@ def stored_dtype(converted: Converted, path: Path) -> torch.dtype | None:
 
 
 def _fill_base(base: nn.Module, stage_map: StageMap, content: bytes, file: Path) -> None:
-    """Put the values in ``content``, a safetensors file, into ``base``."""
+    """Copy the tensors in ``content``, the bytes of a safetensors file, into ``base``."""
     places, buffers = base_tensors(base, stage_map), buffer_names(base)
     slots = {name: Slot(tuple(tensor.shape), tensor.dtype) for name, tensor in places.items()}
     tensors, _ = parse_tensors(content, slots, str(file))
     for name, place in places.items():
         if name not in tensors:
             raise LoRunError(
-                f"{file} has no tensor {name!r} of shape {tuple(place.shape)}: build the network that was converted, "
-                "or download the file again"
+                f"{file} has no tensor {name!r} of shape {tuple(place.shape)}: build the network with the same sizes "
+                "as the converted one, or download the file again"
             )
         value = tensors[name].to(place)
         if not has_valid_values(value, name in buffers):
             raise LoRunError(
-                f"{name!r} holds NaN or Inf in {file}: download it again, or save it with weights from before training "
-                "diverged"
+                f"{name!r} has NaN or Inf in {file}: download it again, or save weights from before training diverged"
             )
         if place.is_contiguous():
             with torch.no_grad():
                 place.copy_(value)
-        else:  # it may be expanded from fewer numbers
+        else:  # the tensor may be expanded, so that several elements share memory
             new = nn.Parameter(value, requires_grad=False) if isinstance(place, nn.Parameter) else value
             for module in base.modules():
                 for held in (module._buffers, module._parameters):

@@ -1,4 +1,4 @@
-"""Write a converted network as a folder of safetensors and JSON; ``layout.py`` says what is in it."""
+"""Write a converted network as a folder of safetensors and JSON files; ``layout.py`` lists them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .layout import (
 )
 from .saved import BASE_KEY, SavedFolder, stage_folder
 
-LARGEST = 1 << 40  # bytes of a file that was loaded before
+MAX_BYTES = 1 << 40  # of a file that was loaded before, and so passed its own limit
 
 
 def save(converted: Converted, path: Path, dtype: torch.dtype | None = None, adapters_only: bool = False) -> None:
@@ -45,7 +45,7 @@ def save(converted: Converted, path: Path, dtype: torch.dtype | None = None, ada
         raise LoRunError(f"expected a floating-point dtype to save as, found {dtype}: use torch.float16, for example")
     if adapters_only:
         check_keeps_base(path)
-    metadata = {BASE_KEY: converted.fingerprint}  # one entry: of several, safetensors leaves the order open
+    metadata = {BASE_KEY: converted.fingerprint}  # a single entry, since safetensors does not keep the order of several
     base = converted.base
 
     def fill(folder: Path) -> None:
@@ -65,33 +65,34 @@ def save(converted: Converted, path: Path, dtype: torch.dtype | None = None, ada
                 written.config.save_pretrained(str(folder / part))
             if held.outside:
                 _write_tensors(folder / ADAPTERS_FOLDER / name / OUTSIDE_FILE, held.outside, dtype, metadata, ())
-        _write_words(converted, folder, problems)
+        _write_cards(converted, folder, problems)
 
     replace_folder(path, foreign_entries, CONFIG_FILE, fill)
 
 
 def check_keeps_base(path: Path) -> None:
-    """Refuse to replace a conversion that has its base by adapters alone.
+    """Raise an error if saving adapters alone to ``path`` would delete a base.
 
     Raises:
-        LoRunError: ``path`` is such a conversion.
+        LoRunError: ``path`` has a base.
     """
     if (path / BASE_FILE).is_file():
-        raise LoRunError(f"saving adapters alone to {path} would delete its {BASE_FILE}: choose another folder")
+        raise LoRunError(f"saving only adapters to {path} would delete its {BASE_FILE}: choose another folder")
 
 
-def write_words(converted: Converted, path: Path) -> None:
-    """Write all of a saved folder that is not tensors again: what is known of its sets, and the cards.
+def update_cards(converted: Converted, path: Path) -> None:
+    """Update the cards of a saved folder, and the noise level and quality of its sets; copy the tensors unchanged.
 
     Args:
-        converted: what was loaded from ``path``.
+        converted: the network loaded from ``path``, with new noise levels or qualities.
+        path: a saved folder.
 
     Raises:
-        LoRunError: ``path`` has other sets or another base by now.
+        LoRunError: the sets or the base in ``path`` have changed since it was loaded.
     """
     description = read_description(path, converted.stage_map.num_tensors)
     if description["adapters"] != list(converted.sets) or description["fingerprint"] != converted.fingerprint:
-        raise LoRunError(f"{path} was changed after it was loaded: load it again")
+        raise LoRunError(f"{path} has changed since it was loaded: load it again")
 
     def fill(folder: Path) -> None:
         saved = SavedFolder(path, description)
@@ -102,16 +103,16 @@ def write_words(converted: Converted, path: Path) -> None:
                     problems.setdefault(problem, f"{ADAPTERS_FOLDER}/{name}/{part}")
         for file in description["files"]:
             if os.path.basename(file) not in (CARD_FILE, SET_CONFIG_FILE):
-                content = saved.content(file, LARGEST)
+                content = saved.content(file, MAX_BYTES)
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 (folder / file).write_bytes(content)
-        _write_words(converted, folder, problems)
+        _write_cards(converted, folder, problems)
 
     replace_folder(path, foreign_entries, CONFIG_FILE, fill)
 
 
 def foreign_entries(folder: Path) -> list[str]:
-    """What others have put into a saved folder: files beside ours, and sets that its description does not list."""
+    """Return the entries of a saved folder that lorun-adapt did not write: other files, and sets it does not list."""
     entries = [entry.name for entry in folder.iterdir() if entry.name not in TOP_LEVEL]
     if (folder / ADAPTERS_FOLDER).is_dir():
         try:
@@ -119,11 +120,11 @@ def foreign_entries(folder: Path) -> list[str]:
             sets = [entry.name for entry in (folder / ADAPTERS_FOLDER).iterdir() if entry.name not in known]
             entries += [f"{ADAPTERS_FOLDER}/{name}" for name in sets]
         except (ValueError, KeyError, TypeError, RecursionError):
-            pass  # nobody knows whose they are
+            pass  # without a readable description, there is no way to tell
     return entries
 
 
-def _write_words(converted: Converted, folder: Path, problems: Mapping[str, str]) -> None:
+def _write_cards(converted: Converted, folder: Path, problems: Mapping[str, str]) -> None:
     for name, held in converted.sets.items():
         place = folder / ADAPTERS_FOLDER / name
         if held.info != AdapterInfo():
@@ -137,9 +138,9 @@ def _write_words(converted: Converted, folder: Path, problems: Mapping[str, str]
 def _adapters(
     converted: Converted, held: AdapterSet
 ) -> Iterator[tuple[str, Group, StageAdapter, tuple[nn.Module, nn.Module]]]:
-    """For each adapter of a set: its folder within the set's, its group, and the base's denoisers.
+    """Yield for each adapter of a set: its folder in the set's, its group, the adapter, and two denoisers of the base.
 
-    Of these, the first is the stage's, and the second is that of the group's first stage.
+    The first denoiser is the stage's own, the second that of the group's first stage.
     """
     stage_map: StageMap = converted.stage_map
     for group in stage_map.groups:
@@ -158,7 +159,16 @@ def _write_tensors(
     buffers: Collection[str],
     exact: Collection[str] = (),
 ) -> None:
-    """Write a safetensors file; ``exact``: tensors that keep their dtype."""
+    """Write a safetensors file.
+
+    Args:
+        file: the file to write.
+        tensors: by name.
+        dtype: converts floating-point tensors to this dtype.
+        metadata: of the file.
+        buffers: names of the tensors that are buffers.
+        exact: names of the tensors that keep their dtype.
+    """
     stored = {}
     for name, held in tensors.items():
         tensor = held.detach().cpu()
@@ -169,13 +179,13 @@ def _write_tensors(
         if not has_valid_values(tensor, name in buffers):
             if has_valid_values(held.detach(), name in buffers):
                 raise LoRunError(
-                    f"{name!r} holds numbers too large for {dtype}: save with a wider dtype; nothing was written"
+                    f"{name!r} has numbers too large for {dtype}: save with a wider dtype; nothing was written"
                 )
             raise LoRunError(
-                f"{name!r} holds NaN or Inf: go back to weights from before training diverged; nothing was written"
+                f"{name!r} has NaN or Inf: go back to weights from before training diverged; nothing was written"
             )
         if name == "__metadata__":
             raise LoRunError("safetensors cannot store a tensor named '__metadata__': rename the buffer")
         stored[name] = tensor.contiguous().clone()  # safetensors refuses tensors that share storage
-    # Not save_file: what that raises when a disk is full is no OSError.
+    # Not save_file, which does not raise an OSError when the disk is full.
     file.write_bytes(to_safetensors(stored, metadata))

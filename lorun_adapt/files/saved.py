@@ -1,4 +1,4 @@
-"""A saved folder, and its files with the hashes that its description has."""
+"""A saved folder, and reading its files with their hashes checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BASE_KEY = "lorun_base"  # the fingerprint of the base, in the metadata of a saf
 
 
 def stage_folder(stage_map: StageMap, group: Group, site: Site) -> str:
-    """Where in a set's folder the adapter of a denoiser is."""
+    """Return the folder of a denoiser's adapter, relative to the folder of its set."""
     stage = stage_key(site.stage)
     return stage if len(stage_map.groups) == 1 else f"{stage}/{group.name}"
 
@@ -28,9 +28,9 @@ class SavedFolder:
     """A folder to read from.
 
     Attributes:
-        folder: where it is.
-        description: its ``lorun_config.json``, which has the files' hashes; None where there is none.
-        real_folders: folders within it that are known to be no links.
+        folder: its path.
+        description: its ``lorun_config.json`` with the hashes of the files; None if it has none.
+        real_folders: subfolders already checked not to be links.
     """
 
     folder: Path
@@ -38,30 +38,34 @@ class SavedFolder:
     real_folders: set[str] = field(default_factory=set)
 
     def content(self, name: str, limit: int) -> bytes:
-        """The bytes of a file, at most ``limit``.
+        """Return the bytes of a file.
+
+        Args:
+            name: its path in the folder.
+            limit: the maximum number of bytes.
 
         Raises:
-            LoRunError: a file that is missing, too large, leads out of the folder, or has another hash.
+            LoRunError: a file that is missing, is too large, links out of the folder, or has the wrong hash.
         """
         known = self.description["files"].get(name) if self.description is not None else None
         if self.description is not None and known is None:
             raise LoRunError(
-                f"{self.folder / CONFIG_FILE} has no hash of {name!r}: the file was added later, or the folder is "
-                "damaged; download it again"
+                f"{self.folder / CONFIG_FILE} has no hash of {name!r}, so the file was added later or the folder is "
+                "damaged: download it again"
             )
         content = read_file(self.folder, name, limit, self.real_folders)
         if known is not None and hashlib.sha256(content).hexdigest() != known:
-            raise LoRunError(f"{self.folder / name} was changed after it was saved (another hash): download it again")
+            raise LoRunError(f"{self.folder / name} has the wrong hash, so it is damaged or changed: download it again")
         return content
 
     def holds(self, name: str) -> bool:
-        """Whether there is such a file: one that the description lists, if there is a description."""
+        """Whether the folder has a file; with a description, only the files it lists count."""
         if self.description is None:
             return os.path.lexists(self.folder / name)
         return name in self.description["files"]
 
     def folders(self, key: str) -> list[str]:
-        """The names of the folders in ``key``."""
+        """Return the names of the folders in the subfolder ``key``."""
         try:
             with os.scandir(os.path.join(self.folder, key)) as entries:
                 return sorted(entry.name for entry in entries if entry.is_dir())
@@ -70,13 +74,15 @@ class SavedFolder:
 
 
 def check_base(expected: str, found: str, where: str) -> None:
-    """Refuse adapters for another base.
+    """Raise an error if an adapter is for another base.
 
     Args:
-        expected, found: fingerprints of the base in memory, and of the one that the file names.
+        expected: the fingerprint of the base in memory.
+        found: the fingerprint of the base that a file names.
+        where: the file, for the error message.
 
     Raises:
-        LoRunError: they differ.
+        LoRunError: the fingerprints differ.
     """
     if expected != found:
         raise LoRunError(
@@ -86,12 +92,12 @@ def check_base(expected: str, found: str, where: str) -> None:
 
 
 def chosen_set(description: Mapping[str, Any], name: str, where: object) -> str:
-    """The set to load as ``name`` from a saved conversion: the one of that name, or its only one.
+    """Return the set to load from a saved conversion: the set ``name``, or its only set.
 
     Raises:
-        LoRunError: several sets, and none of that name.
+        LoRunError: several sets, none of them called ``name``.
     """
     names = description["adapters"]
     if name in names or len(names) == 1:
         return name if name in names else names[0]
-    raise LoRunError(f"{where} has several adapter sets and no {name!r}: give the folder of one of {names}")
+    raise LoRunError(f"{where} has several adapter sets but no {name!r}: give the folder of one of {names}")

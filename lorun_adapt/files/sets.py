@@ -1,4 +1,4 @@
-"""Read adapter sets, or one stage's adapter, from folders: of a saved conversion, or of PEFT."""
+"""Read adapter sets, or the adapter of one stage, from folders that this package or PEFT wrote."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from ..peft_format.reader import Reader, readers_of
 from ..stages.stage_map import Site, StageMap, stage_key
 from ..stages.tensors import outside_parameters
 from ..util.modules import has_valid_values
-from .adapter_info import LARGEST_FILE, read_adapter_info
+from .adapter_info import MAX_INFO_BYTES, read_adapter_info
 from .description import description_bytes, groups_of, parse_description, stage_map_of
 from .layout import ADAPTERS_FOLDER, CONFIG_FILE, OUTSIDE_FILE, PEFT_CONFIG_FILE, SET_CONFIG_FILE, TENSORS_FILE
 from .saved import BASE_KEY, SavedFolder, check_base, chosen_set, stage_folder
 
-MOST_DESCRIPTIONS = 4  # kept
+MAX_DESCRIPTIONS = 4  # in the cache
 
 
 def check_stage(stage: object, num_stages: int) -> None:
-    """Refuse what is no stage's number; None stands for all stages.
+    """Raise an error unless ``stage`` is the number of a stage, or None for all stages.
 
     Raises:
-        LoRunError: no whole number in 0..num_stages - 1.
+        LoRunError: not a whole number in 0..num_stages - 1.
     """
     if stage is not None:
         number = hasattr(stage, "__index__") and not isinstance(stage, bool)
@@ -42,28 +42,29 @@ def check_stage(stage: object, num_stages: int) -> None:
 
 
 class SetReader:
-    """Reads adapter sets for one base. What files have in common is worked out once.
+    """Reads adapter sets for one base, and caches what their files have in common.
 
     Args:
-        base: the base. Its tensors are read as they are then, and never changed.
-        stage_map: where its stages are.
-        fingerprint: of the base.
+        base: the base; its tensors are read when a set is loaded, and never changed.
+        stage_map: the positions of its stages.
+        fingerprint: the hash of the base.
     """
 
     def __init__(self, base: nn.Module, stage_map: StageMap, fingerprint: str) -> None:
         self.base, self.stage_map, self.fingerprint = base, stage_map, fingerprint
         self._readers: dict[tuple[str, str], Reader] = {}
-        self._descriptions: dict[bytes, dict[str, Any]] = {}  # of folders with adapters for this base
+        self._descriptions: dict[bytes, dict[str, Any]] = {}  # those already checked to be for this base
 
     def load(self, path: Path, name: str, stage: int | None = None) -> AdapterSet:
-        """The set, or with ``stage`` that stage's adapter, that a path leads to.
+        """Load a set, or, with ``stage``, the adapter of one stage.
 
         Args:
-            path: a saved folder, a set's or a stage's folder, or a stage's safetensors file.
-            name: which set, where a saved folder has several.
+            path: a saved folder, the folder of a set or of a stage, or the safetensors file of a stage.
+            name: the set to load if a saved folder has several.
+            stage: load only this stage.
 
         Raises:
-            LoRunError: files that are missing, damaged or not for this base.
+            LoRunError: files that are missing, damaged, or for another base.
         """
         return retry_if_replaced(path, lambda: self._load(path, name, stage))
 
@@ -75,12 +76,12 @@ class SetReader:
             stage = int(named[1]) if stage is None and named else stage
             if stage not in range(len(stage_map)) or len(stage_map.groups) > 1:
                 raise LoRunError(
-                    f"cannot tell which stage {path / file} is for: give stage= or, where stages have several "
-                    "denoisers, the stage's folder"
+                    f"cannot tell which stage {path / file} is for: give stage=, or, if a stage has several denoisers, "
+                    "the folder of the stage"
                 )
         if not os.path.isdir(path):
-            raise LoRunError(f"no folder at {path}: give a saved folder or a set's")
-        saved, key = self._place_of(path)
+            raise LoRunError(f"no folder at {path}: give a saved folder or the folder of a set")
+        saved, key = self._locate(path)
         if saved.description is not None and key == "":
             key = f"{ADAPTERS_FOLDER}/{chosen_set(saved.description, name, path)}"
         if stage is None:
@@ -94,10 +95,10 @@ class SetReader:
                 if site.stage == stage:
                     part = f"{key}/{group.name}".lstrip("/") if several else key
                     read[group.name] = self._read_adapter(saved, part, group.name, site, file)
-        return AdapterSet({stage: {name: adapter for name, (adapter, _) in read.items()}}, _first_config([read]))
+        return AdapterSet({stage: {name: adapter for name, (adapter, _) in read.items()}}, _copy_first_config([read]))
 
     def read_set(self, saved: SavedFolder, key: str) -> AdapterSet:
-        """The set in the folder ``key``, which may hold some of the stages, but those whole.
+        """Read the set in the subfolder ``key``. It may lack stages, but each of its stages must be complete.
 
         Raises:
             LoRunError: as :meth:`load`.
@@ -118,8 +119,8 @@ class SetReader:
             held = {stage for stage in stages if os.path.isdir(saved.folder / key / stage)}
         if not held & stages:
             raise LoRunError(
-                f"no adapters for the {len(stage_map)} stages in {saved.folder / key}: give a set's folder, or say "
-                "with stage= which stage the adapter is for"
+                f"no adapters for the {len(stage_map)} stages in {saved.folder / key}: give the folder of a set, or "
+                "pass stage= for the adapter of one stage"
             )
         read: dict[int, dict[str, tuple[StageAdapter, LoraConfig]]] = {}
         for part, (group, site) in parts.items():
@@ -129,15 +130,15 @@ class SetReader:
         outside, info = (f"{key}/{name}".lstrip("/") for name in (OUTSIDE_FILE, SET_CONFIG_FILE))
         return AdapterSet(
             {stage: {name: adapter for name, (adapter, _) in read[stage].items()} for stage in sorted(read)},
-            _first_config(read.values()),
+            _copy_first_config(read.values()),
             self._read_outside(saved, outside) if saved.holds(outside) else {},
-            read_adapter_info(saved.content(info, LARGEST_FILE), len(stage_map), str(saved.folder / info))
+            read_adapter_info(saved.content(info, MAX_INFO_BYTES), len(stage_map), str(saved.folder / info))
             if saved.holds(info)
             else AdapterInfo(),
         )
 
-    def _place_of(self, path: Path) -> tuple[SavedFolder, str]:
-        """The saved folder that ``path`` is or lies in, if its description lists it, and the place within."""
+    def _locate(self, path: Path) -> tuple[SavedFolder, str]:
+        """Return the saved folder that contains ``path`` and lists it in its description, and the path inside it."""
         try:
             path = Path(os.path.abspath(path))
         except OSError as error:
@@ -151,25 +152,25 @@ class SetReader:
             known = self._descriptions.get(content)
             description = known or parse_description(content, root / CONFIG_FILE)
             if key and not any(name.startswith(f"{key}/") for name in description["files"]):
-                break  # something that was put there later
+                break  # someone put this folder there later
             if known is None:
                 self._check_fits(description, root / CONFIG_FILE)
-                if len(self._descriptions) >= MOST_DESCRIPTIONS:
+                if len(self._descriptions) >= MAX_DESCRIPTIONS:
                     self._descriptions.clear()
                 self._descriptions[content] = description
             return SavedFolder(root, description), key
         return SavedFolder(path, None), ""
 
     def _check_fits(self, description: Mapping[str, Any], file: Path) -> None:
-        """Refuse adapters for another base."""
+        """Raise an error if the adapters are for another base."""
         check_base(self.fingerprint, description["fingerprint"], str(file))
         alike = description["network"] == self.stage_map.network
         if not (alike and description["groups"] == groups_of(self.stage_map)):
-            stage_map_of(self.base, description, file)  # says what does not fit
+            stage_map_of(self.base, description, file)  # its error says what does not fit
             raise LoRunError(f"{file} is for other stages: load the base that it was trained on with from_pretrained")
 
     def _read_outside(self, saved: SavedFolder, name: str) -> dict[str, Tensor]:
-        """The parameters outside the stages that a file holds: some of the base's, in their shapes."""
+        """Read the parameters outside the stages that a set replaces; they must have the shapes of the base's."""
         places, where = outside_parameters(self.base, self.stage_map), str(saved.folder / name)
         slots = {name: Slot(tuple(tensor.shape), tensor.dtype) for name, tensor in places.items()}
         tensors, metadata = parse_tensors(saved.content(name, file_limit(slots)), slots, where)
@@ -177,8 +178,8 @@ class SetReader:
         outside = {name: tensor.to(places[name]) for name, tensor in tensors.items()}
         if invalid := [name for name, tensor in outside.items() if not has_valid_values(tensor, False)]:
             raise LoRunError(
-                f"{invalid[0]!r} holds NaN or Inf in {where}: download it again, or save it with weights from before "
-                "training diverged"
+                f"{invalid[0]!r} has NaN or Inf in {where}: download it again, or save weights from before training "
+                "diverged"
             )
         return outside
 
@@ -201,8 +202,8 @@ class SetReader:
         return adapter, lora_config
 
 
-def _first_config(read: Any) -> LoraConfig:
-    """A copy of the first adapter's config, since the reader keeps it for the next set that has it."""
+def _copy_first_config(read: Any) -> LoraConfig:
+    """Return a copy of the first adapter's config; the reader keeps the original in its cache."""
     config = copy.copy(next(config for stage in read for _, config in stage.values()))
     for name, value in vars(config).items():
         if isinstance(value, (dict, list, set)):

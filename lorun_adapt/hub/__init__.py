@@ -1,4 +1,4 @@
-"""Converted networks on the Hugging Face Hub: upload, download, and finding where a source is.
+"""The Hugging Face Hub: uploading and downloading converted networks, and resolving a source to a folder.
 
-Start with ``transfer.py``. May import ``factorise``, ``files``, and what these may import.
+Start with ``transfer.py``. May import ``factorise``, ``files`` and everything below them.
 """

@@ -1,7 +1,7 @@
-"""A repository of the Hugging Face Hub, through ``huggingface_hub``'s own calls, cache and settings.
+"""A repository of the Hugging Face Hub, accessed through ``huggingface_hub`` with its cache and settings.
 
-Nothing is trusted: only files that the repository's ``lorun_config.json`` names are fetched, under names that a saved
-conversion has. A file whose hash is wrong is fetched again.
+A repository is not trusted: only files that its ``lorun_config.json`` lists are downloaded, and only under names that
+a saved conversion can have. A file with the wrong hash is downloaded again.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from huggingface_hub.utils import (
 from ..disk.folder import sha256
 from ..disk.reading import parse_json, read_file
 from ..errors import LoRunError
-from ..files.description import LARGEST, is_unchanged, parse_description
+from ..files.description import MAX_BYTES, is_unchanged, parse_description
 from ..files.layout import ADAPTERS_FOLDER, CONFIG_FILE, NAMES
 
-# With some versions, what is raised for a broken connection is no OSError but what the library for HTTP raises.
-BROKEN: tuple[type[BaseException], ...] = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
-BROKEN_OR_REFUSED: tuple[type[BaseException], ...] = (ValueError, *BROKEN)
+# In some versions of huggingface_hub, a broken connection raises an error of the HTTP library instead of an OSError.
+CONNECTION_ERRORS: tuple[type[BaseException], ...] = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
+HUB_ERRORS: tuple[type[BaseException], ...] = (ValueError, *CONNECTION_ERRORS)
 
-# From the description of a repository (None where it has none, as one of PEFT's) and the place in it that is asked for,
-# the names of the files to fetch.
+# Returns the names of the files to download, given the description of a repository (None if it has none, as one that
+# PEFT wrote) and the requested subfolder of the conversion.
 FilesNeeded = Callable[["Mapping[str, Any] | None", str], Iterable[str]]
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository of the Hub and how to reach it; the fields are ``huggingface_hub``'s arguments.
+    """A repository of the Hub; the fields are the arguments of ``huggingface_hub.hf_hub_download``.
 
     Attributes:
-        subfolder: where in it the conversion, or one of its sets or stages, is.
+        subfolder: the folder of the conversion, or of one of its sets or stages, in the repository.
     """
 
     repo_id: str
@@ -57,30 +57,29 @@ class Repository:
     local_files_only: bool = False
 
     def fetch(self, needed: FilesNeeded) -> Path:
-        """The folder in the cache that the repository's files are in, with those that are needed.
+        """Download files of the repository, and return their folder in the cache.
 
         Args:
-            needed: from the description (None where there is none, as in a repository of PEFT's) and the place in
-                the conversion that ``subfolder`` is, the names of files.
+            needed: selects the files; see :data:`FilesNeeded`.
 
         Raises:
-            LoRunError: what can't be reached, is not there or not for us, or is damaged.
+            LoRunError: no connection, no access, or a missing or damaged file.
         """
         parts = (self.subfolder or "").strip("/").split("/") if self.subfolder else []
         if ".." in parts:
-            raise LoRunError(
-                f"expected a folder within {self.repo_id}, found {self.subfolder!r}: name one without '..'"
-            )
+            raise LoRunError(f"the subfolder {self.subfolder!r} leads out of {self.repo_id}: name one without '..'")
         with self.translating_errors():
             for end in range(len(parts), max(-1, len(parts) - 4), -1):
                 root, key = "/".join(parts[:end]), "/".join(parts[end:])
                 if f"{key}/".startswith(("/", f"{ADAPTERS_FOLDER}/")):
-                    own = f"{root}/{CONFIG_FILE}".lstrip("/")
+                    config_file = f"{root}/{CONFIG_FILE}".lstrip("/")
                     try:
-                        found = self._download(own, self.revision)
+                        found = self._download(config_file, self.revision)
                     except LocalEntryNotFoundError:
-                        if not (self.local_files_only or constants.HF_HUB_OFFLINE or self._is_known_to_lack(own)):
-                            raise  # it may be there: without it nothing could be told from damage
+                        if not (
+                            self.local_files_only or constants.HF_HUB_OFFLINE or self._is_known_to_lack(config_file)
+                        ):
+                            raise  # the description may exist, and without it no file could be checked
                         continue
                     except EntryNotFoundError:
                         continue
@@ -92,30 +91,30 @@ class Repository:
         return None if self.cache_dir is None else os.fspath(self.cache_dir)
 
     def _is_known_to_lack(self, name: str) -> bool:
-        """Whether there was no such file when there was a connection."""
+        """Whether the cache knows from an earlier connection that the repository has no such file."""
         held = try_to_load_from_cache(self.repo_id, name, cache_dir=self._cache_path, revision=self.revision)
         return held is _CACHED_NO_EXIST
 
     def _fetch_described(self, found: Path, root: str, key: str, needed: FilesNeeded) -> Path:
-        """Files that a description names, all of the commit that it is from."""
-        own = f"{root}/{CONFIG_FILE}".lstrip("/")
-        commit = _commit(found, own)
-        file = self._whole(own, commit, _is_whole_description)
-        description = parse_description(read_file(file.parent, file.name, LARGEST), file)
+        """Download files that a description lists, all from the same commit as the description."""
+        config_file = f"{root}/{CONFIG_FILE}".lstrip("/")
+        commit = _commit(found, config_file)
+        file = self._verified(config_file, commit, _is_intact_description)
+        description = parse_description(read_file(file.parent, file.name, MAX_BYTES), file)
         for name in needed(description, key):
             if not NAMES.fullmatch(name) or name not in description["files"]:
                 raise LoRunError(
-                    f"expected files of a conversion in {self.repo_id}, found {name[:100]!r}: do not trust it"
+                    f"{self.repo_id} lists {name[:100]!r}, which is not a file of a conversion: do not trust it"
                 )
             digest = description["files"][name]
-            self._whole(f"{root}/{name}".lstrip("/"), commit, functools.partial(_has_digest, digest))
+            self._verified(f"{root}/{name}".lstrip("/"), commit, functools.partial(_has_digest, digest))
         return found.parent / key
 
     def _fetch_others(self, place: str, needed: FilesNeeded) -> Path:
-        """Files of which no description tells, as PEFT writes them."""
+        """Download files from a repository without a description, as PEFT writes them."""
         commit, files = self.revision, [f"{place}/{name}".lstrip("/") for name in needed(None, "")]
         for name in files:
-            path = self._whole(name, commit, _has_its_name)
+            path = self._verified(name, commit, _matches_its_name)
             commit = _commit(path, name)
         return path.parents[len(PurePosixPath(files[-1]).parts) - 1] / place
 
@@ -133,37 +132,37 @@ class Repository:
             )
         )
 
-    def _whole(self, name: str, revision: str | None, is_whole: Callable[[Path], bool]) -> Path:
-        """A file that is as it was saved; one that the cache holds damaged is fetched anew."""
+    def _verified(self, name: str, revision: str | None, is_intact: Callable[[Path], bool]) -> Path:
+        """Download a file and check it; if the cached copy is damaged, download it again."""
         try:
             path = self._download(name, revision)
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as error:
             raise LoRunError(
-                f"expected {name} in {self.repo_id}, found no such file: say with subfolder= where the adapter is and, "
-                "of one that PEFT wrote, with stage= whose"
+                f"no {name} in {self.repo_id}: give the adapter's folder with subfolder=, and, if PEFT wrote it, its "
+                "stage with stage="
             ) from error
-        if is_whole(path):
+        if is_intact(path):
             return path
         if not self.local_files_only:
             try:
-                if not path.is_symlink():  # the client would keep a copy that is no link
+                if not path.is_symlink():  # hf_hub_download would not replace a copy that is not a link
                     path.unlink()
                 path = self._download(name, revision, again=True)
-            except BROKEN_OR_REFUSED:  # there is no connection now
+            except HUB_ERRORS:  # no connection; the error below reports the damaged file
                 pass
             else:
-                if is_whole(path):
+                if is_intact(path):
                     return path
         raise LoRunError(
-            f"expected {name} of {self.repo_id} as it was saved, found another hash: it was changed or damaged on the "
-            "way; try again, or ask its author"
+            f"{name} of {self.repo_id} has the wrong hash, so it is damaged or was changed: try again, or ask its "
+            "author"
         )
 
     @contextmanager
     def translating_errors(self) -> Iterator[None]:
-        """One sentence for whatever the Hub or the way there has to say."""
+        """Turn the errors of the Hub and of the connection into a :class:`LoRunError` of one sentence."""
         name = f"{self.repo_id} at {self.revision}" if self.revision else self.repo_id
         try:
             yield
@@ -171,34 +170,32 @@ class Repository:
             raise
         except GatedRepoError as error:
             raise LoRunError(
-                f"expected access to {name}, found that its authors grant it on request: ask for it on the "
-                "repository's page, and log in"
+                f"no access to {name}, whose authors grant it on request: request access on the repository's page, and "
+                "log in"
             ) from error
         except RepositoryNotFoundError as error:
             raise LoRunError(
-                f"expected a repository {name}, found none, or a private one: check the name, and log in or pass token="
+                f"no repository {name}, or it is private: check the name, and log in or pass token="
             ) from error
         except RevisionNotFoundError as error:
-            raise LoRunError(
-                f"expected a revision {self.revision!r} of {self.repo_id}, found none: name another"
-            ) from error
+            raise LoRunError(f"no revision {self.revision!r} of {self.repo_id}: name another one") from error
         except LocalEntryNotFoundError as error:
             reason = f" ({_first_line(error.__cause__)})" if error.__cause__ is not None else ""
             raise LoRunError(
-                f"expected to reach the Hub, or {name} in the cache, found neither{reason}: connect once to download it"
+                f"cannot reach the Hub, and {name} is not in the cache{reason}: connect once to download it"
             ) from error
         except HFValidationError as error:
             raise LoRunError(
                 f"expected a repository as 'user/name', found {self.repo_id!r}: {_first_line(error)}"
             ) from error
-        except BROKEN as error:
-            raise LoRunError(f"expected an answer about {name}, found {_first_line(error)}: try again") from error
-        except ValueError as error:  # what the client, or the Hub, does not take: a subfolder, a token, a card
-            raise LoRunError(f"expected what the Hub takes for {name}, found {_one_line(error)}: change it") from error
+        except CONNECTION_ERRORS as error:
+            raise LoRunError(f"the Hub did not answer for {name} ({_first_line(error)}): try again") from error
+        except ValueError as error:  # huggingface_hub or the Hub refuses an argument or the card
+            raise LoRunError(f"the Hub refuses a value for {name} ({_one_line(error)}): change it") from error
 
 
 def _commit(path: Path, name: str) -> str:
-    """The commit that a file of the cache is of."""
+    """Return the commit of a file in the cache."""
     return path.parents[len(PurePosixPath(name).parts) - 1].name
 
 
@@ -206,15 +203,15 @@ def _has_digest(digest: str, path: Path) -> bool:
     return sha256(path) == digest
 
 
-def _has_its_name(path: Path) -> bool:
-    """Whether a large file is what the cache names it after, its hash; of small ones that is not known."""
-    blob = Path(os.readlink(path)).name if path.is_symlink() else path.name  # which may itself be a link
+def _matches_its_name(path: Path) -> bool:
+    """Whether a large file has the hash in its name in the cache; the names of small files are no SHA-256 hashes."""
+    blob = Path(os.readlink(path)).name if path.is_symlink() else path.name  # readlink: the blob may be a link itself
     return re.fullmatch("[0-9a-f]{64}", blob) is None or sha256(path) == blob
 
 
-def _is_whole_description(path: Path) -> bool:
+def _is_intact_description(path: Path) -> bool:
     try:
-        content = parse_json(read_file(path.parent, path.name, LARGEST), str(path))
+        content = parse_json(read_file(path.parent, path.name, MAX_BYTES), str(path))
     except LoRunError:
         return False
     return isinstance(content, dict) and is_unchanged(content)

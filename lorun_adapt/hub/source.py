@@ -1,4 +1,4 @@
-"""Where a source is: a folder on disk, or a repository of the Hub in its cache, with the files that are needed."""
+"""Resolve a source, a folder on disk or a repository of the Hub, to a local path."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ if TYPE_CHECKING:
 
 
 def resolve_source(source: str | os.PathLike[str], needed: FilesNeeded, **hub: Any) -> Path:
-    """The folder, or file, that ``source`` is, or in the Hub's cache its repository with the files that are needed.
+    """Return the local path of ``source``; download a repository's files to the Hub's cache first.
 
     Args:
         source: a path, or a repository of the Hub as ``user/name``.
-        needed: which of a repository's files to fetch.
-        hub: of the repository: revision, subfolder, token, cache_dir, local_files_only.
+        needed: selects the files of a repository to download.
+        hub: options of the repository: revision, subfolder, token, cache_dir, local_files_only.
 
     Raises:
-        LoRunError: no path; options of a repository for a folder; what :meth:`Repository.fetch` raises.
+        LoRunError: not a path; options of a repository given for a folder; as :meth:`Repository.fetch`.
     """
     if is_repository(source):
-        from .repository import Repository  # huggingface_hub takes a while to import
+        from .repository import Repository  # imported here, since huggingface_hub imports slowly
 
         return Repository(os.fspath(source), **hub).fetch(needed)
     if given := [option for option, value in hub.items() if value]:
         raise LoRunError(
-            f"expected a repository as 'user/name' with {' and '.join(given)}, found {os.fspath(source)!r}: leave them "
-            "out for a folder"
+            f"expected a repository as 'user/name' with {' and '.join(given)}, found {os.fspath(source)!r}: leave "
+            f"{'it' if len(given) == 1 else 'them'} out for a folder"
         )
     return as_path(source)
 
 
 def is_repository(source: object) -> bool:
-    """Whether a source names a repository of the Hub, as ``user/name``, and no folder that is there.
+    """Whether a source is a repository of the Hub, as ``user/name``, and not an existing folder.
 
     >>> from lorun_adapt.hub.source import is_repository
     >>> is_repository("user/name"), is_repository("./saved/net")
@@ -65,24 +65,25 @@ def is_repository(source: object) -> bool:
 
 
 def files_of_conversion(description: Mapping[str, Any] | None, key: str) -> list[str]:
-    """The files of a repository to load a whole conversion from: all but the cards.
+    """Return the files of a repository that a complete conversion needs: all except the cards.
 
     Raises:
-        LoRunError: a repository without a conversion, or with adapters alone.
+        LoRunError: a repository without a conversion, or one with adapters but no base.
     """
     if description is None or key:
-        lacking = f"one of a conversion's adapters, found in {key!r}" if key else f"a repository without {CONFIG_FILE}"
-        raise LoRunError(f"cannot load a conversion from {lacking}: load its base first, and this with load_adapter")
+        place = f"{key!r}, which has only adapters" if key else f"a repository without {CONFIG_FILE}"
+        raise LoRunError(f"cannot load a conversion from {place}: load its base first, then this with load_adapter")
     check_has_base(description, "the repository")
     return [name for name in description["files"] if os.path.basename(name) != CARD_FILE]
 
 
 def files_of_set(stage_map: StageMap, name: str, stage: int | None) -> FilesNeeded:
-    """The files of a repository to load a set from, or one of its stages.
+    """Return a function that selects the files of a set, or of one stage, in a repository.
 
     Args:
-        name: which set, where there are several.
-        stage: only this stage.
+        stage_map: the stages of the network.
+        name: the set to load if there are several.
+        stage: load only this stage.
     """
     parts = [stage_folder(stage_map, g, s) for g in stage_map.groups for s in g.sites if stage in (None, s.stage)]
 
@@ -94,7 +95,7 @@ def files_of_set(stage_map: StageMap, name: str, stage: int | None) -> FilesNeed
         whole = {f"{key}/{part}" for part in parts}
         if stage is None:
             beside = (OUTSIDE_FILE, SET_CONFIG_FILE)
-        else:  # where key is the folder of a stage, or of a stage with several denoisers
+        else:  # key may be the folder of a stage, whose denoisers may have subfolders
             whole |= {f"{key}/{group.name}" for group in stage_map.groups}
             beside = (PEFT_CONFIG_FILE, TENSORS_FILE)
         single = {f"{key}/{file}" for file in beside}

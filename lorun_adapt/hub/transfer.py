@@ -1,4 +1,4 @@
-"""Send a saved conversion to the Hub, bring one from there, and list what one holds."""
+"""Upload a saved conversion to the Hub, download one, and list its sets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from ..disk.folder import as_path, replace_folder, sha256
 from ..disk.reading import parse_json, read_file
 from ..errors import LoRunError
-from ..files.description import LARGEST, read_description
+from ..files.description import MAX_BYTES, read_description
 from ..files.layout import ADAPTERS_FOLDER, BASE_FILE, CONFIG_FILE, NAMES, PEFT_CONFIG_FILE, SET_CONFIG_FILE
 from ..files.save import check_keeps_base, foreign_entries
 from .repository import Repository
@@ -31,20 +31,20 @@ def push(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload a saved conversion, or adapters saved alone; see :meth:`LoRunModel.push_to_hub`."""
+    """Upload a saved folder; see :meth:`LoRunModel.push_to_hub`."""
     description = read_description(folder)
     for name, digest in description["files"].items():
         if not NAMES.fullmatch(name) or not (folder / name).is_file() or sha256(folder / name) != digest:
-            raise LoRunError(f"{name[:100]!r} in {folder} is missing or was changed after it was saved: save it again")
+            raise LoRunError(f"{name[:100]!r} in {folder} is missing or has changed since it was saved: save it again")
     api = HfApi(token=token, library_name="lorun-adapt")
     with Repository(repo_id, revision).translating_errors():
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name added
         there = revision is None or api.revision_exists(repo_id, revision)
         adapters_only = BASE_FILE not in description["files"]
         if adapters_only and api.file_exists(repo_id, BASE_FILE, revision=revision if there else None):
             raise LoRunError(
-                f"{repo_id} holds a {BASE_FILE} that these adapters need not fit: push with the base, or to another "
-                "repository"
+                f"{repo_id} has a {BASE_FILE} that these adapters may not fit: push them with their base, or to "
+                "another repository"
             )
         if revision is not None and not there:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -55,21 +55,21 @@ def push(
             commit_message=commit_message or f"Upload {', '.join(description['adapters'])} with lorun-adapt",
             create_pr=create_pr,
             allow_patterns=[CONFIG_FILE, *(glob.escape(name) for name in description["files"])],
-            delete_patterns=[f"{ADAPTERS_FOLDER}/*"],  # sets that are no more
+            delete_patterns=[f"{ADAPTERS_FOLDER}/*"],  # sets that the folder no longer has
         )
     return str(commit)
 
 
 def pull(repository: Repository, out: Path) -> None:
-    """Download all of a conversion, or of adapters saved alone, to a folder, which appears whole or not at all.
+    """Download a saved folder. ``out`` is written completely or not at all.
 
     Raises:
-        LoRunError: as :meth:`Repository.fetch`, or ``out`` holds something else.
+        LoRunError: as :meth:`Repository.fetch`; ``out`` has other files in it; adapters would replace a base.
     """
 
     def everything(description: Mapping[str, Any] | None, key: str) -> list[str]:
         if description is None or key:
-            raise LoRunError(f"no {CONFIG_FILE} in {repository.repo_id}: name the conversion's folder with subfolder")
+            raise LoRunError(f"no {CONFIG_FILE} in {repository.repo_id}: give the conversion's folder with subfolder=")
         return list(description["files"])
 
     source = repository.fetch(everything)
@@ -86,18 +86,20 @@ def pull(repository: Repository, out: Path) -> None:
 
 
 def list_adapters(source: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """What is in a saved conversion.
+    """List the sets of a saved conversion.
 
     Args:
         source: a folder, or a repository of the Hub as ``user/name``.
+        revision: of the repository.
 
     Returns:
-        Its description; and for each set the entries of its own config and of its first stage's.
+        The description, and for each set the entries of its ``set_config.json`` and of the ``adapter_config.json`` of
+        its first stage.
 
     Raises:
-        LoRunError: no conversion there.
+        LoRunError: no conversion in ``source``; as :meth:`Repository.fetch`.
     """
-    wanted: dict[str, dict[str, str]] = {}
+    config_files: dict[str, dict[str, str]] = {}
 
     def configs(description: Mapping[str, Any] | None, key: str) -> Iterable[str]:
         if description is None or key:
@@ -105,8 +107,8 @@ def list_adapters(source: str, revision: str | None = None) -> tuple[dict[str, A
         for file in sorted(description["files"]):
             kind = os.path.basename(file)
             if file.startswith(f"{ADAPTERS_FOLDER}/") and kind in (PEFT_CONFIG_FILE, SET_CONFIG_FILE):
-                wanted.setdefault(file.split("/")[1], {}).setdefault(kind, file)
-        return [file for files in wanted.values() for file in files.values()]
+                config_files.setdefault(file.split("/")[1], {}).setdefault(kind, file)
+        return [file for files in config_files.values() for file in files.values()]
 
     if is_repository(source):
         folder = Repository(source, revision).fetch(configs)
@@ -114,11 +116,13 @@ def list_adapters(source: str, revision: str | None = None) -> tuple[dict[str, A
     else:
         folder = as_path(source)
         if revision is not None or not (folder / CONFIG_FILE).is_file():
-            raise LoRunError(f"{source!r} is neither a saved conversion nor user/name of the Hub: name another")
+            raise LoRunError(
+                f"{source!r} is neither a saved conversion nor a repository user/name of the Hub: name another source"
+            )
         description = read_description(folder)
         configs(description, "")
     entries: dict[str, dict[str, Any]] = {}
-    for name, files in wanted.items():
-        parts = [parse_json(read_file(folder, file, LARGEST), file) for file in files.values()]
+    for name, files in config_files.items():
+        parts = [parse_json(read_file(folder, file, MAX_BYTES), file) for file in files.values()]
         entries[name] = {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
     return description, entries

@@ -1,4 +1,4 @@
-"""The converted network that users hold: its adapter sets, swapping and combining them, choosing them by noise level.
+"""The converted network that users work with: storing, swapping and combining adapter sets, choosing by noise level.
 
-Start with ``lorun_model.py``. May import ``task``, and what this may import.
+Start with ``lorun_model.py``. May import ``task`` and everything below it.
 """

@@ -1,4 +1,4 @@
-"""A new adapter set from others: the weighted sum of what each adds to the base."""
+"""Combine adapter sets: a new set that is the weighted sum of what each adds to the base."""
 
 from __future__ import annotations
 
@@ -24,15 +24,20 @@ from ..util.numbers import is_number
 def weighted_set(
     base: nn.Module, stage_map: StageMap, sets: Sequence[AdapterSet], weights: Sequence[float]
 ) -> AdapterSet:
-    """The weighted sum of ``sets``, for the stages that all of them hold.
+    """Return the weighted sum of ``sets``, with the stages that all of them have.
+
+    Args:
+        base: the shared base.
+        stage_map: the positions of its stages.
+        sets: the sets to sum.
+        weights: a finite number for each set.
 
     Raises:
-        LoRunError: weights that are not finite numbers or not one for each set; no stage in common; sums that are not
-            finite.
+        LoRunError: weights that are not finite numbers; no stage in common; a sum with NaN or Inf.
     """
     for weight in weights:
         if not is_number(weight) or not math.isfinite(weight):
-            raise LoRunError(f"expected finite numbers as weights, found {weight!r}: give how much of each set to take")
+            raise LoRunError(f"expected finite numbers as weights, found {weight!r}: give one number for each set")
     adapters: dict[int, dict[str, StageAdapter]] = {}
     for group in stage_map.groups:
         for site in group.sites:
@@ -41,7 +46,7 @@ def weighted_set(
                 denoiser = base.get_submodule(site.module)
                 adapters.setdefault(site.stage, {})[group.name] = _weighted(denoiser, group, parts, weights)
     if not adapters:
-        raise LoRunError("the sets have no stage in common: load whole sets")
+        raise LoRunError("the sets have no stage in common: load complete sets")
     ranks: dict[str, int] = {}
     for adapter in [adapter for stage in adapters.values() for adapter in stage.values()]:
         for name, term in terms_of(adapter).items():
@@ -55,7 +60,7 @@ def weighted_set(
 def weighted_outside(
     base: nn.Module, stage_map: StageMap, outsides: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
 ) -> dict[str, Tensor]:
-    """The weighted sum of sets' parameters outside the stages; those that a set does not have are the base's."""
+    """Return the weighted sum of the sets' parameters outside the stages; a set without one counts with the base's."""
     of_base = outside_parameters(base, stage_map)
     sums = {}
     for name in dict.fromkeys(name for outside in outsides for name in outside):
@@ -67,7 +72,7 @@ def weighted_outside(
 
 def _check_values(value: Tensor, buffer: bool, name: str, weights: Sequence[float]) -> None:
     if not has_valid_values(value, buffer):
-        raise LoRunError(f"the weights {list(weights)} make NaN or Inf of {name!r}: choose smaller ones")
+        raise LoRunError(f"the weights {list(weights)} give NaN or Inf in {name!r}: choose smaller weights")
 
 
 @torch.no_grad()

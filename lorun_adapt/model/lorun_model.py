@@ -1,4 +1,4 @@
-"""The converted network as users hold it."""
+"""The converted network: the object that users run, train, save and share."""
 
 from __future__ import annotations
 
@@ -57,21 +57,23 @@ DEFAULT_SET = "default"
 class LoRunModel(nn.Module):
     """A deep unfolding network whose denoisers are one shared base and an adapter per stage.
 
-    Made by :func:`lorun_adapt.convert` and :func:`lorun_adapt.from_pretrained`. Call it with the arguments of the
-    original network; it returns what that returns. Only the adapters that run are trainable (``requires_grad``): the
-    base and what is outside the stages are frozen. Attributes of the original network are reachable, as in PEFT.
+    :func:`lorun_adapt.convert` and :func:`lorun_adapt.from_pretrained` return one. Call it with the arguments of the
+    original network; it returns what the original returns. Only the active adapters are trainable
+    (``requires_grad``); the base and the parameters outside the stages are frozen. The attributes of the original
+    network are available on this object, as in PEFT.
 
     Attributes:
-        base: the bare base, a network of the original class whose stages are all alike.
+        base: the base without adapters: a network of the original class whose stages are identical.
         adapters: the adapter sets, ``adapters[name]["stage_03"][group]``.
-        outside: for each set that has some, its own parameters outside the stages.
+        outside: the parameters outside the stages that a set replaces, for each set that replaces some.
         network: the network that runs. ``set_adapter`` and ``.to`` replace it, so register hooks on it afterwards.
-        stage_map: where the stages are.
+        stage_map: the positions of the stages in the network.
         peft_config: the ``LoraConfig`` of each set.
-        adapter_info: what is known of each set beside its tensors: its noise and its quality.
-        residuals: by group and tensor, for each stage: the norm that the conversion lost, and the tensor's norm.
-        card: what the README.md of a saved folder says beside figures: licence, task, where the original is.
-        trainable_names: names of the parameters that the network's authors train.
+        adapter_info: the noise level and the measured quality of each set.
+        residuals: by group and tensor, a pair for each stage: the norm of the difference between the original tensor
+            and its replacement at conversion, and the norm of the original tensor.
+        card: the text of the model card: licence, task, and the original's repository.
+        trainable_names: names of the parameters that the original network trains.
     """
 
     base: nn.Module
@@ -96,7 +98,7 @@ class LoRunModel(nn.Module):
         self._swapping = threading.RLock()
         self._reader: SetReader | None = None
         self._fingerprint = converted.known_fingerprint
-        self._base_parameters = list(self.base.parameters())  # which take long to list
+        self._base_parameters = list(self.base.parameters())  # kept, since listing them at each access is slow
         self.network = self.base
         for name, held in converted.sets.items():
             self._put(name, held)
@@ -105,11 +107,11 @@ class LoRunModel(nn.Module):
         self.set_adapter(converted.active)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the original network returns for the same arguments."""
+        """Run the network with the active adapters; it takes and returns what the original network does."""
         return self._modules["network"](*args, **kwargs)  # type: ignore[misc]
 
     def converted(self) -> Converted:
-        """This network as plain data, around the same tensors."""
+        """Return this network as plain data; the tensors are shared, not copied."""
         sets = {name: self._store.get(name) for name in self._store}
         return Converted(
             self.base,
@@ -124,7 +126,7 @@ class LoRunModel(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """What names the base in files: it stays when the base is stored in, or moved to, another dtype."""
+        """The hash that identifies the base in files; converting the base to another dtype does not change it."""
         if self._fingerprint is None or any(parameter.requires_grad for parameter in self._base_parameters):
             self._fingerprint = fingerprint_of(distinct_tensors(self.base))
             self._reader = None
@@ -134,28 +136,29 @@ class LoRunModel(nn.Module):
 
     @property
     def adapter_names(self) -> list[str]:
-        """The adapter sets that are loaded."""
+        """The names of the loaded adapter sets."""
         return self._store.names
 
     @property
     def active_adapters(self) -> list[str] | dict[int, str]:
-        """The set that runs, in a list as in PEFT; where stages run with different sets, the set of each stage."""
+        """The active set in a list, as in PEFT, or ``{stage: name}`` if the stages run different sets."""
         everywhere = self._running.everywhere
         return dict(self._running.active) if everywhere is None else [everywhere]
 
     def set_adapter(self, adapter: str | Sequence[str] | Mapping[int, str], inference_mode: bool = False) -> None:
-        """Run with another set in all stages, or, with ``{stage: name}``, in some.
+        """Activate a set in all stages, or, with ``{stage: name}``, in some of them.
 
-        Forwards may run meanwhile in other threads: each runs with the sets it began with, or with the new ones.
-        A set's own parameters outside the stages run where all stages run with that set.
+        Other threads may run forwards at the same time: each forward uses either the old or the new sets throughout.
+        A set's parameters outside the stages apply only if all stages run that set.
 
         Args:
-            adapter: the name of a set (a list of one is allowed, as in PEFT), or names by stage.
-            inference_mode: freeze the sets that run, too. Otherwise they train, as in PEFT, and a network that is
-                compiled for sets that train is compiled again for frozen ones.
+            adapter: the name of a set (or a list of one name, as in PEFT), or ``{stage: name}``, with stages counted
+                from 0.
+            inference_mode: freeze the active sets as well. By default they are trainable, as in PEFT.
+                ``torch.compile`` compiles once for trainable and once for frozen sets.
 
         Raises:
-            LoRunError: an unknown set or stage, or a set without the stage; nothing changes then.
+            LoRunError: an unknown set or stage, or a set without an adapter for the stage; nothing changes then.
 
         >>> import lorun_adapt
         >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -166,24 +169,32 @@ class LoRunModel(nn.Module):
         {0: 'mine', 1: 'default', 2: 'default'}
         """
         with self._swapping:
-            wanted = self._running.wanted(adapter)
-            for stage, name in wanted.items():
+            active = self._running.resolve(adapter)
+            for stage, name in active.items():
                 self._store.check_known(name)
                 _check_holds(name, stage, self._store.stages(name))
-            network = self._network_for(wanted)
+            network = self._network_for(active)
             before = self._running.names
-            self._running.active, self._running.inference_mode, self.network = wanted, inference_mode, network
-            self._set_trainable({*before, *wanted.values()})
+            self._running.active, self._running.inference_mode, self.network = active, inference_mode, network
+            self._set_trainable({*before, *active.values()})
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Run the bare base in every stage within the ``with`` block."""
+        """Within the ``with`` block, run the base without adapters in every stage.
+
+        >>> import lorun_adapt
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> lorun = lorun_adapt.convert(ToyUnfoldingNet(), rank=1)
+        >>> with lorun.disable_adapter():
+        ...     print(lorun.network is lorun.base)
+        True
+        """
         with self._swapping:
             before, self.network = self.network, self.base
         try:
             yield
         finally:
-            if before is not self.base:  # else within another `with`
+            if before is not self.base:  # otherwise this block is inside another one, which restores the adapters
                 with self._swapping:
                     self.network = self._network_for(self._running.active)
 
@@ -199,20 +210,29 @@ class LoRunModel(nn.Module):
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> None:
-        """Load a set, or one stage's adapter, under a name. :meth:`set_adapter` runs it.
+        """Load an adapter set, or the adapter of one stage. Activate it with :meth:`set_adapter`.
 
         Args:
-            source: a saved folder (its set of that name, or its only one), the folder of a set, or, with ``stage``,
-                the folder of a single stage or its safetensors file beside its ``adapter_config.json``; or a
-                repository of the Hub, as ``user/name``, of which only the files needed are downloaded.
-            adapter_name: letters, digits, ``_`` and ``-``. A loaded set of that name is replaced;
-                with ``stage`` only that stage is.
-            stage: load this stage's adapter alone.
-            revision, subfolder, token, cache_dir, local_files_only: of the repository, as
-                ``huggingface_hub.hf_hub_download`` takes them.
+            source: one of: a saved folder (loads its set ``adapter_name``, or its only set); the folder of a set; with
+                ``stage``, the folder of one stage, or its safetensors file, with ``adapter_config.json`` in the same
+                folder; a repository of the Hub, as ``user/name`` (downloads only the files needed).
+            adapter_name: letters, digits, ``_`` and ``-``. This replaces a loaded set of that name; with ``stage``,
+                it replaces only that stage.
+            stage: load only the adapter of this stage, counted from 0.
+            revision, subfolder, token, cache_dir, local_files_only: options of the repository, as in
+                ``huggingface_hub.hf_hub_download``.
 
         Raises:
-            LoRunError: files that are missing, damaged or not for this base; nothing changes then.
+            LoRunError: files that are missing, damaged, or for another base; nothing changes then.
+
+        >>> import lorun_adapt, tempfile
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> lorun = lorun_adapt.convert(ToyUnfoldingNet(), rank=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     lorun.save_pretrained(folder + "/saved")
+        ...     lorun.load_adapter(folder + "/saved", "copy")
+        >>> lorun.adapter_names
+        ['default', 'copy']
         """
         check_adapter_name(adapter_name)
         check_stage(stage, len(self.stage_map))
@@ -237,14 +257,14 @@ class LoRunModel(nn.Module):
             self._put(adapter_name, held)
 
     def add_adapter(self, adapter_name: str, config: LoraConfig) -> None:
-        """Add an untrained set, as in PEFT: it adds nothing to the base until it is trained.
+        """Add an untrained set, as in PEFT: it does not change the base's output until it is trained.
 
         Args:
             adapter_name: a new name.
-            config: which tensors are adapted, and at what rank; names are relative to the denoiser.
+            config: the tensors to adapt and their ranks; names are relative to the denoiser.
 
         Raises:
-            LoRunError: a name that is taken; what :func:`lorun_adapt.convert` refuses of a config.
+            LoRunError: a name that is already used, or a config that :func:`lorun_adapt.convert` would refuse.
 
         >>> import lorun_adapt
         >>> from peft import LoraConfig
@@ -259,28 +279,44 @@ class LoRunModel(nn.Module):
             self._put(adapter_name, untrained_set(self.base, self.stage_map, config))
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
-        """Make a set of the weighted sum of what others add to the base, as PEFT does with ``combination_type="svd"``.
+        """Add a set that is a weighted sum of other sets, like PEFT's ``combination_type="svd"``.
 
-        A tensor's low-rank terms become one of the largest of their ranks, by SVD of their sum. Of the stages' private
-        tensors, the differences from the base are summed. Weights that sum to 1 interpolate. The new set has the
-        stages that all of the others have.
+        For each tensor, the sum of the low-rank terms is truncated by SVD to the largest of their ranks. For the
+        stages' private tensors, the differences from the base are summed. Weights that sum to 1 interpolate. The new
+        set has the stages that all the given sets have.
 
         Args:
-            adapters, weights: names of loaded sets, and a number for each, which may be negative.
-            adapter_name: the new set's name; a set of that name is replaced.
+            adapters: names of loaded sets.
+            weights: a finite number for each set; it may be negative.
+            adapter_name: the name of the new set; this replaces a set of that name.
 
         Raises:
-            LoRunError: an unknown set, lists of different lengths, or sums that are not finite; nothing changes then.
+            LoRunError: an unknown set, lists of different lengths, or a sum with NaN or Inf; nothing changes then.
+
+        >>> import lorun_adapt
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> lorun = lorun_adapt.convert(ToyUnfoldingNet(), rank=1)
+        >>> lorun.copy_adapter("default", "other")
+        >>> lorun.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mean")
+        >>> lorun.adapter_names
+        ['default', 'other', 'mean']
         """
         check_adapter_name(adapter_name)
         with self._swapping:
             self._put(adapter_name, self._weighted(adapters, weights))
 
     def copy_adapter(self, source: str, adapter_name: str) -> None:
-        """Make a set that starts as a copy of another.
+        """Add a set that is a copy of the set ``source``.
 
         Raises:
-            LoRunError: an unknown set, or a name that is taken; nothing changes then.
+            LoRunError: an unknown set, or a name that is already used; nothing changes then.
+
+        >>> import lorun_adapt
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> lorun = lorun_adapt.convert(ToyUnfoldingNet(), rank=1)
+        >>> lorun.copy_adapter("default", "mine")
+        >>> lorun.adapter_names
+        ['default', 'mine']
         """
         with self._swapping:
             self._store.check_known(source)
@@ -288,15 +324,23 @@ class LoRunModel(nn.Module):
             self._put(adapter_name, copy.deepcopy(self._store.get(source)))
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete a set that no stage runs with.
+        """Delete a set that is not active in any stage.
 
         Raises:
-            LoRunError: an unknown set, or one in use.
+            LoRunError: an unknown set, or an active one; nothing changes then.
+
+        >>> import lorun_adapt
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> lorun = lorun_adapt.convert(ToyUnfoldingNet(), rank=1)
+        >>> lorun.copy_adapter("default", "mine")
+        >>> lorun.delete_adapter("mine")
+        >>> lorun.adapter_names
+        ['default']
         """
         with self._swapping:
             self._store.check_known(adapter_name)
             if adapter_name in self._running.names:
-                raise LoRunError(f"the set {adapter_name!r} is running and cannot be deleted: set another one first")
+                raise LoRunError(f"cannot delete the active set {adapter_name!r}: activate another set first")
             self._running.forget(adapter_name)
             self._store.drop(adapter_name)
 
@@ -319,11 +363,10 @@ class LoRunModel(nn.Module):
 
     @property
     def task(self) -> Any:
-        """What knows of the measurements: a task, or anything else with its functions ``schedule`` and ``noise_level``.
+        """A :class:`Task`, or any object with its functions ``schedule`` and ``noise_level``; either may be missing.
 
-        Either may be missing. ``schedule(net, sigmas)`` tells a network the noise schedule of the sets that it runs
-        with, one sigma for each stage. ``noise_level(args)`` estimates sigma from the arguments of a forward. Both are
-        on a scale of 0 to 255.
+        ``schedule(net, sigmas)`` sets the noise schedule of the active sets in a network, one sigma per stage.
+        ``noise_level(args)`` estimates sigma from the arguments of a forward. Sigmas are on a scale of 0 to 255.
         """
         return self._noise.task
 
@@ -340,14 +383,15 @@ class LoRunModel(nn.Module):
     def set_noise(
         self, adapter_name: str, *, sigma: float | None = None, noise_schedule: Sequence[float] | None = None
     ) -> None:
-        """Say which noise a set is for; with neither, that it is not known.
+        """Set the noise level that a set is for; without ``sigma`` and ``noise_schedule``, mark it as unknown.
 
         Args:
-            sigma: the noise of the measurements, on a scale of 0 to 255.
-            noise_schedule: instead of it, one sigma for each stage.
+            adapter_name: a loaded set.
+            sigma: standard deviation of the noise on the measurements, on a scale of 0 to 255.
+            noise_schedule: instead of ``sigma``, one standard deviation for each stage.
 
         Raises:
-            LoRunError: an unknown set, negative numbers, or not as many as there are stages; nothing changes then.
+            LoRunError: an unknown set, a negative number, or a schedule of the wrong length; nothing changes then.
 
         >>> import lorun_adapt
         >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -362,7 +406,15 @@ class LoRunModel(nn.Module):
 
     @contextmanager
     def assume_noise(self, sigma: float) -> Iterator[None]:
-        """Within the ``with`` block, take sets that run, and whose noise is not known, to be for ``sigma``."""
+        """Within the ``with`` block, treat active sets of unknown noise level as sets for ``sigma``.
+
+        >>> import lorun_adapt
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> lorun = lorun_adapt.convert(ToyUnfoldingNet(), rank=1)
+        >>> with lorun.assume_noise(25):
+        ...     print(lorun.adapter_info["default"].sigma)
+        25.0
+        """
         unknown = [name for name in self._running.names if self.adapter_info[name].noise is None]
         for name in unknown:
             self.set_noise(name, sigma=sigma)
@@ -373,26 +425,36 @@ class LoRunModel(nn.Module):
                 self.set_noise(name)
 
     def select_adapter(self, sigma: float | str, *arguments: Any) -> str:
-        """Run with the set for a noise level: the one for it, or what is between the two around it, or the nearest.
+        """Activate the set for a noise level.
 
-        What is between two sets is their weighted sum, a set with the reserved name ``interpolated``. The next one
-        replaces it, and it is never saved.
+        If a set is for exactly this level, that set runs. If the level lies between the levels of two sets, their
+        weighted sum runs, under the reserved name ``interpolated``; the next interpolation replaces it, and it is
+        never saved. Otherwise the set with the nearest level runs, with a warning.
 
         Args:
-            sigma: noise on the measurements, on a scale of 0 to 255; or ``"auto"``: what ``noise_level`` of the task
-                estimates from the arguments of a forward.
-            arguments: these, with ``"auto"``.
+            sigma: standard deviation of the noise on the measurements, on a scale of 0 to 255; or ``"auto"`` to let
+                the task's ``noise_level`` estimate it.
+            arguments: with ``"auto"``, the arguments of a forward.
 
         Returns:
-            The set's name.
+            The name of the active set.
 
         Raises:
-            LoRunError: no set with a known sigma, see :meth:`set_noise`; ``"auto"`` without a task that estimates it,
-                or without arguments; no sigma of 0 or more. Nothing changes then.
+            LoRunError: no set with a known noise level (see :meth:`set_noise`); a negative sigma; ``"auto"`` without
+                arguments, or without a task that has ``noise_level``. Nothing changes then.
+
+        >>> import lorun_adapt
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> lorun = lorun_adapt.convert(ToyUnfoldingNet(), rank=1)
+        >>> lorun.copy_adapter("default", "noisy")
+        >>> lorun.set_noise("default", sigma=10)
+        >>> lorun.set_noise("noisy", sigma=50)
+        >>> lorun.select_adapter(50), lorun.select_adapter(20)
+        ('noisy', 'interpolated')
         """
         sigma = self._noise.estimate(sigma, arguments)
         with self._swapping:
-            name, made = self._closest(sigma)
+            name, made = self._set_for(sigma)
             try:
                 self.set_adapter(name, self._running.inference_mode)
             except BaseException:
@@ -402,14 +464,23 @@ class LoRunModel(nn.Module):
             return name
 
     def weights_for(self, sigma: float, among: Iterable[str] | None = None) -> dict[str, float]:
-        """How much of which set stands for a noise level.
+        """Return the weights of the sets that :meth:`select_adapter` would use for a noise level.
 
         Args:
-            sigma: on a scale of 0 to 255.
-            among: sets to choose from; by default all.
+            sigma: standard deviation of the noise on the measurements, on a scale of 0 to 255.
+            among: names of the sets to choose from; by default all.
 
         Raises:
-            LoRunError: no set with a known sigma.
+            LoRunError: no set with a known noise level.
+
+        >>> import lorun_adapt
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> lorun = lorun_adapt.convert(ToyUnfoldingNet(), rank=1)
+        >>> lorun.copy_adapter("default", "noisy")
+        >>> lorun.set_noise("default", sigma=10)
+        >>> lorun.set_noise("noisy", sigma=50)
+        >>> lorun.weights_for(20)
+        {'default': 0.75, 'noisy': 0.25}
         """
         infos = {name: info for name, info in self.adapter_info.items() if name != INTERPOLATED}
         return self._noise.weights(sigma, infos, among)
@@ -427,31 +498,31 @@ class LoRunModel(nn.Module):
         resume_from: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ) -> bool:
-        """Distil the original network into this one, for so many minutes or steps.
+        """Recover the quality of the original network by distillation.
 
-        Base, adapters and what is outside the stages train; both networks run in ``eval()``. Progress is shown on
-        standard error. The weights that do best on the first two batches are kept, also after Ctrl-C. Where the loss
-        becomes NaN, training goes back to them and takes smaller steps. Launched with ``accelerate launch``, each
-        process takes batches of its own.
+        This trains the base, the adapters, and the parameters outside the stages. Both networks run in ``eval()``
+        mode. Progress goes to standard error. The best weights, judged on the first two batches, are kept, also after
+        Ctrl-C. If the loss becomes NaN, training returns to the best weights and halves the learning rate. Under
+        ``accelerate launch``, each process draws its own batches.
 
         Args:
-            teacher: the network that was converted; it stays as it is.
-            calibration: argument tuples of the forward (or tensors, where it takes one), on the networks'
-                device or not; repeated if they end. No ground truth is needed.
-            minutes, steps: how long to train; give one.
-            loss: where there is ground truth, a callable on output and batch, to minimise instead of the
-                distance to the teacher's output. What a batch holds beyond the arguments that the forward
-                takes by position is for the loss alone.
-            resume_from: a state file: keeps the state of the run, and the run resumes from it if it exists. It is
-                removed at the end.
-            seed: of all random numbers. The same seed and ``steps`` give the same weights on a CPU.
+            teacher: the original network; it is not changed.
+            calibration: an iterable of argument tuples of the forward, or of tensors if the forward takes one, on any
+                device. It repeats when it ends. No ground truth is needed.
+            minutes, steps: how long to train; give exactly one.
+            loss: with ground truth, a callable ``loss(output, batch)`` that replaces the distance to the teacher's
+                output. A batch may hold more than the positional arguments of the forward; only the loss sees the
+                rest.
+            resume_from: a state file. The run stores its state there, resumes from it if it exists, and deletes it
+                when finished.
+            seed: seed of all random numbers. The same seed and ``steps`` give the same weights on a CPU.
 
         Returns:
-            Whether it ran to its end, and was not stopped by Ctrl-C.
+            True if training finished, False if Ctrl-C stopped it.
 
         Raises:
-            LoRunError: a calibration that is empty, does not fit the network, or holds NaN alone; another
-                teacher; several adapter sets; minutes and steps, or neither.
+            LoRunError: a calibration that is empty, does not fit the network, or has only NaN or Inf; a teacher with
+                other tensors; several adapter sets; both or neither of minutes and steps.
 
         >>> import lorun_adapt, torch
         >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -460,7 +531,7 @@ class LoRunModel(nn.Module):
         >>> lorun.recover(net, [torch.rand(2, 1, 8, 8)], steps=1)
         True
         """
-        from ..training.recovery import recover  # training needs libraries that running does not
+        from ..training.recovery import recover  # imported here: training needs libraries that inference does not
 
         duration = Duration(minutes, steps)
         path = None if resume_from is None else as_path(resume_from)
@@ -470,7 +541,7 @@ class LoRunModel(nn.Module):
         try:
             return recover(self.converted(), self.network, teacher, batches, duration, loss, path, seed)
         finally:
-            self._forget_what_changed(before)
+            self._drop_outdated(before)
 
     def finetune(
         self,
@@ -489,40 +560,51 @@ class LoRunModel(nn.Module):
         resume_from: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ) -> bool:
-        """Train a new set, for measurements with other noise, for so many minutes or steps.
+        """Train a new adapter set on the frozen base, for example for another noise level.
 
-        Base, other sets and what is outside the stages stay as they are, to the bit. The new set runs meanwhile and
-        afterwards. The weights that do best on held-out batches are kept, and training ends early when nothing has
-        improved for long, so that a set trained on few images does not end worse than it began. Progress, Ctrl-C, NaN
-        and ``accelerate launch`` are as in :meth:`recover`.
+        The base, the other sets, and the network's parameters outside the stages do not change. The new set stays
+        active. The best weights, judged on held-out batches, are kept, and training stops early when they no longer
+        improve; a set trained on few images therefore does not end worse than it started. Progress, Ctrl-C, NaN and
+        ``accelerate launch`` work as in :meth:`recover`.
 
         Args:
-            batches: argument tuples of the forward (or tensors, where it takes one), repeated if they end.
-                What they hold beyond the arguments that the forward takes by position is for ``loss``.
+            batches: an iterable of argument tuples of the forward, or of tensors if the forward takes one. It repeats
+                when it ends. Items beyond the positional arguments of the forward are for ``loss``.
             adapter_name: a new name.
-            start_from: the set that it starts as, or several, between which it starts: at ``sigma`` where their noise
-                is known, and else at their mean.
-            sigma: the noise of the measurements that the set is for, on a scale of 0 to 255; it is chosen by it later.
-            noise_schedule: instead of it, one sigma for each stage. ``schedule`` of :attr:`task` gets these.
-            also: glob patterns of parameters outside the stages that belong to the noise, such as ``"step_sizes"``
-                or ``"condition.*"``; the set gets its own of these, which train and travel with it.
-            minutes, steps: how long to train; give one.
-            loss: a callable on output and batch, to minimise.
-            teacher: a network of the original class to distil instead, or besides.
-            held_out: batches to judge by, of images that are not in ``batches``. By default the first two of
-                ``batches``, which are not trained on where these are a list of more than three.
-            resume_from, seed: as for :meth:`recover`. If the state file exists, a set of that name, whose training
-                was stopped, is trained further.
+            start_from: the set to start from. With several, training starts from their interpolation at ``sigma`` if
+                their noise levels are known, otherwise from their mean.
+            sigma: standard deviation of the noise on the measurements, on a scale of 0 to 255;
+                :meth:`select_adapter` chooses the set by it.
+            noise_schedule: instead of ``sigma``, one standard deviation for each stage, which ``schedule`` of
+                :attr:`task` receives.
+            also: glob patterns of parameters outside the stages that depend on the noise, such as ``"step_sizes"`` or
+                ``"condition.*"``. The set gets its own copies, which are trained and saved with it.
+            minutes, steps: how long to train; give exactly one.
+            loss: a callable ``loss(output, batch)`` to minimise.
+            teacher: a network of the original class to distil from, instead of or in addition to ``loss``.
+            held_out: batches to judge the weights by, from images that are not in ``batches``. By default the first
+                two of ``batches``; they are left out of training if ``batches`` is a list of more than three.
+            resume_from, seed: as in :meth:`recover`. If the state file exists, training of the set ``adapter_name``
+                continues.
 
         Returns:
-            Whether it ran to its end, and was not stopped by Ctrl-C.
+            True if training finished, False if Ctrl-C stopped it.
 
         Raises:
-            LoRunError: neither loss nor teacher; a name that is taken, an unknown set to start from; patterns that
-                match no parameter outside the stages; batches as for :meth:`recover`. There is no new set then, and
-                the sets that ran still run.
+            LoRunError: neither loss nor teacher; a name that is already used; an unknown set in ``start_from``; a
+                pattern that matches no parameter outside the stages; batches as for :meth:`recover`. No set is added
+                then, and the active sets stay active.
+
+        >>> import lorun_adapt, torch
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> net = ToyUnfoldingNet()
+        >>> lorun, batches = lorun_adapt.convert(net, rank=1), [(torch.rand(2, 1, 8, 8),) for _ in range(4)]
+        >>> lorun.finetune(batches, "sigma25", sigma=25, teacher=net, steps=1)
+        True
+        >>> lorun.active_adapters
+        ['sigma25']
         """
-        from ..training.finetune import finetune, matching
+        from ..training.finetune import finetune, matching_parameters
 
         duration = Duration(minutes, steps)
         path = None if resume_from is None else as_path(resume_from)
@@ -531,15 +613,15 @@ class LoRunModel(nn.Module):
         stopped = self._store.get(adapter_name) if adapter_name in self._store else None
         if stopped is None or path is None or not path.exists() or adapter_name in starts:
             self._check_new(adapter_name)
-        own = matching(self.base, self.stage_map, [also] if isinstance(also, str) else also)
+        own = matching_parameters(self.base, self.stage_map, [also] if isinstance(also, str) else also)
         noise = noise_of(sigma, noise_schedule, len(self.stage_map))
         try:
-            if stopped is not None:  # it starts as it did then, before the state file is read
+            if stopped is not None:  # start from the same weights as the stopped run, as the state file expects
                 self.set_adapter(starts[0])
                 self.delete_adapter(adapter_name)
-            begun = self._start_of(starts, noise)
-            outside = {**own, **begun.outside}
-            self._put(adapter_name, dataclasses.replace(begun, outside=outside, info=begun.info.with_noise(noise)))
+            initial = self._initial_set(starts, noise)
+            outside = {**own, **initial.outside}
+            self._put(adapter_name, dataclasses.replace(initial, outside=outside, info=initial.info.with_noise(noise)))
             self.set_adapter(adapter_name)
             return finetune(
                 self.converted(),
@@ -571,16 +653,17 @@ class LoRunModel(nn.Module):
         adapters_only: bool = False,
         selected_adapters: Sequence[str] | None = None,
     ) -> None:
-        """Write base and adapters as safetensors and JSON; the folder appears whole or not at all.
+        """Save the base and the adapters as safetensors and JSON. The folder is written completely or not at all.
 
         Args:
-            path: a new or empty folder, or one saved before, which is replaced.
-            dtype: store floating-point tensors as this, for smaller files (``torch.float16``).
-            adapters_only: leave out the base, which the adapters then name; :meth:`load_adapter` reads them.
-            selected_adapters: the sets to save; by default all but an interpolated one.
+            path: a new or empty folder, or a saved folder, which is replaced.
+            dtype: store floating-point tensors in this dtype, such as ``torch.float16`` for smaller files.
+            adapters_only: save no base. The files name its fingerprint; :meth:`load_adapter` loads them.
+            selected_adapters: names of the sets to save; by default all except ``interpolated``.
 
         Raises:
-            LoRunError: ``path`` holds something else; an unknown set, or sets that lack a stage.
+            LoRunError: ``path`` has other files in it; an unknown set; a stage without an adapter in the selected
+                sets; NaN or Inf in a tensor; a disk that is full or not writable. The folder stays as it was.
 
         >>> import lorun_adapt, tempfile
         >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -605,23 +688,23 @@ class LoRunModel(nn.Module):
         commit_message: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """Save to a repository of the Hub, which is created if it does not exist.
+        """Save to a repository of the Hub; create the repository if it does not exist.
 
         Args:
-            repo_id: as ``user/name``.
-            adapters_only: without the base, which must then be available elsewhere.
-            private: whether a new repository is private; by default as the account has it.
-            revision: a branch, which is created if it does not exist.
-            token: by default the one that ``hf auth login`` has stored, or that of ``HF_TOKEN``.
-            dtype: store floating-point tensors as this.
-            commit_message: by default one that names the sets.
+            repo_id: ``user/name``.
+            adapters_only: upload no base; users then load the base from elsewhere.
+            private: whether a new repository is private; by default, the account's setting.
+            revision: the branch; it is created if it does not exist.
+            token: by default, the token that ``hf auth login`` stored, or ``HF_TOKEN``.
+            dtype: store floating-point tensors in this dtype.
+            commit_message: by default, a message with the names of the sets.
             create_pr: open a pull request instead of committing.
 
         Returns:
-            The commit's address.
+            The URL of the commit.
 
         Raises:
-            LoRunError: no access, no answer, or, with ``adapters_only``, a repository that holds a base.
+            LoRunError: no access or no connection; with ``adapters_only``, a repository that has a base.
         """
         from ..hub.transfer import push
 
@@ -639,15 +722,16 @@ class LoRunModel(nn.Module):
             )
 
     def merge_and_unload(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> nn.Module:
-        """A network of the original class with dense weights of its own; this one stays as it is.
+        """Return a network of the original class with merged, dense weights; this model does not change.
 
         Args:
             safe_merge: refuse a result with NaN or Inf.
-            adapter_names: merge these sets instead of those that run. What several add to the base is summed.
+            adapter_names: sets to merge instead of the active ones. With several, their updates are summed.
 
         Raises:
-            LoRunError: a module that is called in a loop, or has several parents, was trained: its stages differ, and
-                the original class has one module for them all. An unknown set, or one that lacks a stage.
+            LoRunError: the original class has one module for all stages (one that is called in a loop, or that has
+                several parents), and the merged stages differ; an unknown set, or one without an adapter for a stage;
+                with ``safe_merge``, NaN or Inf.
 
         >>> import lorun_adapt
         >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -660,13 +744,13 @@ class LoRunModel(nn.Module):
             choices = [self._choice(active)]
         else:
             names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-            wanted = [self._running.wanted(name) for name in names]
-            for stage, name in [item for active in wanted for item in active.items()]:
+            actives = [self._running.resolve(name) for name in names]
+            for stage, name in [item for active in actives for item in active.items()]:
                 self._store.check_known(name)
                 _check_holds(name, stage, self._store.stages(name))
-            if not wanted:
+            if not actives:
                 raise LoRunError("no adapter set to merge: name one in adapter_names")
-            choices, active = [self._choice(active) for active in wanted], wanted[0]
+            choices, active = [self._choice(active) for active in actives], actives[0]
             outsides = [self._store.get(name).outside for name in names]
             outside = weighted_outside(self.base, self.stage_map, outsides, [1.0] * len(names))
         network = merge(self.base, self.stage_map, choices, outside)
@@ -676,20 +760,26 @@ class LoRunModel(nn.Module):
         if safe_merge:
             for name, tensor in distinct_tensors(network).items():
                 if not bool(torch.isfinite(tensor).all()):
-                    raise LoRunError(f"the merged {name!r} holds NaN or Inf: merge sets from before training diverged")
+                    raise LoRunError(f"the merged {name!r} has NaN or Inf: merge sets from before training diverged")
         return network.train(self.training)
 
     def base_denoiser(self, group: str | None = None) -> nn.Module:
-        """The shared denoiser by itself: a module of the original class, with the base's weights.
+        """Return a copy of the shared denoiser: a module of the original class with the base's weights.
 
-        It is a copy. PEFT puts a stage's adapter on it, where PEFT can represent the stage:
+        PEFT can load a stage's adapter on it, unless the model card says that PEFT cannot represent the stage:
         ``PeftModel.from_pretrained(lorun.base_denoiser(), "saved/adapters/default/stage_03")``.
 
         Args:
-            group: which denoiser, where a stage has several: a name in ``[g.name for g in lorun.stage_map.groups]``.
+            group: the denoiser's group, required if a stage has several denoisers; one of
+                ``[g.name for g in lorun.stage_map.groups]``.
 
         Raises:
-            LoRunError: no such group, or none named where there are several.
+            LoRunError: an unknown group, or no group given where there are several.
+
+        >>> import lorun_adapt
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> type(lorun_adapt.convert(ToyUnfoldingNet(), rank=1).base_denoiser()).__name__
+        'ToyStage'
         """
         groups = {item.name: item for item in self.stage_map.groups}
         if group is None and len(groups) == 1:
@@ -701,38 +791,62 @@ class LoRunModel(nn.Module):
     # --- figures ---------------------------------------------------------------------------------
 
     def note_quality(self, quality: Quality) -> None:
-        """Note how well the set that runs does, for its card; this replaces what was measured on the same images.
+        """Record the measured quality of the active set for its model card.
+
+        A new measurement replaces an earlier one on the same images at the same sigma.
 
         Raises:
-            LoRunError: stages that run with different sets, or figures that are not finite.
+            LoRunError: stages that run different sets, or a measurement with NaN or Inf.
+
+        >>> import lorun_adapt
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> lorun = lorun_adapt.convert(ToyUnfoldingNet(), rank=1)
+        >>> lorun.note_quality(lorun_adapt.Quality("set12", count=12, sigma=25.0, psnr=28.1, ssim=0.8))
+        >>> lorun.adapter_info["default"].quality[0].psnr
+        28.1
         """
         name = self._running.everywhere
         if name is None:
-            raise LoRunError(f"stages run with different sets, {sorted(self._running.names)}: set the one measured")
+            raise LoRunError(
+                f"the stages run different sets, {sorted(self._running.names)}: activate the measured set in all stages"
+            )
         if not is_storable(quality):
             raise LoRunError(
-                f"expected finite figures of some images, found {quality}: judge the network on others, or look for "
-                "NaN in what it restores"
+                f"expected finite figures measured on at least one image, found {quality}: check the network's output "
+                "for NaN, or measure on other images"
             )
         self.adapter_info[name] = self.adapter_info[name].with_quality(quality)
 
     def report(self) -> Report:
-        """Parameters and bytes before and after, and the residual of each adapted tensor."""
+        """Return the numbers of parameters and bytes before and after conversion, and the relative residuals.
+
+        >>> import lorun_adapt
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> report = lorun_adapt.convert(ToyUnfoldingNet(), rank=1).report()
+        >>> report.network_before.num_parameters, report.network_after.num_parameters
+        (462, 451)
+        """
         return make_report(self.converted())
 
     def num_parameters(self) -> int:
-        """Parameters of the base and of all sets, every distinct tensor once; :meth:`report` counts those that run."""
+        """Return the number of parameters of the base and all sets; :meth:`report` counts only the active sets."""
         held = {id(tensor) for tensor in base_tensors(self.base, self.stage_map).values()}
         held |= {id(parameter) for sets in (self.adapters, self.outside) for parameter in sets.parameters()}
         return sum(parameter.numel() for parameter in self.parameters() if id(parameter) in held)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """How many parameters train, and how many there are, as in PEFT."""
+        """Return the number of trainable parameters and the number of all parameters, as in PEFT.
+
+        >>> import lorun_adapt
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> lorun_adapt.convert(ToyUnfoldingNet(), rank=1).get_nb_trainable_parameters()
+        (297, 451)
+        """
         trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
         return trainable, self.num_parameters()
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters train, in PEFT's words."""
+        """Print the number of trainable parameters in PEFT's format."""
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / max(total, 1)
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
@@ -740,7 +854,7 @@ class LoRunModel(nn.Module):
     # --- torch -----------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
-        """Attributes of the original network, as far as it has others."""
+        """Return an attribute of the original network that this class does not define."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -750,15 +864,15 @@ class LoRunModel(nn.Module):
             return getattr(network, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "task":  # past nn.Module.__setattr__: a module is not to be trained, moved or saved
+        if name == "task":  # bypass nn.Module, which would train, move and save a task that is a module
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Buffers, and under some of torch's settings parameters too, are replaced place by place,
-        # which would leave each place with a tensor of its own.
-        _ = self.fingerprint  # of the base as it was before a change of dtype
+        # torch replaces buffers (and, with some settings, parameters) separately at each place that holds them, so
+        # places that shared a tensor would end up with separate copies.
+        _ = self.fingerprint  # computed before the dtype changes
         shared = shared_places(self.base, self.adapters)
         super()._apply(fn, recurse)
         share_again(shared)
@@ -768,20 +882,20 @@ class LoRunModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         result = self.__new__(type(self))
         memo[id(self)] = result
-        memo[id(self._swapping)] = threading.RLock()  # a lock can't be copied
+        memo[id(self._swapping)] = threading.RLock()  # locks cannot be copied
         result.__dict__ = copy.deepcopy({**self.__dict__, "_reader": None}, memo)
         return result
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise LoRunError(
-            "a LoRunModel is never pickled (torch.save, pickle, a spawned process): use save_pretrained, or torch.save "
+            "cannot pickle a LoRunModel (torch.save, pickle, a spawned process): use save_pretrained, or torch.save of "
             "its state_dict()"
         )
 
-    # --- within ----------------------------------------------------------------------------------
+    # --- internals -------------------------------------------------------------------------------
 
     def replace_tensors(self, base_changed: bool) -> None:
-        """Put the network together again around tensors that :meth:`load_state_dict` has replaced."""
+        """Assemble the network again after :meth:`load_state_dict` replaced tensors."""
         if base_changed:
             self._fingerprint = None
         self._assemble_again()
@@ -794,7 +908,7 @@ class LoRunModel(nn.Module):
             self.network = self._network_for(self._running.active)
 
     def _network_for(self, active: Mapping[int, str]) -> nn.Module:
-        """The network of a choice of sets, its modules in the modes of those that run now."""
+        """Return the network for a choice of sets; its modules take the train/eval modes of the current network."""
         return self._running.network(active, lambda: self._assembled(active), self.network, self.training)
 
     def _assembled(self, active: Mapping[int, str]) -> nn.Module:
@@ -803,19 +917,19 @@ class LoRunModel(nn.Module):
         return network
 
     def _prepare(self, network: nn.Module, active: Mapping[int, str]) -> None:
-        """Tell a network the noise that its sets are for."""
+        """Set the noise schedule of the active sets in a network."""
         self._noise.prepare(network, [self.adapter_info[active[stage]].noise for stage in range(len(self.stage_map))])
 
     def _choice(self, active: Mapping[int, str]) -> Choice:
         return {stage: self._store.adapters_at(name, stage) for stage, name in active.items()}
 
     def _outside_of(self, active: Mapping[int, str]) -> Mapping[str, Tensor]:
-        """The parameters outside the stages that replace the base's: those of a set that runs in every stage."""
+        """Return the parameters outside the stages that replace the base's: those of a set active in all stages."""
         names = set(active.values())
         return self._store.get(names.pop()).outside if len(names) == 1 else {}
 
     def _put(self, name: str, held: AdapterSet) -> None:
-        """Hold a set under a name, in place of one that has it; if that one runs, run the new one."""
+        """Store a set, replacing one of that name; if that set is active, the new one becomes active."""
         for stage, active in self._running.active.items():
             if active == name:
                 _check_holds(name, stage, held.adapters)
@@ -840,7 +954,7 @@ class LoRunModel(nn.Module):
     def _check_new(self, name: str) -> None:
         check_adapter_name(name)
         if name in self._store:
-            raise LoRunError(f"there is a set {name!r} already: choose another name, or delete it")
+            raise LoRunError(f"the set {name!r} already exists: choose another name, or delete it first")
 
     def _set_noise(self, name: str, noise: Noise | None) -> None:
         held = self._store.get(name)
@@ -849,36 +963,37 @@ class LoRunModel(nn.Module):
     def _weighted(self, names: Sequence[str], weights: Sequence[float]) -> AdapterSet:
         if isinstance(names, str) or len(names) == 0 or len(names) != len(weights):
             raise LoRunError(
-                f"expected as many weights as adapters, found {weights!r} for {names!r}: give two lists of one length"
+                f"expected as many weights as adapters, found {weights!r} for {names!r}: give two lists of the "
+                "same length"
             )
         return weighted_set(self.base, self.stage_map, [self._store.get(name) for name in names], weights)
 
-    def _closest(self, sigma: float) -> tuple[str, bool]:
-        """The set for a noise level, and whether it was made just now."""
+    def _set_for(self, sigma: float) -> tuple[str, bool]:
+        """Return the name of the set for a noise level, and whether this call created it."""
         weights = self.weights_for(sigma)
         if len(weights) == 1:
             name = next(iter(weights))
             if (known := self.adapter_info[name].sigma) != sigma:
                 warnings.warn(
-                    f"no set is for a sigma of {sigma:g}: taking the nearest, {name}, which is for {known:g}",
+                    f"no set is for a sigma of {sigma:g}: using the nearest, {name}, which is for {known:g}",
                     stacklevel=3,
                 )
             return name, False
         sets = [held[name] for name in weights for held in (self.adapters, self.outside) if name in held]
-        made_of, tensors = (sigma, weights), [tensor for held in sets for tensor in held.parameters()]
+        recipe, tensors = (sigma, weights), [tensor for held in sets for tensor in held.parameters()]
         known_set = INTERPOLATED in self._store
-        if not known_set or not self._noise.is_interpolated(made_of, tensors):
+        if not known_set or not self._noise.is_interpolated(recipe, tensors):
             held = self._weighted(list(weights), list(weights.values()))
             self._put(INTERPOLATED, dataclasses.replace(held, info=held.info.with_noise(sigma)))
-            self._noise.note_interpolated(made_of, tensors)
+            self._noise.note_interpolated(recipe, tensors)
         return INTERPOLATED, not known_set
 
-    def _start_of(self, names: Sequence[str], noise: Noise | None) -> AdapterSet:
-        """A set that starts as another, or between several."""
+    def _initial_set(self, names: Sequence[str], noise: Noise | None) -> AdapterSet:
+        """Return a new set with the values of one set, or of an interpolation of several."""
         for name in names:
             self._store.check_known(name)
         if len(set(names)) < len(names):
-            raise LoRunError(f"a set stands twice in {list(names)}: name each set to start from once")
+            raise LoRunError(f"start_from lists a set twice, {list(names)}: name each set once")
         weights = dict.fromkeys(names, 1 / max(len(names), 1))
         if names and isinstance(noise, float) and all(self.adapter_info[name].sigma is not None for name in names):
             weights = self.weights_for(noise, names)
@@ -889,11 +1004,11 @@ class LoRunModel(nn.Module):
         return dataclasses.replace(held, info=dataclasses.replace(held.info, quality=()))
 
     def _hashes(self) -> tuple[str, str]:
-        """Hashes of the base as it is in memory, and of all tensors: base, adapters and what sets have outside."""
+        """Return the hashes of the base in memory and of all tensors."""
         return fingerprint_of(distinct_tensors(self.base)), fingerprint_of(self.state_dict())
 
-    def _forget_what_changed(self, before: tuple[str, str]) -> None:
-        """Drop the base's fingerprint, and what was measured, where training has changed what they are of."""
+    def _drop_outdated(self, before: tuple[str, str]) -> None:
+        """Drop the fingerprint and the measured qualities if training has changed the tensors they describe."""
         now = self._hashes()
         if now[0] != before[0]:
             self._fingerprint = None
@@ -905,6 +1020,6 @@ class LoRunModel(nn.Module):
 def _check_holds(name: str, stage: int, stages: Collection[int]) -> None:
     if stage not in stages:
         raise LoRunError(
-            f"the set {name!r} has no adapter for stage {stage}, only for {list(stages)}: name the stages that it is for, "
-            "as {stage: name}"
+            f"the set {name!r} has no adapter for stage {stage}, only for {list(stages)}: activate it in those "
+            "stages, with {stage: name}"
         )

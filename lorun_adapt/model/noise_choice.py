@@ -1,4 +1,4 @@
-"""Which adapter set, or what between sets, is for a noise level."""
+"""Choose adapter sets by noise level, and set noise schedules in networks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..network.schedule import apply_schedule
 
 
 class NoiseChoice:
-    """Chooses by noise level, and tells networks of the noise.
+    """Chooses adapter sets by noise level, and sets noise schedules in networks.
 
     Attributes:
-        task: a task, or anything else with its functions ``schedule`` and ``noise_level``.
+        task: a task, or any object with its functions ``schedule`` and ``noise_level``; either may be missing.
 
     >>> from lorun_adapt import AdapterInfo
     >>> from lorun_adapt.model.noise_choice import NoiseChoice
@@ -29,25 +29,26 @@ class NoiseChoice:
 
     def __init__(self, task: Any = None) -> None:
         self.task = task
-        self._interpolated_of: tuple[object, Sequence[Tensor]] = (None, [])
+        self._interpolated_from: tuple[object, Sequence[Tensor]] = (None, [])
 
     def estimate(self, sigma: float | str, arguments: Sequence[Any]) -> float:
-        """A noise level as a number; ``"auto"``: what the task's ``noise_level`` makes of a forward's arguments.
+        """Return a noise level as a number; for ``"auto"``, the task estimates it from the arguments of a forward.
 
         Raises:
-            LoRunError: ``"auto"`` without a task that estimates it, or without arguments; no number of 0 or more.
+            LoRunError: ``"auto"`` without arguments or without a task that has ``noise_level``; arguments without
+                ``"auto"``; a negative sigma.
         """
         if sigma == "auto":
             noise_level = getattr(self.task, "noise_level", None)
             if noise_level is None or not arguments:
-                lacking = "a task with noise_level(args)" if noise_level is None else "the arguments of a forward"
+                missing = "a task with noise_level(args)" if noise_level is None else "the arguments of a forward"
                 raise LoRunError(
-                    f"cannot estimate the noise without {lacking}: set lorun.task, and write "
+                    f"cannot estimate the noise without {missing}: set lorun.task, and call "
                     'select_adapter("auto", *arguments)'
                 )
             sigma = float(noise_level(tuple(arguments)))
         elif arguments:
-            raise LoRunError(f"arguments beside the sigma {sigma!r} are for 'auto' only: leave them out")
+            raise LoRunError(f"the sigma {sigma!r} takes no further arguments, only 'auto' does: leave them out")
         if not is_sigma(sigma):
             raise LoRunError(
                 f"expected a sigma of 0 or more, found {sigma!r}: give a standard deviation on a scale of 0 to 255"
@@ -57,35 +58,38 @@ class NoiseChoice:
     def weights(
         self, sigma: float, infos: Mapping[str, AdapterInfo], among: Iterable[str] | None = None
     ) -> dict[str, float]:
-        """How much of which set stands for a noise level.
+        """Return the weights of the sets that together stand for a noise level.
 
         Args:
-            infos: what is known of each set.
-            among: sets to choose from; by default all.
+            sigma: standard deviation of the noise, on a scale of 0 to 255.
+            infos: the noise levels of the sets, by name.
+            among: names of the sets to choose from; by default all.
 
         Raises:
-            LoRunError: no set whose noise is known as one number.
+            LoRunError: no set with a known sigma.
         """
         names = list(infos if among is None else among)
         levels = {name: level for name in names if name in infos and (level := infos[name].sigma) is not None}
         if not levels:
-            raise LoRunError(f"none of the sets {names} has a known sigma: say what they are for with set_noise")
+            raise LoRunError(f"none of the sets {names} has a known sigma: give them one with set_noise")
         return between(sigma, levels)
 
-    def is_interpolated(self, made_of: object, tensors: Sequence[Tensor]) -> bool:
-        """Whether the interpolated set was made of just that, and of these tensors as they are."""
-        before = self._interpolated_of
-        return (made_of, _versions(tensors)) == before[0] and all(map(operator.is_, tensors, before[1]))
+    def is_interpolated(self, recipe: object, tensors: Sequence[Tensor]) -> bool:
+        """Whether the interpolated set is up to date: same recipe, and the same tensors with the same values."""
+        before = self._interpolated_from
+        return (recipe, _versions(tensors)) == before[0] and all(map(operator.is_, tensors, before[1]))
 
-    def note_interpolated(self, made_of: object, tensors: Sequence[Tensor]) -> None:
-        """Note what the interpolated set was made of. The tensors are held, so that no others pass for them."""
-        self._interpolated_of = (made_of, _versions(tensors)), tensors
+    def note_interpolated(self, recipe: object, tensors: Sequence[Tensor]) -> None:
+        """Remember what the interpolated set was made from."""
+        # The tensors themselves are kept: otherwise a new tensor could get the id of a deleted one.
+        self._interpolated_from = (recipe, _versions(tensors)), tensors
 
     def prepare(self, network: nn.Module, noises: Sequence[Noise | None]) -> None:
-        """Tell a network the noise that its sets are for, where all are known and the task has a use for it.
+        """Set the noise schedule in a network, if the task has ``schedule`` and the noise of all stages is known.
 
         Args:
-            noises: of the set that each stage runs with.
+            network: the network to change.
+            noises: for each stage, the noise that its set is for.
         """
         schedule = getattr(self.task, "schedule", None)
         known = [noise for noise in noises if noise is not None]
@@ -93,7 +97,7 @@ class NoiseChoice:
             apply_schedule(network, schedule, [at_stage(noise, stage) for stage, noise in enumerate(known)])
 
     def __deepcopy__(self, memo: dict[int, object]) -> NoiseChoice:
-        return NoiseChoice(self.task)  # a module of Python can't be copied
+        return NoiseChoice(self.task)  # a task may be a Python module, which cannot be copied
 
 
 def _versions(tensors: Iterable[Tensor]) -> list[int]:

@@ -27,19 +27,22 @@ def from_pretrained(
 ) -> LoRunModel:
     """Load a saved conversion.
 
-    Nothing in the folder is trusted: every file is within the bounds of what ``dun`` can have and has the hash noted
-    for it, every tensor has the network's shape and finite values, and nothing is executed. If a save replaces the
-    folder meanwhile, loading starts again.
+    Loading trusts nothing in the folder: it checks the size and the hash of every file and the shape and values of
+    every tensor, and it executes no code from the folder. If a save replaces the folder at the same time, loading
+    starts again.
 
     Args:
         source: a folder that ``save_pretrained`` wrote, or a repository of the Hub, as ``user/name``.
-        dun: a network of the same class, with any weights. It gives the code, the device and the dtype, and stays as
-            it is. The two may come in PEFT's order too: ``from_pretrained(dun, source)``.
-        revision, subfolder, token, cache_dir, local_files_only: of the repository, as
-            ``huggingface_hub.hf_hub_download`` takes them.
+        dun: a network of the converted class, with any weights. It provides the code, the device and the dtype, and is
+            not changed. PEFT's order, ``from_pretrained(dun, source)``, works too.
+        revision, subfolder, token, cache_dir, local_files_only: options of the repository, as in
+            ``huggingface_hub.hf_hub_download``.
+
+    Returns:
+        The network with all its sets; the sets that were active when it was saved are active again.
 
     Raises:
-        LoRunError: files that are missing, damaged, or for another network.
+        LoRunError: files that are missing, damaged, or for another network; no access to the repository.
 
     >>> import lorun_adapt, tempfile, torch
     >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -55,7 +58,7 @@ def from_pretrained(
     if not isinstance(dun, nn.Module) or isinstance(source, nn.Module):
         raise LoRunError(
             f"expected a folder or repository and a network, found {type(source).__name__} and {type(dun).__name__}: "
-            "build a network of the class that was converted"
+            "pass a network of the converted class"
         )
     folder = resolve_source(
         source,
@@ -66,7 +69,7 @@ def from_pretrained(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    with contextlib.suppress(OSError):  # what can't be put back is reported as missing
+    with contextlib.suppress(OSError):  # load() reports what cannot be restored as missing
         restore_interrupted_save(Path(os.path.realpath(folder)))
     network = dun
     return LoRunModel(retry_if_replaced(folder, lambda: load(folder, network)))

@@ -1,4 +1,4 @@
-"""Networks that are put together and kept, so that a swap between them is one assignment."""
+"""A cache of assembled networks, which makes swapping adapters a single assignment."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch import nn
 
 from ..terms.term import Term
 
-MOST_READY = 32  # networks kept; each has modules of its own, but no tensors
+MAX_READY = 32  # networks in the cache; each has its own modules, but shares all tensors
 
-Key = tuple[str, ...]  # a set for each stage
+Key = tuple[str, ...]  # the set of each stage
 
 
 class _Ready:
-    """A network, and its modules that have a mode, which take long to list."""
+    """A network and the list of its modules that have a train/eval mode; listing them at each swap would be slow."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         modules = {name: module for name, module in network.named_modules() if not isinstance(module, Term)}
         self.names, self.modules = tuple(modules), list(modules.values())
 
-    def take_modes(self, other: _Ready, default: bool) -> None:
-        """Put each module in training where its counterpart in ``other`` is; ``default``: if it has none."""
+    def copy_modes(self, other: _Ready, default: bool) -> None:
+        """Give each module the train/eval mode of its counterpart in ``other``, or ``default`` if it has none."""
         if self.names is other.names:
             modes = [module.training for module in other.modules]
         else:
@@ -34,7 +34,7 @@ class _Ready:
 
 
 class ReadyNetworks:
-    """The networks of the last choices of sets."""
+    """The networks for the most recent choices of sets."""
 
     def __init__(self) -> None:
         self._held: dict[Key, _Ready] = {}
@@ -43,30 +43,33 @@ class ReadyNetworks:
         return len(self._held)
 
     def network(self, key: Key, make: Callable[[], nn.Module], running: nn.Module, training: bool) -> nn.Module:
-        """The network of a choice, made where there is none yet, in the modes of the one that runs.
+        """Return the network for a choice of sets; make it if it is not in the cache.
 
         Args:
+            key: the set of each stage.
+            make: assembles the network.
+            running: the current network; the returned one takes its modules' train/eval modes.
             training: the mode of modules that ``running`` does not have.
         """
         ready = self._held.pop(key, None) or self._with_shared_names(_Ready(make()))
         if ready.network is not running:
             now = next((other for other in self._held.values() if other.network is running), None)
-            ready.take_modes(now or _Ready(running), training)
+            ready.copy_modes(now or _Ready(running), training)
         self._held[key] = ready
-        if len(self._held) > MOST_READY:
+        if len(self._held) > MAX_READY:
             del self._held[next(iter(self._held))]
         return ready.network
 
     def _with_shared_names(self, ready: _Ready) -> _Ready:
-        """The same, with the list of names that it has in common with others, which makes comparing them quick."""
+        """Replace the tuple of names by an equal one in the cache, so that ``copy_modes`` can compare by identity."""
         ready.names = next((other.names for other in self._held.values() if other.names == ready.names), ready.names)
         return ready
 
     def forget(self, name: str) -> None:
-        """Forget the networks that run with a set."""
+        """Drop the networks that use a set."""
         for key in [key for key in self._held if name in key]:
             del self._held[key]
 
     def clear(self) -> None:
-        """Forget all networks."""
+        """Drop all networks."""
         self._held.clear()

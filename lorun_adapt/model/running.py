@@ -1,7 +1,7 @@
-"""Which adapter sets run, and the networks that are ready to run.
+"""The active adapter sets, and the networks assembled for them.
 
-A swap is one assignment: networks that have run before are kept ready, and a forward that runs meanwhile ends on the
-network that it began with.
+A swap is a single assignment, because networks are cached; a forward that is running during a swap finishes on the
+network it started with.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from torch import nn
 from ..errors import LoRunError
 from .ready import ReadyNetworks
 
-Active = dict[int, str]  # the set that each stage runs with
+Active = dict[int, str]  # the active set of each stage
 
 
 class Running:
-    """Which set each stage runs with.
+    """The active set of each stage.
 
     Attributes:
         active: the set of each stage.
-        inference_mode: whether the sets that run are frozen too.
+        inference_mode: whether the active sets are frozen.
 
     >>> import torch
     >>> from lorun_adapt.model.running import Running
     >>> running = Running(num_stages=2)
-    >>> running.active = running.wanted("default")
-    >>> running.wanted({1: "sigma25"})
+    >>> running.active = running.resolve("default")
+    >>> running.resolve({1: "sigma25"})
     {0: 'default', 1: 'sigma25'}
     >>> first = running.network(running.active, lambda: torch.nn.Identity(), torch.nn.Identity(), training=False)
     >>> first is running.network(running.active, lambda: torch.nn.Identity(), first, training=False)
@@ -42,22 +42,22 @@ class Running:
 
     @property
     def names(self) -> set[str]:
-        """The sets that run."""
+        """The names of the active sets."""
         return set(self.active.values())
 
     @property
     def everywhere(self) -> str | None:
-        """The set that runs in every stage; None where several run."""
+        """The set that is active in all stages; None if the stages run different sets."""
         return next(iter(self.active.values())) if len(self.names) == 1 else None
 
-    def wanted(self, adapter: str | Sequence[str] | Mapping[int, str]) -> Active:
-        """The set of each stage after a swap.
+    def resolve(self, adapter: str | Sequence[str] | Mapping[int, str]) -> Active:
+        """Return the set of each stage after a swap.
 
         Args:
-            adapter: the name of a set for every stage, alone or in a list, or names by stage for some.
+            adapter: the name of a set for all stages, a list of one name, or ``{stage: name}`` for some stages.
 
         Raises:
-            LoRunError: several names, or no such stage.
+            LoRunError: a list of several names, or an unknown stage.
         """
         if isinstance(adapter, str):
             return dict.fromkeys(range(self.num_stages), adapter)
@@ -69,22 +69,22 @@ class Running:
                     )
             return {**self.active, **adapter}
         if len(adapter) != 1:
-            raise LoRunError(f"a stage runs with one set, not {list(adapter)}: name one, or give {{stage: name}}")
+            raise LoRunError(f"a stage runs one set, not {list(adapter)}: name one, or give {{stage: name}}")
         return dict.fromkeys(range(self.num_stages), adapter[0])
 
     def network(
         self, active: Mapping[int, str], make: Callable[[], nn.Module], running: nn.Module, training: bool
     ) -> nn.Module:
-        """The network of a choice of sets: kept, or made now. Its modules have the modes of those of ``running``."""
+        """Return the network for a choice of sets; see :meth:`ReadyNetworks.network`."""
         key = tuple(active[stage] for stage in range(self.num_stages))
         return self._ready.network(key, make, running, training)
 
     def forget(self, name: str) -> None:
-        """Forget the networks that run with a set."""
+        """Drop the networks that use a set."""
         self._ready.forget(name)
 
     def clear(self) -> None:
-        """Forget all networks."""
+        """Drop all networks."""
         self._ready.clear()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Running:

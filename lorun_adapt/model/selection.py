@@ -1,4 +1,4 @@
-"""Which adapter sets of a network are saved."""
+"""Select the adapter sets to save."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from ..network.noise import between
 
 
 def selected(converted: Converted, names: Sequence[str] | None = None) -> Converted:
-    """A network with some of its sets.
+    """Return a converted network with some of its sets.
 
-    A stage that runs with another set is taken to run with one of these: where the interpolated set runs, the one that
-    is nearest to its noise, and else the first that has the stage.
+    Stages whose active set is not selected get a selected one: in place of the interpolated set, the one with the
+    nearest noise level; otherwise the first that has the stage.
 
     Args:
-        names: by default all sets but an interpolated one.
+        converted: the network.
+        names: the sets to keep; by default all except the interpolated one.
 
     Raises:
-        LoRunError: an unknown or interpolated set, none, or sets that lack a stage.
+        LoRunError: an unknown set or the interpolated one; a stage without an adapter in the selected sets.
     """
     names = [name for name in converted.sets if name != INTERPOLATED] if names is None else list(names)
     for name in names:
         if name not in converted.sets or name == INTERPOLATED:
             saved = [name for name in converted.sets if name != INTERPOLATED]
-            raise LoRunError(f"cannot save the set {name!r}: name some of {saved} in selected_adapters")
+            raise LoRunError(f"cannot save the set {name!r}: choose selected_adapters from {saved}")
     sets = {name: converted.sets[name] for name in converted.sets if name in names}
     active = {}
     for stage, name in converted.active.items():
         holding = {other: held.info.sigma for other, held in sets.items() if stage in held.adapters}
         if not holding:
-            raise LoRunError(f"none of the sets {names} has an adapter for stage {stage}: select one that has")
+            raise LoRunError(f"none of the sets {names} has an adapter for stage {stage}: select one that does")
         levels = {other: level for other, level in holding.items() if level is not None}
         sigma = converted.sets[name].info.sigma if name == INTERPOLATED else None
         if name in holding:

@@ -15,16 +15,16 @@ from ..stages.stage_map import stage_key
 
 
 class SetStore:
-    """Adapter sets by name.
+    """Stores adapter sets by name.
 
     Attributes:
-        adapters: ``adapters[name]["stage_03"][group]``, the modules that a network registers.
-        outside: for each set that has some, its own parameters outside the stages.
-        configs: PEFT's, by name.
-        infos: what else is known of each set.
+        adapters: the modules that the model registers, ``adapters[name]["stage_03"][group]``.
+        outside: the parameters outside the stages that a set replaces, for each set that replaces some.
+        configs: the ``LoraConfig`` of each set.
+        infos: the noise level and the measured quality of each set.
 
     Args:
-        trainable_names: parameters that the network's authors train; where they train none, all count as trained.
+        trainable_names: names of the parameters that the original network trains; if empty, all of them.
 
     >>> import torch
     >>> from peft import LoraConfig
@@ -43,7 +43,7 @@ class SetStore:
         self.configs: dict[str, LoraConfig] = {}
         self.infos: dict[str, AdapterInfo] = {}
         self._trainable_names = frozenset(trainable_names)
-        # The same modules once more, in plain dicts: a swap walks over all of them.
+        # The same modules in dicts, which a swap iterates over much faster than over an nn.ModuleDict.
         self._stages: dict[str, dict[int, Mapping[str, StageAdapter]]] = {}
         self._outsides: dict[str, StageAdapter] = {}
 
@@ -55,11 +55,11 @@ class SetStore:
 
     @property
     def names(self) -> list[str]:
-        """The sets' names, in the order in which they came."""
+        """The names of the sets, in the order in which they were added."""
         return list(self._stages)
 
     def put(self, name: str, held: AdapterSet) -> None:
-        """Hold a set under a name, in place of one that has the name."""
+        """Store a set, replacing one of that name."""
         self._stages[name] = {stage: dict(held.adapters[stage]) for stage in sorted(held.adapters)}
         stages = {stage_key(stage): _module_dict(adapters) for stage, adapters in self._stages[name].items()}
         self.adapters[name] = _module_dict(stages)
@@ -75,34 +75,36 @@ class SetStore:
         self.configs[name], self.infos[name] = held.config, held.info
 
     def get(self, name: str) -> AdapterSet:
-        """The set of that name, around the same tensors.
+        """Return a set; its tensors are shared, not copied.
 
         Raises:
-            LoRunError: no such set.
+            LoRunError: an unknown set.
         """
         self.check_known(name)
         outside = private_tensors(self._outsides[name]) if name in self._outsides else {}
         return AdapterSet(dict(self._stages[name]), self.configs[name], outside, self.infos[name])
 
     def drop(self, name: str) -> None:
-        """Forget a set."""
+        """Remove a set."""
         del self._stages[name], self.adapters[name], self.configs[name], self.infos[name]
         if name in self._outsides:
             del self._outsides[name], self.outside[name]
 
     def adapters_at(self, name: str, stage: int) -> Mapping[str, StageAdapter]:
-        """The adapters of one stage of a set, by group."""
+        """Return the adapters of one stage of a set, by group."""
         return self._stages[name][stage]
 
     def stages(self, name: str) -> Collection[int]:
-        """The stages that a set holds."""
+        """Return the stages for which a set has an adapter."""
         return self._stages[name].keys()
 
     def set_trainable(self, name: str, stages: Collection[int], outside: bool) -> None:
-        """Make a set's adapters of ``stages`` trainable, and freeze its others.
+        """Make a set's adapters trainable in ``stages``, and freeze its others.
 
         Args:
-            outside: whether its parameters outside the stages train.
+            name: the set.
+            stages: stages, counted from 0.
+            outside: whether to make its parameters outside the stages trainable.
         """
         for stage, adapters in self._stages[name].items():
             for adapter in adapters.values():
@@ -111,29 +113,29 @@ class SetStore:
             self._outsides[name].set_trainable(outside)
 
     def check_known(self, name: object) -> None:
-        """Refuse the name of a set that is not here.
+        """Raise an error unless a set of this name is stored.
 
         Raises:
-            LoRunError: no such set.
+            LoRunError: an unknown set.
         """
         if name not in self:
             raise LoRunError(f"no adapter set {name!r} among {self.names}: load it first, or name one of these")
 
 
 def check_adapter_name(name: object) -> None:
-    """Refuse what can't name a set: names become folders and attributes.
+    """Raise an error unless ``name`` can name a set. Names become folders and attributes.
 
     Raises:
-        LoRunError: a name with other characters, or a reserved one.
+        LoRunError: characters that are not allowed, or a reserved name.
     """
     if not is_adapter_name(name):
         raise LoRunError(f"an adapter set cannot be called {name!r}: use letters, digits, _ and -")
     if name == INTERPOLATED:
-        raise LoRunError(f"the name {name!r} is reserved for the set that select_adapter makes: choose another")
+        raise LoRunError(f"the name {name!r} is reserved for the set that select_adapter makes: choose another name")
 
 
 def _module_dict(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
-    """A ModuleDict of modules whose names are known to be right, since to check each takes long."""
+    """Return an nn.ModuleDict without its checks of each name, which are slow; the names are known to be valid."""
     result = nn.ModuleDict()
     result._modules.update(modules)
     return result

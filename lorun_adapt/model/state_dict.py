@@ -1,4 +1,4 @@
-"""State dicts of a converted network: they hold the base and the adapters once, and load as one."""
+"""State dicts of a converted network: they hold the base and the adapters once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..util.modules import distinct_tensors
 
 
 class Loading(NamedTuple):
-    """What is put back, or compared, when a state dict has been loaded."""
+    """The state from before a state dict is loaded, to restore or compare afterwards."""
 
     places: Places
     network: nn.Module
@@ -22,7 +22,7 @@ class Loading(NamedTuple):
 
 
 class Model(Protocol):
-    """What the hooks need of a converted network."""
+    """The part of a converted network that the hooks use."""
 
     stage_map: StageMap
     base: nn.Module
@@ -31,11 +31,11 @@ class Model(Protocol):
     loading: Loading | None
 
     def replace_tensors(self, base_changed: bool) -> None:
-        """Put the network together again around other tensors."""
+        """Assemble the network again after its tensors were replaced."""
 
 
 def register_hooks(model: nn.Module) -> None:
-    """Leave the network that runs out of a model's state dicts: base and adapters hold all its tensors."""
+    """Leave the assembled network out of state dicts, since the base and the adapters hold all its tensors."""
     model.register_state_dict_post_hook(_leave_network_out)
     model.register_load_state_dict_pre_hook(_before_load)
     model.register_load_state_dict_post_hook(_after_load)
@@ -51,16 +51,17 @@ def _before_load(model: Model, state_dict: dict[str, Any], prefix: str, *_: Any)
         for name in [f"{group.sites[0].module}.{spec.name}" for spec in group.tensors if spec.without_base]:
             if (value := state_dict.get(f"{prefix}base.{name}")) is not None and bool(value.any()):
                 raise LoRunError(
-                    f"{name!r} has no base here, and the state_dict has one: load it into the conversion that it is of"
+                    f"{name!r} has no base here, but the state_dict has one: load it into the conversion it "
+                    "was saved from"
                 )
     fingerprint = fingerprint_of(distinct_tensors(model.base))
     model.loading = Loading(shared_places(model.base, model.adapters), model.network, fingerprint)
-    model.network = nn.Module()  # else it would be asked for, and given, tensors of its own
+    model.network = nn.Module()  # otherwise load_state_dict would look for the tensors of the assembled network, too
 
 
 def _after_load(model: Model, incompatible_keys: object) -> None:
     loading = model.loading
     if loading is not None:
         model.loading, model.network = None, loading.network
-        share_again(loading.places)  # load_state_dict(assign=True) puts other tensors into each place
+        share_again(loading.places)  # load_state_dict(assign=True) gives each place a separate tensor
         model.replace_tensors(fingerprint_of(distinct_tensors(model.base)) != loading.fingerprint)

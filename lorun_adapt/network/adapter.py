@@ -13,14 +13,14 @@ from ..util.numbers import is_numeric
 
 
 class StageAdapter(nn.Module):
-    """What one stage adds to the base: a term for each adapted tensor, and the stage's private tensors.
+    """The adapter of one stage: a term for each adapted tensor, and the stage's private tensors.
 
-    Its modules and tensors have the names of the tensors in the denoiser, with ``/`` for the dots.
+    Modules and tensors are registered under the names of the tensors in the denoiser, with ``/`` instead of dots.
 
     Args:
-        terms: the adapted tensors' terms, by name.
-        private: the stage's own tensors, by name: parameters, or buffers.
-        frozen: names of those that the network's authors don't train.
+        terms: the terms of the adapted tensors, by name.
+        private: the tensors of this stage that have no term, by name: parameters or buffers.
+        frozen: names of the tensors that the original network does not train.
     """
 
     def __init__(self, terms: Mapping[str, Term], private: Mapping[str, Tensor], frozen: Collection[str] = ()) -> None:
@@ -35,8 +35,8 @@ class StageAdapter(nn.Module):
                 self.register_buffer(name.replace(".", "/"), tensor)
 
     def set_trainable(self, trainable: bool) -> None:
-        """Make the tensors that the network's authors train trainable, or freeze all."""
-        # Past nn.Module.named_parameters, and in as few steps as can be: this runs for every stage at each swap.
+        """Freeze all tensors, or make those trainable that the original network trains."""
+        # Bypass nn.Module.named_parameters, which is slow: this runs for every stage at each swap.
         for name, term in self._modules.items():
             wanted = trainable and name not in self.lorun_frozen
             for parameter in cast(Term, term)._parameters.values():
@@ -50,7 +50,7 @@ class StageAdapter(nn.Module):
 
 
 def make_adapter(group: Group, terms: Mapping[str, Term], private: Mapping[str, Tensor]) -> StageAdapter:
-    """The adapter of a stage of ``group``; ``private``: the values of the tensors without a term."""
+    """Return the adapter of a stage of ``group``; ``private`` has the values of the tensors without a term."""
     held = {}
     for spec in group.tensors:
         if spec.name in private:
@@ -60,11 +60,11 @@ def make_adapter(group: Group, terms: Mapping[str, Term], private: Mapping[str, 
 
 
 def terms_of(adapter: StageAdapter) -> dict[str, Term]:
-    """The adapter's terms, by the names of the tensors in the denoiser."""
+    """Return the adapter's terms by the names of the tensors in the denoiser."""
     return {name.replace("/", "."): cast(Term, term) for name, term in adapter._modules.items()}
 
 
 def private_tensors(adapter: StageAdapter) -> dict[str, Tensor]:
-    """The stage's own tensors, by their names in the denoiser."""
+    """Return the stage's private tensors by their names in the denoiser."""
     tensors = {**adapter._parameters, **adapter._buffers}
     return {name.replace("/", "."): tensor for name, tensor in tensors.items() if tensor is not None}

@@ -1,8 +1,8 @@
-"""Build networks whose stages share one base: the bare base, a network with adapters, a merged one.
+"""Build networks whose stages share one base: the base itself, a network with adapters, and a merged network.
 
-A network that runs is a copy of the bare base that shares all of its tensors. Its stages read their tensors
-through the adapters' terms. Copies are cheap: a swap of adapters puts another network in the place of the one that
-runs, and a forward that runs meanwhile ends on the network it began with.
+A network with adapters is a copy of the base that shares all tensors with it; its stages read their tensors through
+the adapters' terms. Such copies are cheap, so that swapping adapters replaces the whole network, and a forward that is
+running during a swap finishes on the network it started with.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .separate import COPIES, separate_stages
 
 
 def share(network: nn.Module, group: Group, values: Mapping[str, Tensor]) -> None:
-    """Give all sites of ``group`` in ``network`` one storage for each tensor, holding ``values``."""
+    """Make all sites of ``group`` in ``network`` share one copy of each tensor in ``values``."""
     modules = [network.get_submodule(site.module) for site in group.sites]
     for spec in group.tensors:
         if spec.common:
             continue
         first = tensor_of(modules[0], spec.name)
-        value = values[spec.name].to(first).contiguous()  # means of transposed views are not
+        value = values[spec.name].to(first).contiguous()  # the mean of transposed views is not contiguous
         base = value if spec.buffer else nn.Parameter(value, requires_grad=False)
         for module in modules:
             _put(module, spec, base)
@@ -39,10 +39,13 @@ def share(network: nn.Module, group: Group, values: Mapping[str, Tensor]) -> Non
 def assemble(
     base: nn.Module, stage_map: StageMap, choice: Choice, outside: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
-    """A network that shares the tensors of ``base``, with the adapter of each site in place.
+    """Return a network that shares the tensors of ``base`` and has the chosen adapter at each site.
 
     Args:
-        outside: parameters that replace the base's, by name.
+        base: a network whose stages share their tensors.
+        stage_map: the positions of its stages.
+        choice: the adapters of each stage.
+        outside: parameters outside the stages that replace the base's, by name.
     """
     network = copy_network(base, share_tensors=True)
     replace_parameters(network, outside or {})
@@ -67,7 +70,7 @@ def assemble(
 
 
 def replace_parameters(network: nn.Module, others: Mapping[str, Tensor]) -> None:
-    """Replace parameters by others, wherever the network holds them."""
+    """Replace parameters, given by name, at every place in the network that holds them."""
     old = {id(network.get_parameter(name)): value for name, value in others.items()}
     for module in network.modules() if old else ():
         for name, tensor in list(module._parameters.items()):
@@ -79,7 +82,7 @@ def _install(module: nn.Module, group: Group, adapter: StageAdapter) -> None:
     terms, private = terms_of(adapter), private_tensors(adapter)
     for spec in group.tensors:
         if spec.name in terms:
-            places = {owner_of(module, alias): alias for alias in spec.aliases}  # a module may have two names
+            places = {owner_of(module, alias): alias for alias in spec.aliases}  # one entry if a module has two names
             for alias in places.values():
                 path, _, attribute = alias.rpartition(".")
                 add_term(module.get_submodule(path), attribute, terms[spec.name])
@@ -90,14 +93,16 @@ def _install(module: nn.Module, group: Group, adapter: StageAdapter) -> None:
 def merge(
     base: nn.Module, stage_map: StageMap, choices: Sequence[Choice], outside: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
-    """A network of the original class with dense tensors of its own.
+    """Return a network of the original class with merged, dense tensors.
 
     Args:
-        choices: the adapters to merge. What several of them add to the base is summed.
-        outside: as in :func:`assemble`.
+        base: a network whose stages share their tensors.
+        stage_map: the positions of its stages.
+        choices: the adapters to merge; with several, their updates are summed.
+        outside: parameters outside the stages that replace the base's, by name.
 
     Raises:
-        LoRunError: one module stands for several stages, and their adapters differ.
+        LoRunError: one module stands for several stages whose merged tensors differ.
     """
     network = copy_network(base)
     own = {name: nn.Parameter(value.detach().clone(), False) for name, value in (outside or {}).items()}
@@ -119,8 +124,8 @@ def merge(
                 place = owner_of(module, spec.name)
                 if place in written and not torch.equal(written[place], value):
                     raise LoRunError(
-                        f"cannot merge {site}: {stage_map.network} has one module for all stages, and training made "
-                        "the stages differ; keep the LoRunModel and save it with save_pretrained"
+                        f"cannot merge {site}: {stage_map.network} has one module for several stages, which differ "
+                        "after training; keep the LoRunModel and save it with save_pretrained"
                     )
                 written[place] = value
                 value = value.clone()

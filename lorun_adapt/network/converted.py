@@ -1,4 +1,4 @@
-"""A converted network as plain data: what files, the Hub, factorisation, training and reports take and return."""
+"""A converted network as plain data, which files, the Hub, factorisation, training and reports exchange."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ..util.modules import distinct_tensors
 from .adapter import StageAdapter
 from .noise import Noise
 
-MOST_QUALITIES = 100  # kept for a set
+MAX_QUALITIES = 100  # per set
 
 Residuals = Mapping[str, Mapping[str, list[tuple[float, float]]]]
 
 
 @dataclass(frozen=True)
 class Card:
-    """What the model cards say that no tensor tells.
+    """The text of a model card that cannot be computed from the network.
 
     Attributes:
-        license: as the Hub names it, such as ``"apache-2.0"``.
-        base_model: a repository of the Hub that holds the original network.
+        license: the Hub's identifier of the licence, such as ``"apache-2.0"``.
+        base_model: the Hub repository of the original network, as ``user/name``.
         task: what the network does, in one line.
 
     >>> import lorun_adapt
@@ -42,13 +42,16 @@ class Card:
 
 @dataclass(frozen=True)
 class Quality:
-    """How well an adapter set restores some images, and how well the original network does.
+    """The measured quality of an adapter set on some images, beside that of the original network.
 
     Attributes:
-        images: what the images are called, such as their folder's name.
-        count: how many there are.
-        sigma: noise on the measurements, on a scale of 0 to 255.
-        psnr, ssim, psnr_original, ssim_original: means over the images; PSNR in dB.
+        images: a name for the images, such as the name of their folder.
+        count: the number of images.
+        sigma: standard deviation of the noise on the measurements, on a scale of 0 to 255.
+        psnr: mean PSNR over the images, in dB.
+        ssim: mean SSIM over the images, at most 1.
+        psnr_original: the same for the original network; None if not measured.
+        ssim_original: the same for the original network; None if not measured.
 
     >>> import lorun_adapt
     >>> lorun_adapt.Quality("bsd68", count=68, sigma=0.0, psnr=29.25, ssim=0.85).psnr
@@ -66,12 +69,12 @@ class Quality:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What is known of an adapter set beside its tensors.
+    """The noise level that an adapter set is for, and its measured quality.
 
     Attributes:
-        sigma: the noise of the measurements that the set is for, on a scale of 0 to 255.
-        noise_schedule: instead of it, one sigma for each stage.
-        quality: what was measured.
+        sigma: standard deviation of the noise on the measurements, on a scale of 0 to 255; None if unknown.
+        noise_schedule: instead of ``sigma``, one standard deviation for each stage.
+        quality: the measurements, oldest first.
 
     >>> import lorun_adapt
     >>> lorun_adapt.AdapterInfo(sigma=25.0).noise
@@ -84,29 +87,29 @@ class AdapterInfo:
 
     @property
     def noise(self) -> Noise | None:
-        """One sigma, or one for each stage; None where it is not known."""
+        """The sigma, or the tuple of sigmas of the stages; None if unknown."""
         return self.sigma if self.noise_schedule is None else self.noise_schedule
 
     def with_noise(self, noise: Noise | None) -> AdapterInfo:
-        """The same for another noise."""
+        """Return a copy for another noise level."""
         one = noise if isinstance(noise, float) else None
         return dataclasses.replace(self, sigma=one, noise_schedule=None if isinstance(noise, float) else noise)
 
     def with_quality(self, quality: Quality) -> AdapterInfo:
-        """The same with another measurement, which replaces one of the same images and noise."""
+        """Return a copy with one more measurement, which replaces one on the same images at the same sigma."""
         others = [item for item in self.quality if (item.images, item.sigma) != (quality.images, quality.sigma)]
-        return dataclasses.replace(self, quality=(*others[-MOST_QUALITIES + 1 :], quality))
+        return dataclasses.replace(self, quality=(*others[-MAX_QUALITIES + 1 :], quality))
 
 
 @dataclass(frozen=True)
 class AdapterSet:
-    """One adapter per stage.
+    """A set of adapters, one for each denoiser of each stage.
 
     Attributes:
-        adapters: by stage, and by the name of the group (a stage has one denoiser of each group).
-        config: PEFT's.
-        outside: the set's own parameters outside the stages, by name.
-        info: what else is known of it.
+        adapters: by stage, then by group (a stage has one denoiser of each group).
+        config: PEFT's config.
+        outside: the parameters outside the stages that the set replaces, by name.
+        info: the set's noise level and measured quality.
     """
 
     adapters: Mapping[int, Mapping[str, StageAdapter]]
@@ -115,25 +118,26 @@ class AdapterSet:
     info: AdapterInfo = AdapterInfo()
 
 
-Choice = Mapping[int, Mapping[str, StageAdapter]]  # for each stage, the adapters that it runs with, by group
+Choice = Mapping[int, Mapping[str, StageAdapter]]  # for each stage, its active adapters by group
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A converted network: a base, sets of adapters, and which of them run.
+    """A converted network: a base, adapter sets, and the active set of each stage.
 
     Attributes:
         base: a network of the original class whose stages share their tensors.
-        stage_map: where the stages are.
+        stage_map: the positions of the stages.
         sets: the adapter sets by name.
-        active: the set that each stage runs with.
-        residuals: by group and tensor, for each stage: the norm that the conversion lost, and the tensor's norm.
-        trainable_names: parameters that the network's authors train.
-        card: what the model card says beside the figures.
-        known_fingerprint: of the base, where it has been worked out.
+        active: the active set of each stage.
+        residuals: by group and tensor, a pair for each stage: the norm of the difference between the original tensor
+            and its replacement at conversion, and the norm of the original tensor.
+        trainable_names: names of the parameters that the original network trains.
+        card: the text of the model card.
+        known_fingerprint: the fingerprint of the base, if it has been computed.
 
     Raises:
-        LoRunError: a stage that runs with a set which is not there or lacks the stage.
+        LoRunError: the active set of a stage is missing or has no adapter for the stage.
     """
 
     base: nn.Module
@@ -153,16 +157,16 @@ class Converted:
 
     @property
     def fingerprint(self) -> str:
-        """What names the base in files."""
+        """The hash that identifies the base in files."""
         return self.known_fingerprint or fingerprint_of(distinct_tensors(self.base))
 
     @property
     def choice(self) -> Choice:
-        """The adapters that run."""
+        """The active adapters."""
         return {stage: self.sets[name].adapters[stage] for stage, name in sorted(self.active.items())}
 
     @property
     def outside(self) -> Mapping[str, Tensor]:
-        """The parameters outside the stages that replace the base's: those of a set that runs in every stage."""
+        """The parameters outside the stages that replace the base's: those of a set active in all stages."""
         names = set(self.active.values())
         return self.sets[names.pop()].outside if len(names) == 1 else {}

@@ -1,4 +1,4 @@
-"""What the base and an adapter amount to: dense tensors, and weighted sums of such."""
+"""Dense tensors of a stage, computed from the base and an adapter, and weighted sums of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .adapter import StageAdapter, private_tensors, terms_of
 
 
 def dense_tensors(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> dict[str, Tensor]:
-    """A stage's tensors by name, from the base ``denoiser`` and the stage's adapter."""
+    """Return the tensors of a stage by name, computed from the base ``denoiser`` and the stage's adapter."""
     terms, private = terms_of(adapter), private_tensors(adapter)
     with torch.no_grad():
         return {
@@ -30,10 +30,10 @@ def dense_tensors(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> d
 
 @torch.no_grad()
 def weighted_sum_of_tensors(base: Tensor, values: Sequence[Tensor], weights: Sequence[float], name: str) -> Tensor:
-    """The base plus the weighted differences of ``values`` from it.
+    """Return the base plus the weighted sum of the differences of ``values`` from it.
 
     Raises:
-        LoRunError: whole numbers or booleans that differ.
+        LoRunError: integer or boolean tensors that differ.
 
     >>> import torch
     >>> from lorun_adapt.network.dense import weighted_sum_of_tensors
@@ -47,7 +47,8 @@ def weighted_sum_of_tensors(base: Tensor, values: Sequence[Tensor], weights: Seq
         return values[0].clone()
     if not numeric:
         raise LoRunError(
-            f"cannot sum the adapters: their whole numbers differ in {name!r}, and only equal ones can be kept"
+            f"cannot sum the adapters: {name!r} holds whole numbers that differ between them; sum adapters in which "
+            "they are equal"
         )
     exact = torch.promote_types(base.dtype, torch.float32)
     total = base.detach().to(exact).clone()

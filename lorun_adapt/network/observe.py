@@ -1,9 +1,9 @@
-"""What a network gives at its end and at its stages, and which of that counts.
+"""Capture the outputs of a network and of its stages, and select those that matter for distillation.
 
-Outputs are caught where the stages are, so networks that are compared must be put together alike: the
-original and its conversion. A stage may also return what no later stage reads (symmetry residuals,
-logs). That is left out: it says nothing about the images, and where it is nearly zero its relative
-error would drown everything else.
+Outputs are captured at the modules of the stages, so the compared networks must have the same structure: the original
+and its conversion. A stage may also return tensors that no later stage reads, such as symmetry residuals or logs.
+These are left out: they say nothing about the images, and where they are nearly zero, their relative error would
+dominate the loss.
 """
 
 from __future__ import annotations
@@ -23,19 +23,25 @@ from ..util.modules import copy_network
 from ..util.nested import device_of, tensors_in, to_device
 from ..util.seeds import seeded
 
-Edge = tuple[Any, int]  # where a tensor stands in autograd's graph: (node, which output of it)
+Edge = tuple[Any, int]  # a tensor in autograd's graph: (node, index of the node's output)
 
 
 class Outputs(NamedTuple):
-    """What a forward gave: everything, the tensors that count in it, and those that the stages hand on."""
+    """The outputs of one forward.
+
+    Attributes:
+        whole: the network's output, unchanged.
+        final: the tensors in it that depend on the last stage.
+        stages: the tensors that each stage passes on to later ones.
+    """
 
     whole: Any
     final: list[Tensor]
     stages: list[Tensor]
 
 
-class Caught(NamedTuple):
-    """What one call of a stage returned: copies, as the network may go on to change its tensors in place."""
+class StageOutput(NamedTuple):
+    """The output of one call of a stage; copies, since the network may change its tensors in place afterwards."""
 
     group: str
     tensors: list[Tensor]
@@ -43,95 +49,99 @@ class Caught(NamedTuple):
 
 
 class Observer:
-    """Runs networks that are put together like ``teacher``, and picks out what counts.
+    """Runs networks with the structure of ``teacher``, and selects the outputs that matter.
 
     Args:
-        stage_map: where the stages are.
-        batch: arguments of the forward, on which it is found what counts.
+        teacher: the original network.
+        stage_map: the positions of the stages.
+        batch: arguments of the forward; one forward on them shows which outputs matter.
 
     Raises:
-        LoRunError: a batch that the network does not run on, or an output without numbers.
+        LoRunError: a batch that the network cannot run on, or an output without floating-point tensors.
     """
 
     def __init__(self, teacher: nn.Module, stage_map: StageMap, batch: tuple[Any, ...]) -> None:
         self._groups = {site.module: group.name for group in stage_map.groups for site in group.sites}
         self._num_arguments = num_positional_arguments(teacher)
-        self._final, self._handed_on = self._relevant(teacher, batch)
+        self._final, self._passed_on = self._relevant(teacher, batch)
 
     def run(self, network: nn.Module, batch: tuple[Any, ...], seed: int) -> Outputs:
-        """The outputs for a copy of ``batch``; the random numbers that the network draws start from ``seed``."""
-        with catching(network, self._groups) as caught, seeded(seed):
+        """Return the outputs of ``network`` for a copy of ``batch``; ``seed`` seeds its random numbers."""
+        with capturing(network, self._groups) as captured, seeded(seed):
             output = network(*to_device(batch[: self._num_arguments], device_of(network)))
         final = tensors_in(output)
-        stages = [call.tensors[i] for call, kept in zip(caught, self._handed_on) for i in kept]
+        stages = [call.tensors[i] for call, kept in zip(captured, self._passed_on) for i in kept]
         return Outputs(output, [final[i] for i in self._final], stages)
 
     def _relevant(self, teacher: nn.Module, batch: tuple[Any, ...]) -> tuple[list[int], list[list[int]]]:
-        """Which tensors count, by position: in the final output, and in what each call of a stage returns.
+        """Return the indices of the tensors that matter, in the final output and in the output of each stage's call.
 
-        Of a stage's, those from which later outputs of stages are computed, and of the final output's
-        those that are computed from the last of these.
+        For a stage, these are the tensors from which later stages compute their outputs; for the final output, those
+        computed from the last of these.
         """
-        twin = copy_network(teacher)
-        for parameter in twin.parameters():
+        probe = copy_network(teacher)  # a copy, since every parameter must have a gradient to be traced
+        for parameter in probe.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-        with torch.enable_grad(), catching(twin, self._groups) as caught, seeded(0):
+        with torch.enable_grad(), capturing(probe, self._groups) as captured, seeded(0):
             try:
-                final = tensors_in(twin(*to_device(batch[: self._num_arguments], device_of(twin))))
+                final = tensors_in(probe(*to_device(batch[: self._num_arguments], device_of(probe))))
             except Exception as error:
                 raise LoRunError(
-                    f"expected {type(twin).__name__} to run on the first batch of calibration, found "
-                    f"{type(error).__name__}: {error}; have calibration yield the arguments of its forward"
+                    f"{type(probe).__name__} cannot run on the first batch of calibration ({type(error).__name__}: "
+                    f"{error}): each batch must hold the arguments of its forward"
                 ) from error
         if not final:
             raise LoRunError(
-                f"expected {type(twin).__name__} to return tensors of floating-point numbers, found none: there is "
-                "nothing to distil"
+                f"{type(probe).__name__} returns no floating-point tensors, so there is nothing to distil: have its "
+                "forward return the restored images"
             )
-        seen = [_ancestors(call.edges) for call in caught]  # in the order in which they ran
-        handed_on: list[list[int]] = []
+        seen = [_ancestors(call.edges) for call in captured]  # in the order of execution
+        passed_on: list[list[int]] = []
         latest: dict[str, list[int]] = {}
-        for place, call in enumerate(caught):
+        for place, call in enumerate(captured):
             later = set().union(*seen[place + 1 :])
             read = [i for i, edge in enumerate(call.edges) if edge in later]
-            # Nothing is computed from the last stage but the output, of which what it merely logs is a part too.
+            # No stage reads the last stage, and the final output may contain its logs too, so the last stage is
+            # assumed to pass on the same tensors as the stage before it.
             read = read or [i for i in latest.get(call.group, range(len(call.edges))) if i < len(call.edges)]
-            handed_on.append(read)
+            passed_on.append(read)
             latest[call.group] = read
-        last = {caught[-1].edges[i] for i in handed_on[-1]} if caught else set()
-        counts = [i for i, tensor in enumerate(final) if last & _ancestors([_edge(tensor)])]
-        return counts or list(range(len(final))), handed_on
+        last = {captured[-1].edges[i] for i in passed_on[-1]} if captured else set()
+        relevant = [i for i, tensor in enumerate(final) if last & _ancestors([_edge(tensor)])]
+        return relevant or list(range(len(final))), passed_on
 
 
 @contextmanager
-def catching(network: nn.Module, places: Mapping[str, str]) -> Iterator[list[Caught]]:
-    """Within the block, what the stages return, in the order of their calls.
+def capturing(network: nn.Module, places: Mapping[str, str]) -> Iterator[list[StageOutput]]:
+    """Within the ``with`` block, collect the outputs of the stages, in the order of their calls.
 
     Args:
-        places: the module of each stage, by name, and the group that it is in.
+        network: the network that runs in the block.
+        places: the name of each stage's module, and its group.
     """
-    caught: list[Caught] = []
+    captured: list[StageOutput] = []
 
     def hook(group: str) -> Callable[..., None]:
-        def catch(module: nn.Module, arguments: Any, output: Any) -> None:
+        def capture(module: nn.Module, arguments: Any, output: Any) -> None:
             found = tensors_in(output)
-            caught.append(Caught(group, [tensor.clone() for tensor in found], [_edge(tensor) for tensor in found]))
+            copies, edges = [tensor.clone() for tensor in found], [_edge(tensor) for tensor in found]
+            captured.append(StageOutput(group, copies, edges))
 
-        return catch
+        return capture
 
-    modules = {network.get_submodule(place): group for place, group in places.items()}  # one may have several names
+    modules = {network.get_submodule(place): group for place, group in places.items()}  # one hook if it has two names
     handles = [module.register_forward_hook(hook(group)) for module, group in modules.items()]
     try:
-        yield caught
+        yield captured
     finally:
         for handle in handles:
             handle.remove()
 
 
 def num_positional_arguments(network: nn.Module) -> int | None:
-    """How many arguments the forward takes by position; None for any number.
+    """Return the number of positional arguments of the forward; None for ``*args``.
 
-    What a batch holds beyond them, such as the ground truth, is for the loss alone.
+    Further items of a batch, such as the ground truth, are only for the loss.
     """
     kinds = [parameter.kind for parameter in inspect.signature(network.forward).parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds:
@@ -147,7 +157,7 @@ def _edge(tensor: Tensor) -> Edge | None:
 
 
 def _ancestors(edges: Collection[Edge | None]) -> set[Edge]:
-    """All edges of autograd's graph from which ``edges`` are computed, and these themselves."""
+    """Return ``edges`` and all edges of autograd's graph from which they are computed."""
     seen: set[Edge] = set()
     pending = [edge for edge in edges if edge is not None]
     while pending:

@@ -1,4 +1,4 @@
-"""What a conversion saves and what it loses, in numbers."""
+"""The sizes of a network before and after conversion, and the residuals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .converted import Converted
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters (buffers not counted) and bytes (buffers that are saved counted)."""
+    """Number of parameters (without buffers), and number of bytes (with the buffers that are saved)."""
 
     num_parameters: int = 0
     num_bytes: int = 0
@@ -32,13 +32,15 @@ class Size:
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage.
+    """The sizes and residuals of one stage.
 
     Attributes:
+        stage: its number, counted from 0.
         modules: the names of its denoisers.
-        before: their size in the original network.
+        before: the size of its denoisers in the original network.
         after: the size of its adapters.
-        residuals: for each adapted tensor, ||W_k - what replaces it|| / ||W_k|| at conversion.
+        residuals: for each adapted tensor W, the relative residual at conversion: ||W - W'|| / ||W||, where W' is the
+            base plus the stage's term.
     """
 
     stage: int
@@ -50,14 +52,23 @@ class StageReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Sizes before and after; ``print()`` shows a table.
+    """The sizes before and after conversion; ``print()`` shows them as a table.
 
     Attributes:
-        stages: the denoisers of each stage.
-        base: the shared denoisers, which stand beside the adapters.
-        denoisers_before, denoisers_after: all denoisers.
-        network_before, network_after: the whole network, with the adapters that run.
-        relative_error: what the conversion lost of all adapted tensors: norm of the difference over norm.
+        stages: the sizes and residuals of each stage.
+        base: the size of the shared denoisers, without adapters.
+        denoisers_before: the size of all denoisers of the original network.
+        denoisers_after: the size of the shared denoisers and the active adapters.
+        network_before: the size of the original network.
+        network_after: the size of the converted network with its active adapters.
+        relative_error: the relative residual at conversion over all adapted tensors: the norm of all differences
+            divided by the norm of all tensors.
+
+    >>> import lorun_adapt
+    >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+    >>> report = lorun_adapt.convert(ToyUnfoldingNet(), rank=1).report()
+    >>> report.network_before.num_parameters, report.network_after.num_parameters
+    (462, 451)
     """
 
     stages: tuple[StageReport, ...]
@@ -95,14 +106,10 @@ def _cells(before: Size, after: Size) -> tuple[str, str, str, str]:
 
 
 def make_report(converted: Converted) -> Report:
-    """Compare the adapters that run, and the base, with the original network.
-
-    Args:
-        converted: a converted network.
-    """
+    """Compare the base and the active adapters with the original network."""
     stages: dict[int, StageReport] = {}
     base = adapters = Size()
-    counted: set[tuple[int, str]] = set()  # a tensor that several stages hold, or call, stood once before
+    counted: set[tuple[int, str]] = set()  # the original network held a tensor that several stages share only once
     lost = norm = 0.0
     groups, choice = converted.stage_map.groups, converted.choice
     for group in groups:
@@ -153,7 +160,7 @@ def _adapter_size(adapter: StageAdapter) -> Size:
 
 
 def _sum(tensors: Iterable[tuple[int, torch.dtype, bool]]) -> Size:
-    """The size of tensors: (how many numbers, dtype, whether it is a buffer)."""
+    """Return the total size of tensors, given as (number of elements, dtype, whether it is a buffer)."""
     tensors = list(tensors)
     return Size(
         sum(numel for numel, _, buffer in tensors if not buffer),

@@ -1,4 +1,4 @@
-"""Hand a network the noise schedule that its adapters are for."""
+"""Set the noise schedule of the active adapters in a network."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from .separate import COPIES
 def apply_schedule(
     network: nn.Module, schedule: Callable[[nn.Module, list[float]], object], sigmas: list[float]
 ) -> None:
-    """Hand a network the noise of its stages, and leave other networks that share its tensors as they are.
+    """Call ``schedule(network, sigmas)`` without affecting other networks that share the network's tensors.
 
-    Tensors that ``schedule`` changes in place become the network's own. What it sets on a module that runs as copies
-    is set on the copies too, unless it sets that on them itself.
+    Tensors that ``schedule`` changes in place become the network's own. Attributes that it sets on a module with copies
+    are set on the copies too, unless it sets them there itself.
 
     Args:
-        schedule: called with ``network`` and ``sigmas``.
-        sigmas: one for each stage, on a scale of 0 to 255.
+        network: the network to change.
+        schedule: sets the noise schedule in the network.
+        sigmas: one standard deviation for each stage, on a scale of 0 to 255.
     """
     held = [
         (module, name, tensor)
         for module in network.modules()
-        if not isinstance(module, Term)  # which other networks and the adapters hold as well
+        if not isinstance(module, Term)  # terms are shared with other networks and the adapter sets
         for tensors in (module._parameters, module._buffers)
         for name, tensor in tensors.items()
         if tensor is not None

@@ -1,4 +1,4 @@
-"""Modules that several stages share: each stage gets a copy of its own, around the same tensors."""
+"""Give each stage its own copy of modules that several stages share; the copies share the tensors."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import nn
 from ..stages.stage_map import Group, Site
 from ..util.modules import copy_network
 
-COPIES = "lorun_copies"  # attribute of a network: its modules that run as copies in some stage, each with every copy
+COPIES = "lorun_copies"  # attribute of a network: pairs of a module and its copy in some stage
 
 
 def separate_stages(network: nn.Module, group: Group) -> list[tuple[nn.Module, nn.Module]]:
-    """Give each site modules of its own where several sites hold the same module object.
+    """Give each site its own module objects where several sites hold the same one.
 
     Returns:
-        Each such module together with its copy.
+        Pairs of a module and its copy.
     """
     copies: list[tuple[nn.Module, nn.Module]] = []
     owned: dict[int, Site | None] = _shared_with_the_outside(network, group)
@@ -42,7 +42,10 @@ def separate_stages(network: nn.Module, group: Group) -> list[tuple[nn.Module, n
 
 
 def _shared_with_the_outside(network: nn.Module, group: Group) -> dict[int, Site | None]:
-    """Modules that several sites hold and that the network uses elsewhere too, where they stay the base's."""
+    """Return the modules that several sites hold and that the network also uses outside them.
+
+    Outside the sites the original module must stay, so each site gets a copy.
+    """
     sites = {id(network.get_submodule(site.module)) for site in group.sites if site.call is None}
     holders: dict[int, int] = {}
     for site in dict.fromkeys(site.module for site in group.sites if site.call is None):

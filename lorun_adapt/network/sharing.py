@@ -1,4 +1,4 @@
-"""Keep one tensor where several places hold it, whatever torch puts into these places."""
+"""Restore shared tensors after torch has replaced them by separate ones."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-Places = list[list[tuple[dict[str, Any], str]]]  # for each tensor, the dicts that hold it, and under which name
+Places = list[list[tuple[dict[str, Any], str]]]  # for each shared tensor, the dicts that hold it, and its key in them
 
 
 def shared_places(*roots: nn.Module) -> Places:
-    """The places within ``roots`` that hold the same tensor."""
+    """Return the places in ``roots`` that hold the same tensor."""
     places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for root in roots:
         for module in root.modules():
@@ -22,7 +22,7 @@ def shared_places(*roots: nn.Module) -> Places:
 
 
 def share_again(places: Places) -> None:
-    """Put what the first of the places holds into the others."""
+    """Copy the tensor at the first of the places to the others."""
     for (first, name), *others in places:
         for held, other in others:
             held[other] = first[name]

@@ -1,4 +1,4 @@
-"""The low-rank term, LoRA's: W_k = W_0 + scaling * B_k A_k, for a tensor of any shape folded to a matrix."""
+"""The low-rank term of LoRA, W_k = W_0 + scaling * B_k A_k, for tensors of any shape, folded to a matrix."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .term import Fitted, LoraFactors, Setting, Term, Weighting
 class LowRank(Term):
     """The low-rank term of one tensor of one stage.
 
-    ``scaling`` is PEFT's. The forward reads it as a tensor, since ``torch.compile`` would compile anew for each
-    value of a number.
+    The forward reads the scaling from a tensor, since ``torch.compile`` would recompile for each new number.
 
     Args:
-        lora_A: (rank, columns), where (rows, columns) is what the tensor folds to.
+        lora_A: (rank, columns), where (rows, columns) is the shape of the folded tensor.
         lora_B: (rows, rank).
+        scaling: PEFT's scaling.
 
     >>> import torch
     >>> from lorun_adapt.terms.lowrank import LowRank
@@ -50,10 +50,10 @@ class LowRank(Term):
 
     def forward(self, base: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            try:  # past nn.Module.__getattr__: this runs for every tensor of every stage
+            try:  # bypass nn.Module.__getattr__, since this runs for every tensor of every stage
                 held = self._parameters
                 return _sum(base, held["lora_A"], held["lora_B"], self._buffers["factor"])  # type: ignore[arg-type]
-            except KeyError:  # a replica of nn.DataParallel holds its tensors as plain attributes
+            except KeyError:  # replicas of nn.DataParallel hold their tensors as plain attributes
                 pass
         return _sum(base, self.lora_A, self.lora_B, self.factor)
 
@@ -85,7 +85,7 @@ class LowRank(Term):
 
     @classmethod
     def untrained(cls, spec: TensorSpec, setting: Setting, like: Tensor, generator: torch.Generator) -> LowRank:
-        """B is zero, and A drawn as in PEFT (Kaiming uniform)."""
+        """Return a term with zero B and, as in PEFT, random A (Kaiming uniform)."""
         rows, columns = spec.matrix
         bound = 1 / math.sqrt(columns)
         a = torch.empty(min(setting.rank, rows, columns), columns).uniform_(-bound, bound, generator=generator)
@@ -94,7 +94,7 @@ class LowRank(Term):
 
     @classmethod
     def weighted_sum(cls, terms: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-        """At the largest of the terms' ranks, by SVD."""
+        """Return the weighted sum, truncated by SVD to the largest rank of the terms."""
         products = [(weight * term.scaling, term.lora_B, term.lora_A) for weight, term in zip(weights, terms)]
         b, a = sum_of_products(products, max(term.rank for term in terms))
         return cls(a.to(terms[0].lora_A), b.to(terms[0].lora_B))
@@ -124,6 +124,6 @@ def _sum(base: Tensor, a: Tensor, b: Tensor, factor: Tensor | None) -> Tensor:
     if factor is not None:
         b = b * factor
     if torch.is_autocast_enabled(base.device.type) or not base.is_contiguous():
-        # The product may have a low precision, or another order of dimensions: the sum is to be as the base is.
+        # The sum must keep the dtype and memory layout of the base, which add_ in place on the product would not.
         return base + (b @ a).view_as(base)
     return torch.mm(b, a).view_as(base).add_(base)

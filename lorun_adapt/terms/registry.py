@@ -1,4 +1,4 @@
-"""The kinds of term there are. To add one, write a file in this folder and a line here."""
+"""The registry of term kinds. To add a kind, write a file in this folder and add a line here."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from .term import Term
 
 LORA = "LORA"
 
-TERMS: dict[str, type[Term]] = {  # by the ``peft_type`` of the configs that ask for them
+TERMS: dict[str, type[Term]] = {  # by the ``peft_type`` of a config
     LORA: LowRank,
 }
 
 
 def kind_of(peft_type: object) -> type[Term]:
-    """The kind of term that a config of this ``peft_type`` asks for.
+    """Return the kind of term for the ``peft_type`` of a config.
 
     Raises:
-        LoRunError: no such kind.
+        LoRunError: an unknown kind.
 
     >>> from peft import LoraConfig
     >>> from lorun_adapt.terms.registry import kind_of
     >>> kind_of(LoraConfig().peft_type).__name__
     'LowRank'
     """
-    name = getattr(peft_type, "value", peft_type)  # PEFT's own types are an enum of strings
+    name = getattr(peft_type, "value", peft_type)  # PEFT's types are an enum of strings
     if name not in TERMS:
-        raise LoRunError(f"no adapters of the type {name!r}: use a config of one of the types {sorted(TERMS)}")
+        raise LoRunError(f"adapters of type {name!r} are not supported: use a config of a type in {sorted(TERMS)}")
     return TERMS[str(name)]
 
 
 def other_kinds() -> Iterable[type[Term]]:
-    """The kinds that PEFT's files have no form for."""
+    """Return the kinds that PEFT's file format cannot represent."""
     return [kind for name, kind in TERMS.items() if name != LORA]

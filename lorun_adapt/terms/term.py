@@ -1,4 +1,4 @@
-"""What a stage adds to the shared base for one tensor: the interface of all kinds."""
+"""The interface of terms: what a stage adds to the shared base for one tensor."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ AnyTerm = TypeVar("AnyTerm", bound="Term")
 
 
 class Setting(NamedTuple):
-    """What a config asks of one tensor's term: PEFT's rank and scaling (alpha / r, or alpha / sqrt(r))."""
+    """The rank and scaling of one tensor's term, as in PEFT: scaling is alpha / r, or alpha / sqrt(r) for rsLoRA."""
 
     rank: int
     scaling: float = 1.0
 
 
 class Weighting(NamedTuple):
-    """How much each direction of a tensor's N matrices (N, m, n) matters to the network's output.
+    """Weights of the directions of a tensor's N matrices (N, m, n) by their effect on the network's output.
 
     Attributes:
-        rows: (N, m, m), or (N, 1, 1) where all rows count alike.
-        columns: (N, n, n), or (N, 1, 1).
-        damping: this part of the mean weight is added to every direction.
+        rows: (N, m, m), or (N, 1, 1) for equal weights.
+        columns: (N, n, n), or (N, 1, 1) for equal weights.
+        damping: the fraction of the mean weight that is added to every direction.
     """
 
     rows: Tensor
@@ -36,11 +36,12 @@ class Weighting(NamedTuple):
 
 
 class LoraFactors(NamedTuple):
-    """A term as PEFT has it: the tensor, folded to (m, n), is the base plus ``scaling * b @ a``.
+    """A term in PEFT's form: the tensor, folded to a matrix (m, n), is the base plus ``scaling * b @ a``.
 
     Attributes:
         a: (r, n).
         b: (m, r).
+        scaling: PEFT's scaling.
     """
 
     a: Tensor
@@ -49,12 +50,12 @@ class LoraFactors(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """N stages' tensors as one base and a term each.
+    """The tensors of N stages, factorised into a base and one term each.
 
     Attributes:
-        base: the shape of one stage's tensor.
+        base: the base, in the shape of one stage's tensor.
         terms: one for each stage.
-        lost: (N,) the squared norm of what each stage loses.
+        lost: (N,), the squared norm of each stage's residual.
     """
 
     base: Tensor
@@ -65,28 +66,28 @@ class Fitted(NamedTuple):
 class Term(nn.Module):
     """What one stage adds to the base for one tensor: ``term(base)`` is the stage's tensor.
 
-    Every kind of adapter is a subclass, in a file of this folder, and a line in ``registry.py``. A kind must define
-    :meth:`forward`, :meth:`fit`, :meth:`untrained`, :meth:`weighted_sum`, :meth:`size` and :meth:`file_slots`; the
-    other methods have defaults that hold for a term whose parameters are the arguments of its constructor.
+    Each kind of adapter is a subclass in a file of this folder, with a line in ``registry.py``. A kind must define
+    :meth:`forward`, :meth:`fit`, :meth:`untrained`, :meth:`weighted_sum`, :meth:`size` and :meth:`file_slots`. The
+    other methods have defaults that work if the parameters of the term are the arguments of its constructor.
 
-    Its parameters are what trains. They are ``nn.Parameter`` and registered directly on the term.
+    The parameters are trained. They must be ``nn.Parameter`` and registered directly on the term.
     """
 
     scaling: float = 1.0
     rank: int = 0  # shown in tables; 0 for kinds without a rank
 
     def forward(self, base: Tensor) -> Tensor:
-        """The stage's tensor, in the shape and dtype of ``base``."""
+        """Return the stage's tensor, in the shape and dtype of ``base``."""
         raise NotImplementedError
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers train."""
+        """The number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of these in memory."""
+        """The number of bytes of the parameters in memory."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
 
     # --- making terms ----------------------------------------------------------------------------
@@ -101,14 +102,15 @@ class Term(nn.Module):
         weighting: Weighting | None = None,
         generator: torch.Generator | None = None,
     ) -> Fitted:
-        """Split the tensors of N stages into a base and a term each, losing as little as possible.
+        """Factorise the tensors of N stages into a base and one term each, with the smallest residuals.
 
         Args:
             stages: (N, *spec.shape), on the CPU.
-            spec: the tensor. Where ``spec.without_base``, the base must be zero.
-            setting: what the config asks for.
-            weighting: which directions matter. A kind may ignore it.
-            generator: for terms that start at zero. Without it, terms are exactly what the fit gives.
+            spec: the tensor. If ``spec.without_base``, the base must be zero.
+            setting: the rank and scaling from the config.
+            weighting: weights of the directions; a kind may ignore it.
+            generator: initialises terms that would be zero, so that they can be trained. Without it, the fitted terms
+                are returned as they are.
         """
         raise NotImplementedError
 
@@ -116,47 +118,50 @@ class Term(nn.Module):
     def untrained(
         cls: type[AnyTerm], spec: TensorSpec, setting: Setting, like: Tensor, generator: torch.Generator
     ) -> AnyTerm:
-        """A term that changes nothing yet and can be trained, with the dtype and device of ``like``."""
+        """Return a trainable term that does not change the base, with the dtype and device of ``like``."""
         raise NotImplementedError
 
     @classmethod
     def weighted_sum(cls: type[AnyTerm], terms: Sequence[AnyTerm], weights: Sequence[float]) -> AnyTerm:
-        """The term that adds the weighted sum of what ``terms`` add."""
+        """Return a term that adds the weighted sum of what ``terms`` add."""
         raise NotImplementedError
 
     @classmethod
     def size(cls, spec: TensorSpec, rank: int) -> int:
-        """How many parameters a term of this tensor has."""
+        """Return the number of parameters of a term of this rank."""
         raise NotImplementedError
 
     @classmethod
     def highest_rank(cls, spec: TensorSpec) -> int | None:
-        """The rank above which a higher one changes nothing; None if there is no such limit."""
+        """Return the highest useful rank; None if there is no limit."""
         return None
 
     # --- files -----------------------------------------------------------------------------------
 
     @classmethod
     def file_slots(cls, spec: TensorSpec) -> dict[str, Slot]:
-        """The tensors that a file holds of a term, by a short name: their shapes (None: the rank) and dtypes."""
+        """Return the shapes and dtypes of the tensors that a file stores for a term, by short names.
+
+        None in a shape stands for the rank.
+        """
         raise NotImplementedError
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """The term's tensors by the names in :meth:`file_slots`."""
+        """Return the tensors to store, by the names in :meth:`file_slots`."""
         return dict(self.named_parameters())
 
     @classmethod
     def from_file(cls: type[AnyTerm], tensors: Mapping[str, Tensor]) -> AnyTerm:
-        """The term with these tensors, which fit :meth:`file_slots` and are all there."""
+        """Return the term with stored tensors, which have been checked to match :meth:`file_slots`."""
         return cls(**tensors)
 
     # --- PEFT ------------------------------------------------------------------------------------
 
     def as_lora(self) -> LoraFactors | None:
-        """The term as PEFT's LoRA has it; None where PEFT can't represent it."""
+        """Return the term in the form of PEFT's LoRA; None if PEFT cannot represent it."""
         return None
 
     @classmethod
     def from_lora(cls: type[AnyTerm], factors: LoraFactors) -> AnyTerm:
-        """The term with these factors; only for kinds with :meth:`as_lora`."""
+        """Return the term with these factors; only for kinds that define :meth:`as_lora`."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""How far a network is from its teacher: in its output, and in what each stage hands on."""
+"""The distillation loss: the distance to the teacher in the final output and in the outputs of the stages."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from ..util.nested import device_of, to_device
 from ..util.seeds import seeded
 
 Loss = Callable[[Any, Any], Tensor]  # (output of the network, the batch) -> a number
-TINY = 1e-20  # energy of an output that is zero, whose relative error must be a number still
+TINY = 1e-20  # lower limit of an energy, to avoid dividing by zero
 
 
 class Distillation(nn.Module):
-    """The loss of a student on one batch; a module, so that it can be spread over devices.
+    """The loss of a student on one batch. It is a module so that DDP can distribute it.
 
-    Without ``loss`` it is the sum of the relative squared errors of the final output and of each stage's
-    to the teacher's; each output is scaled by its own energy. With ``loss``, this takes the place of the
-    error of the final output, and the stages count by their mean, as they are no longer all there is to learn.
+    Without ``loss``, it is the sum of the relative squared errors of the final output and of the output of each stage,
+    each relative to the energy of the teacher's output. With ``loss``, that replaces the error of the final output, and
+    the errors of the stages are averaged instead of summed, so that they do not outweigh it.
 
     Args:
-        student, teacher: networks with the same modules at the stages; both are run as they are.
-        observer: knows what counts in what they return.
-        loss: where there is ground truth, a callable on the student's output and the batch.
+        student: the network to train.
+        teacher: a network with the same modules at the stages.
+        observer: selects the outputs to compare.
+        loss: with ground truth, a callable ``loss(output, batch)``.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, observer: Observer, loss: Loss | None = None) -> None:
         super().__init__()
         self.student, self.observer = student, observer
-        self._others = teacher, loss  # in a tuple: modules among them are not to be trained, moved or saved
+        self._others = teacher, loss  # in a tuple, so that they are not registered, trained, moved or saved
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
-        """Every network that ``forward`` runs."""
+        """The networks that ``forward`` runs."""
         return self._others[0], self.student
 
     @property
@@ -47,14 +48,15 @@ class Distillation(nn.Module):
         return self._others[0]
 
     def forward(self, drawn: Callable[[], tuple[Any, ...]], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Both networks on a batch, drawing the same random numbers from ``seed``.
+        """Run both networks on a batch with the same random numbers.
 
         Args:
-            drawn: gives the batch; a function, since DDP takes the tuples that it knows apart.
+            drawn: returns the batch. It is a function because DDP would copy a tuple of tensors.
+            seed: seed of the random numbers of both networks.
 
         Returns:
-            What to minimise; of this what is about the final output, without gradient; and PSNR of
-            the final output to the teacher's in dB, whose largest value is the peak.
+            The loss to minimise; its part for the final output, detached; and the PSNR of the final output to the
+            teacher's in dB, as in :func:`psnr_to`.
         """
         (teacher, loss), batch = self._others, drawn()
         with torch.no_grad():
@@ -74,7 +76,7 @@ class Distillation(nn.Module):
 
 @torch.no_grad()
 def psnr_to(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """The mean PSNR of ``outputs`` to ``targets`` in dB; their peak is the largest absolute value in each target."""
+    """Return the mean PSNR of ``outputs`` to ``targets`` in dB; the peak is each target's largest absolute value."""
     values = []
     for output, target in zip(outputs, targets):
         crest = target.abs().square().max() / target.abs().square().mean().clamp_min(TINY)
@@ -83,8 +85,8 @@ def psnr_to(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """||output - target||^2 / ||target||^2, in float32 or more."""
-    target = target.detach()  # a forward that differentiates within itself gives it a graph of its own
+    """Return ||output - target||^2 / ||target||^2, computed in float32 or higher precision."""
+    target = target.detach()  # a forward that uses autograd internally returns a graph even under no_grad
     difference = output.to(torch.promote_types(output.dtype, torch.float32)) - target
     return _energy(difference) / _energy(target).clamp_min(TINY)
 
@@ -95,10 +97,10 @@ def _energy(tensor: Tensor) -> Tensor:
 
 
 def check_teacher(teacher: nn.Module, base: nn.Module) -> None:
-    """Refuse a teacher that is not of the class of ``base``.
+    """Raise an error unless ``teacher`` has the same tensors as ``base``.
 
     Raises:
-        LoRunError: no network, or one with other tensors.
+        LoRunError: not a network, or tensors of other names or shapes.
     """
     if not isinstance(teacher, nn.Module):
         raise LoRunError(
@@ -108,6 +110,6 @@ def check_teacher(teacher: nn.Module, base: nn.Module) -> None:
     for name in (*expected, *shapes):
         if shapes.get(name) != expected.get(name):
             raise LoRunError(
-                f"expected the network that was converted as teacher, found {name!r} of shape {shapes.get(name)} in "
+                f"expected the original network as teacher, found {name!r} of shape {shapes.get(name)} in "
                 f"{type(teacher).__name__} and {expected.get(name)} in the conversion: pass the original, not wrapped"
             )

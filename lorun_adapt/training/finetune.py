@@ -1,4 +1,4 @@
-"""Train a new adapter set on a frozen base, for measurements with other noise."""
+"""Train a new adapter set on a frozen base, for example for another noise level."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from .supervised import Supervised
 from .trained import check_not_empty, tensors_to_train
 from .trainer import HELD_OUT, Trainer, interruptible
 
-TERM_RATE = 0.02  # learning rate relative to the size of a tensor's values: it starts from where others are good
-PATIENCE = 10  # checks of the held-out batches, of 25, without a better one, after which it ends
+TERM_RATE = 0.02  # relative learning rate of terms; lower than for recovery, since they start from a trained set
+PATIENCE = 10  # training ends after this many checks of the held-out batches (of 25) without improvement
 
 
 def finetune(
@@ -47,25 +47,36 @@ def finetune(
     resume_from: Path | None,
     seed: int,
 ) -> bool:
-    """Train the set ``adapter_name``, which runs, and nothing else; see :meth:`LoRunModel.finetune`.
+    """Train only the set ``adapter_name``, which must be active; see :meth:`LoRunModel.finetune`.
 
     Args:
-        network: the network that runs, around the tensors of ``converted``.
+        converted: the network as data.
+        network: the same network assembled, with the same tensors.
+        batches: batches to train on.
+        adapter_name: the set.
+        duration: how long to train.
+        loss, teacher: what to minimise; give at least one.
+        held_out: batches to judge by.
+        resume_from: the state file.
+        seed: seed of all random numbers.
+
+    Returns:
+        True if training finished, False if Ctrl-C stopped it.
     """
     started = time.monotonic()
     if loss is None and teacher is None:
-        raise LoRunError("there is nothing to minimise: give loss= for batches with the truth, or teacher=")
+        raise LoRunError("there is nothing to minimise: give loss= for batches with ground truth, or teacher=")
     with seeded(seed):
         kept, stream = _split(batches) if held_out is None else (held_out, batches)
         training = Batches(stream)
         count = operator.length_hint(kept, HELD_OUT)
         judged = [batch for batch in itertools.islice(Batches(kept), count) if is_finite(batch)]
     if not judged:
-        raise LoRunError("all held-out batches hold NaN or Inf: pass finite ones")
+        raise LoRunError("all held-out batches have NaN or Inf: pass others")
     held = converted.sets[adapter_name]
     trained = tensors_to_train(held, TERM_RATE)
     check_not_empty(trained)
-    begun = _tensors_of(held)
+    initial = _tensors_of(held)
     with ExitStack() as stack:
         stack.enter_context(evaluating(network))
         objective: Distillation | Supervised
@@ -86,46 +97,50 @@ def finetune(
             duration,
             seed=seed,
             resume_from=resume_from,
-            run_id=f"{adapter_name} for {held.info.noise}, begun as {fingerprint_of(begun)}, "
+            run_id=f"{adapter_name} for {held.info.noise}, begun as {fingerprint_of(initial)}, "
             f"on {converted.fingerprint}",
             spent=time.monotonic() - started,
             held_out=judged,
             patience=PATIENCE,
             label=f"fine-tuning {adapter_name}",
-            restored=list(begun.values()),
+            restored=list(initial.values()),
         )
         finished = trainer.train(stop)
     if not finished:
-        warnings.warn("fine-tuning was stopped: the set has the best weights so far", stacklevel=3)
+        warnings.warn("fine-tuning was stopped: the best weights so far are kept", stacklevel=3)
     return finished
 
 
 def _tensors_of(held: AdapterSet) -> dict[str, Tensor]:
-    """All tensors of a set, by a name that is the same in each run."""
+    """Return all tensors of a set, by names that are the same in every run."""
     adapters = {f"{stage}.{group}": a for stage, groups in sorted(held.adapters.items()) for group, a in groups.items()}
     tensors = {f"{place}.{name}": t for place, adapter in adapters.items() for name, t in adapter.state_dict().items()}
     return tensors | {f"outside.{name}": tensor.detach() for name, tensor in held.outside.items()}
 
 
 def _split(batches: Iterable[Any]) -> tuple[Iterable[Any], Iterable[Any]]:
-    """What to judge by, and what to train on: apart where it is known what is there."""
+    """Split batches into those to judge by and those to train on.
+
+    They are disjoint if ``batches`` is a long enough sequence. From an iterator, the first batches are taken out. A
+    short sequence repeats, so it is trained on completely, with a warning.
+    """
     if isinstance(batches, Sequence) and not isinstance(batches, str) and len(batches) > HELD_OUT + 1:
         return batches[:HELD_OUT], batches[HELD_OUT:]
     if isinstance(batches, Sized):
         warnings.warn(
-            "no batches are held out, as these are trained on again and again: pass held_out= with others, or the set "
-            "may end worse than it began",
+            "no batches are held out, because batches is short or cannot be sliced: pass held_out=, or the set may end "
+            "worse than it started",
             stacklevel=4,
         )
     stream = Batches(batches)
     return list(itertools.islice(stream, HELD_OUT)), stream
 
 
-def matching(base: nn.Module, stage_map: StageMap, patterns: Iterable[str]) -> dict[str, Tensor]:
-    """Copies of the parameters outside the stages that match glob patterns, by name.
+def matching_parameters(base: nn.Module, stage_map: StageMap, patterns: Iterable[str]) -> dict[str, Tensor]:
+    """Return copies of the parameters outside the stages that match glob patterns, by name.
 
     Raises:
-        LoRunError: a pattern that matches none.
+        LoRunError: a pattern that matches no parameter.
     """
     parameters = outside_parameters(base, stage_map)
     copies = {}
@@ -133,8 +148,8 @@ def matching(base: nn.Module, stage_map: StageMap, patterns: Iterable[str]) -> d
         names = fnmatch.filter(parameters, pattern)
         if not names:
             raise LoRunError(
-                f"no parameter outside the stages matches {pattern!r}: they are {list(parameters)}, and those of the "
-                "stages belong to each set anyway"
+                f"no parameter outside the stages matches {pattern!r}: choose from {list(parameters)} (parameters of "
+                "the stages belong to every set)"
             )
         copies.update({name: parameters[name].detach().clone() for name in names})
     return copies

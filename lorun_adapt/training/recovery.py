@@ -1,4 +1,4 @@
-"""Recover the quality of a converted network: distil the original into it, from measurements alone."""
+"""Recover the quality of a converted network by distillation from the original, without ground truth."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .speed import channels_last
 from .trained import training_base
 from .trainer import Trainer, interruptible
 
-DAMPINGS = (0.01, 0.1, 1.0)  # tried for the factorisation: small ones hold where little is lost, large ones elsewhere
+DAMPINGS = (0.01, 0.1, 1.0)  # all are tried: small values suit small residuals, large values large residuals
 
 
 def recover(
@@ -39,18 +39,28 @@ def recover(
     resume_from: Path | None = None,
     seed: int = 0,
 ) -> bool:
-    """Train base and adapters in place; see :meth:`LoRunModel.recover`.
+    """Train the base and the adapters in place; see :meth:`LoRunModel.recover`.
 
-    It starts from what is there, or from the teacher's weights factorised by what the measurements show the output to
-    be sensitive to, whichever is nearer to the teacher.
+    Training starts from the current weights, or from a new factorisation of the teacher's weights that is weighted by
+    the sensitivity of the output, whichever is nearer to the teacher.
 
     Args:
-        network: the network that runs, around the tensors of ``converted``.
+        converted: the network as data.
+        network: the same network assembled, with the same tensors.
+        teacher: the original network.
+        calibration: batches of arguments of the forward.
+        duration: how long to train.
+        loss: replaces the distance to the teacher's output.
+        resume_from: the state file.
+        seed: seed of all random numbers.
+
+    Returns:
+        True if training finished, False if Ctrl-C stopped it.
     """
     if len(converted.sets) > 1:
         raise LoRunError(
-            f"recovery changes the base that the sets {list(converted.sets)} share: recover with one set, and load the "
-            "others afterwards"
+            f"recovery changes the base, which the sets {list(converted.sets)} share: recover with only one set, before "
+            "you add others"
         )
     started = time.monotonic()
     check_teacher(teacher, converted.base)
@@ -61,7 +71,7 @@ def recover(
             if resume_from is None or not resume_from.exists():
                 choose_start(distillation, converted, teacher, calibration, seed, stop)
             else:
-                probes(calibration)  # drawn then too
+                probes(calibration)  # drawn to keep the order of batches as in the run that is resumed
             trainer = Trainer(
                 distillation,
                 trained,
@@ -74,7 +84,7 @@ def recover(
             )
             finished = trainer.train(stop)
     if not finished:
-        warnings.warn("recovery was stopped: the network has the best weights so far", stacklevel=3)
+        warnings.warn("recovery was stopped: the best weights so far are kept", stacklevel=3)
     return finished
 
 
@@ -86,8 +96,8 @@ def choose_start(
     seed: int,
     stop: threading.Event,
 ) -> None:
-    """Leave the weights that are nearest to the teacher: those that are there, or those that :func:`refit` finds."""
-    tensors = list(distillation.student.state_dict().values())  # they share memory with the network's
+    """Set the weights nearest to the teacher: the current ones, or those from :func:`refit`."""
+    tensors = list(distillation.student.state_dict().values())  # they share memory with the network's tensors
     best, nearest = [tensor.clone() for tensor in tensors], math.inf
     try:
         batches = probes(calibration)

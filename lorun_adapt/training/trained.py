@@ -1,4 +1,4 @@
-"""Which tensors train, and how fast."""
+"""The tensors to train, and their learning rates."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..network.converted import AdapterSet, Converted
 from ..stages.tensors import base_tensors
 from ..util.numbers import is_numeric
 
-# Learning rates, relative to the size of a tensor's values. What stands in every stage, and what is not a stage's to
-# change, moves less.
+# Learning rates relative to the size of a tensor's values. The base moves more slowly than the terms because it affects
+# every stage; parameters outside the stages and private tensors move most slowly.
 TERM_RATE, BASE_RATE, PRIVATE_RATE, OUTSIDE_RATE = 0.05, 0.03, 0.01, 0.003
 
 
@@ -29,10 +29,11 @@ class TrainedTensor:
 
 
 def tensors_to_train(held: AdapterSet, term_rate: float = TERM_RATE) -> list[TrainedTensor]:
-    """The trainable tensors of a set: its adapters' terms and private tensors, and its own outside the stages.
+    """Return the trainable tensors of a set: its terms, private tensors, and parameters outside the stages.
 
     Args:
-        term_rate: the learning rate of terms.
+        held: the set.
+        term_rate: the relative learning rate of terms.
     """
     adapters = [adapter for _, stage in sorted(held.adapters.items()) for adapter in stage.values()]
     tensors = [item for adapter in adapters for item in _of_adapter(adapter, term_rate)]
@@ -50,21 +51,24 @@ def _trainable(tensors: Iterable[Tensor]) -> list[nn.Parameter]:
 
 
 def check_not_empty(trained: list[TrainedTensor]) -> None:
-    """Refuse to train nothing.
+    """Raise an error if there is no tensor to train.
 
     Raises:
-        LoRunError: no tensor to train.
+        LoRunError: ``trained`` is empty.
     """
     if not trained:
-        raise LoRunError("there is nothing to train: the network's stages have no tensors of their own")
+        raise LoRunError("there is nothing to train: the original network trains no parameter of its stages")
 
 
 @contextmanager
 def training_base(converted: Converted, network: nn.Module) -> Iterator[list[TrainedTensor]]:
-    """Within the ``with`` block, what recovery trains: all sets, and what runs of the base, which is frozen otherwise.
+    """Within the ``with`` block, make the base trainable; yield the tensors that recovery trains.
+
+    These are the tensors of all sets, and the parameters of the base that the assembled network uses.
 
     Args:
-        network: the network that runs.
+        converted: the network as data.
+        network: the same network assembled, with the same tensors.
     """
     trained = [item for held in converted.sets.values() for item in tensors_to_train(held)]
     of_sets = {id(tensor) for held in converted.sets.values() for tensor in _tensors_of(held)}

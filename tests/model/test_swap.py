@@ -15,7 +15,7 @@ from dun_zoo import ZOO, Case
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel
-from lorun_adapt.model.ready import MOST_READY
+from lorun_adapt.model.ready import MAX_READY
 
 THREADS = 8
 SWAPS = pytest.mark.parametrize("swaps", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -175,11 +175,11 @@ def test_not_all_choices_are_kept(tmp_path) -> None:
     case = ZOO["list_of_blocks"]()
     lorun = two_sets(case, tmp_path)
     names = ("a", "b", "default")
-    choices = [dict(enumerate(choice)) for choice in itertools.product(names, repeat=4)][: MOST_READY + 5]
+    choices = [dict(enumerate(choice)) for choice in itertools.product(names, repeat=4)][: MAX_READY + 5]
     first = lorun(*case.inputs)
     for choice in choices:
         lorun.set_adapter(choice)
-    assert len(lorun._running._ready) == MOST_READY
+    assert len(lorun._running._ready) == MAX_READY
     lorun.set_adapter("a")
     assert torch.equal(lorun(*case.inputs), first)
 
