@@ -210,7 +210,10 @@ def test_without_an_exchange_a_kill_between_two_renames_loses_nothing(
 # --- what does not load --------------------------------------------------------------------------
 
 
-REFUSED = "expected .*found|cannot read .*; |not valid JSON: |no lorun_config.json in .*: |has an invalid .*: |another hash.*: "
+REFUSED = "|".join(
+    ["expected .*found", "cannot read .*; ", "not valid JSON: ", "no lorun_config.json in .*: ", "has an invalid .*: "]
+    + ["another hash.*: "]
+)
 
 
 def test_damage_is_an_error(saved: Path, blocks: Case, tmp_path: Path) -> None:
