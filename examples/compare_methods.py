@@ -29,9 +29,9 @@ from lorun_adapt import Crops, StageMap, convert, evaluate, find_stages, fit, lo
 
 # Learning rates, relative to the size of a tensor's values.
 FACTOR, BASE, KERNEL, SMALL = 0.05, 0.03, 0.02, 0.01
-PRUNED_BY = 0.6  # of the time, in which pruning comes to its end; the rest is fine-tuning
+PRUNED_BY = 0.6  # the share of the time after which pruning ends; the rest is fine-tuning
 
-Made = tuple[str, nn.Module, int]  # what to call it, the network, bytes of its file
+Result = tuple[str, nn.Module, int]  # the name of the row, the network, the bytes of its file
 
 
 # --- networks whose denoisers are stored in another way ------------------------------------------
@@ -59,9 +59,9 @@ class LowRank(nn.Module):
 
 
 def low_rank(net: nn.Module, stage_map: StageMap, rank: int, *, with_base: bool) -> nn.Module:
-    """The stages' tensors as low-rank products, each by itself; or added to their mean, which all stages share.
+    """Each stage's tensors as low-rank products; with a base, added to the mean of all stages, which they share.
 
-    The second is the start of Relaxed Recursive Transformers (arXiv:2410.20672, section 2.3).
+    The base is as in Relaxed Recursive Transformers (arXiv:2410.20672, section 2.3).
     """
     net = copy.deepcopy(net)
     for spec, names in places(stage_map, rank):
@@ -75,7 +75,7 @@ def low_rank(net: nn.Module, stage_map: StageMap, rank: int, *, with_base: bool)
 
 
 def tied(net: nn.Module, stage_map: StageMap, rank: int | None = None) -> nn.Module:
-    """One denoiser for all stages, the mean of theirs; or, with a rank, of it what is larger than such factors."""
+    """One denoiser for all stages, the mean of theirs; with a rank, tie only what factors of it would make smaller."""
     net = copy.deepcopy(net)
     for _, names in places(stage_map, rank):
         mean = mean_of(net, names)
@@ -86,7 +86,7 @@ def tied(net: nn.Module, stage_map: StageMap, rank: int | None = None) -> nn.Mod
 
 
 def peft_layers(net: nn.Module, stage_map: StageMap, rank: int) -> nn.Module:
-    """PEFT's own layers around one averaged, frozen denoiser; stages keep what is not adapted."""
+    """PEFT's own layers around one averaged, frozen denoiser; what is not adapted stays each stage's own."""
     targets = [name.removesuffix(".weight") for _, names in places(stage_map, rank) for name in names]
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
     net = get_peft_model(tied(net, stage_map, rank), config).base_model.model
@@ -109,7 +109,7 @@ class Masked(nn.Module):
 class Pruning:
     """Global magnitude pruning, gradually (Zhu and Gupta, arXiv:1710.01878, equation 1), with fine-tuning.
 
-    What has less than two dimensions (thresholds, step sizes, biases) is kept whole.
+    Tensors with less than two dimensions (thresholds, step sizes, biases) are not pruned.
     """
 
     def __init__(self, net: nn.Module, stage_map: StageMap, limit: int, seconds: float) -> None:
@@ -127,7 +127,7 @@ class Pruning:
         self.total = sum(value.numel() for value in self.values)
         self.keep = min(1.0, (limit - file_bytes(self._file(torch.zeros(0)))) / 4 / self.total)
         if self.keep <= 0:
-            raise SystemExit(f"the mask alone takes more than the {limit:,} bytes of the budget: raise it")
+            raise SystemExit(f"the mask alone takes more than the {limit:,} bytes of the budget: raise the budget")
         self.started, self.seconds, self.final = time.monotonic(), seconds, False
         self.net.register_forward_pre_hook(self._prune)
 
@@ -136,7 +136,7 @@ class Pruning:
         return file_bytes(self._file(torch.cat(kept)))
 
     def _prune(self, *_: Any) -> None:
-        """Before each forward: mask as much as is to be gone by now, or, where it is judged, as in the end."""
+        """Before each forward, mask as many weights as the schedule says; without gradients, as many as in the end."""
         if torch.is_grad_enabled():
             done = min(1.0, (time.monotonic() - self.started) / (PRUNED_BY * self.seconds))
             masks = self.masks = self._at(self.keep + (1 - self.keep) * (1 - done) ** 3)
@@ -165,7 +165,7 @@ class Pruning:
 
 
 def places(stage_map: StageMap, rank: int | None = None) -> list[tuple[Any, list[str]]]:
-    """Each tensor of the denoisers, and its name at each stage; with a rank, those that such factors make smaller."""
+    """Each tensor of the denoisers and its name at each stage; with a rank, only what its factors would make smaller."""
     return [
         (spec, [f"{site.module}.{spec.name}" for site in group.sites])
         for group in stage_map.groups
@@ -175,7 +175,7 @@ def places(stage_map: StageMap, rank: int | None = None) -> list[tuple[Any, list
 
 
 def owner_of(net: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds a tensor, and the attribute that it is there."""
+    """The module that holds a tensor, and the name of its attribute there."""
     path, _, attribute = name.rpartition(".")
     return net.get_submodule(path), attribute
 
@@ -185,7 +185,7 @@ def mean_of(net: nn.Module, names: list[str]) -> nn.Parameter:
 
 
 def stored(net: nn.Module) -> dict[str, Tensor]:
-    """What a file of the network holds: each distinct tensor once."""
+    """The tensors that a file of the network holds, each once."""
     names = {id(tensor): name for name, tensor in reversed(net.state_dict(keep_vars=True).items())}
     return {name: tensor for name, tensor in net.state_dict(keep_vars=True).items() if names[id(tensor)] == name}
 
@@ -198,7 +198,7 @@ def file_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def rates_of(net: nn.Module) -> list[tuple[nn.Parameter, float]]:
-    """What trains, and how fast."""
+    """The parameters to train, and their learning rates."""
     rates = []
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
@@ -213,16 +213,13 @@ def rates_of(net: nn.Module) -> list[tuple[nn.Parameter, float]]:
 
 
 class Comparison:
-    """The ways, each as a function that gives what to call it, its network and the bytes of its file.
-
-    ``convert`` comes first; the others may take as many bytes and as long as it did.
-    """
+    """The ways to make ``net`` small. Call ``convert`` first: it sets the bytes and the time of the others."""
 
     def __init__(self, net: nn.Module, crops: Crops) -> None:
         self.net, self.crops, self.stage_map = net, crops, find_stages(net)
         self.limit, self.seconds = 0, 0.0
 
-    def convert(self, budget: float, minutes: float) -> Made:
+    def convert(self, budget: float, minutes: float) -> Result:
         started = time.monotonic()
         lorun = convert(self.net, budget=budget, calibration=self.crops, minutes=minutes)
         self.seconds = time.monotonic() - started
@@ -231,34 +228,34 @@ class Comparison:
             self.limit = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
         return "ranks, and bases where they pay, by sensitivity, recovered", lorun, self.limit
 
-    def pruned(self) -> Made:
+    def pruned(self) -> Result:
         pruning = Pruning(self.net, self.stage_map, self.limit, self.seconds)
         self._train(pruning.net)
         name = f"magnitude pruning to {100 * pruning.keep:.0f} % of the weights, fine-tuned"
         return name, pruning.net, pruning.bytes()
 
-    def factorised(self) -> Made:
+    def factorised(self) -> Result:
         _, net = self._largest(lambda rank: low_rank(self.net, self.stage_map, rank, with_base=False))
         return self._trained("each stage factorised alone, fine-tuned", net)
 
-    def relaxed(self) -> Made:
+    def relaxed(self) -> Result:
         rank, net = self._largest(lambda rank: low_rank(self.net, self.stage_map, rank, with_base=True))
         return self._trained(f"mean, rank {rank} from the SVD of what that lost, fine-tuned", net)
 
-    def tied(self) -> Made:
+    def tied(self) -> Result:
         return self._trained("one denoiser for all stages, fine-tuned", tied(self.net, self.stage_map))
 
-    def peft(self) -> Made:
+    def peft(self) -> Result:
         rank, net = self._largest(lambda rank: peft_layers(self.net, self.stage_map, rank))
         return self._trained(f"PEFT's layers of rank {rank} on the average", net)
 
-    def knows_peft(self) -> bool:
-        """Whether PEFT has layers for all modules that hold a kernel."""
+    def peft_supports_it(self) -> bool:
+        """Whether PEFT has layers for all modules whose kernels would be adapted."""
         modules = [owner_of(self.net, name)[0] for _, names in places(self.stage_map, 1) for name in names]
         return all(isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) for module in modules)
 
     def _largest(self, build: Callable[[int], nn.Module]) -> tuple[int, nn.Module]:
-        """The largest rank whose network has no more bytes (a little over counts as none), or rank 1."""
+        """The largest rank whose network has no more bytes than allowed, or at most 1 % more; at least rank 1."""
         best, size = (1, build(1)), 0
         for rank in range(2, 1000):
             net = build(rank)
@@ -268,12 +265,12 @@ class Comparison:
             best = rank, net
         return best
 
-    def _trained(self, name: str, net: nn.Module) -> Made:
+    def _trained(self, name: str, net: nn.Module) -> Result:
         self._train(net)
         return name, net, file_bytes(stored(net))
 
     def _train(self, net: nn.Module) -> None:
-        """As recovery does it, without its start."""
+        """Distil the original network, as recovery does, from where ``net`` is."""
         minutes = self.seconds / 60
         if not fit(net, self.crops, rates_of(net), teacher=self.net, stage_map=self.stage_map, minutes=minutes):
             raise KeyboardInterrupt
@@ -297,10 +294,10 @@ def main() -> None:
     judged = task.images(args.judge)
     compared = Comparison(net, Crops(task, task.images(args.images)))
     ways = [compared.pruned, compared.factorised, compared.relaxed, compared.tied]
-    if compared.knows_peft():
+    if compared.peft_supports_it():
         ways.append(compared.peft)
     else:
-        print("The network's kernels stand in no layers that PEFT knows.")
+        print("PEFT's layers are left out: the network's kernels are not in layers that PEFT supports.")
     original = evaluate(task, judged, net, None).mean()["psnr"]
     print(f"Original: {original:.2f} dB, {file_bytes(stored(net)):,} bytes.\n")
     print("| way | bytes | PSNR (dB) | below the original |\n| --- | ---: | ---: | ---: |", flush=True)

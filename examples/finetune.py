@@ -22,7 +22,9 @@ task = lorun_adapt.load_task(str(here / "compressive_sensing.py"))
 lorun = lorun_adapt.from_pretrained(here.parent / "adapters/compressive_sensing", task.build())
 
 held_out, images = lorun_adapt.held_out_of(task.images(args.images))
-crops = lorun_adapt.Crops(task, images, sigma=args.sigma)  # or any iterable of the forward's arguments and what the loss needs
+crops = lorun_adapt.Crops(
+    task, images, sigma=args.sigma
+)  # or any iterable of the forward's arguments and what the loss needs
 known = [name for name in lorun.adapter_names if lorun.adapter_info[name].sigma is not None]
 lorun.finetune(
     crops,

@@ -69,9 +69,7 @@ def main() -> None:
         starts[sigma] = psnr(task, files, lorun, sigma)
         crops, judged = (Crops(task, part, sigma=sigma) for part in (trained, kept))
         name = f"sigma{sigma:g}"
-        if not lorun.finetune(
-            crops, name, sigma=sigma, minutes=args.minutes, loss=crops.loss, held_out=judged.some()
-        ):
+        if not lorun.finetune(crops, name, sigma=sigma, minutes=args.minutes, loss=crops.loss, held_out=judged.some()):
             raise KeyboardInterrupt
         ends[sigma] = psnr(task, files, lorun, sigma)
     if args.out is not None:
