@@ -57,7 +57,7 @@ def check_not_empty(trained: list[TrainedTensor]) -> None:
         LoRunError: ``trained`` is empty.
     """
     if not trained:
-        raise LoRunError("there is nothing to train: the original network trains no parameter of its stages")
+        raise LoRunError("there is nothing to train: the stages have no trainable parameters")
 
 
 @contextmanager
