@@ -6,13 +6,17 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two processes of tests on two cores; those that tests start have it as well
 
+import numpy as np
 import pytest
 import torch
 from conversions import train_a_bit
 from dun_zoo import ZOO, Case
 from hub_server import HubServer
+from PIL import Image
+from tasks import COLOUR_TASK
 
 import lorun_adapt
+from lorun_adapt.task.task import load_task
 from lorun_adapt.training import speed
 
 torch.set_num_threads(1)
@@ -55,3 +59,28 @@ def lorun(blocks: Case) -> lorun_adapt.LoRunModel:
     lorun = lorun_adapt.convert(blocks.net, rank=2)
     train_a_bit(lorun, blocks.inputs)
     return lorun
+
+
+@pytest.fixture
+def task_file(tmp_path: Path) -> Path:
+    (tmp_path / "my_task.py").write_text(COLOUR_TASK)
+    return tmp_path / "my_task.py"
+
+
+@pytest.fixture
+def weights(task_file: Path, tmp_path: Path) -> Path:
+    state = load_task(str(task_file)).build().state_dict()
+    torch.save({"epoch": 3, "state_dict": {f"module.{name}": t for name, t in state.items()}}, tmp_path / "net.pth")
+    return tmp_path / "net.pth"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for name, size in (("b.png", (20, 31)), ("a.JPG", (17, 16))):
+        smooth = generator.random((4, 4, 3)) * 255
+        Image.fromarray(smooth.astype(np.uint8)).resize(size[::-1]).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder

@@ -13,77 +13,24 @@ from torch import nn
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel, convert
-from lorun_adapt.factorise.align import align, hidden_channels
-from lorun_adapt.network.adapter import lowrank_terms, private_tensors
-from lorun_adapt.terms.factors import factorise, rank_for_energy
+from lorun_adapt.factorise.align import hidden_channels
+from lorun_adapt.network.adapter import private_tensors, terms_of
+from lorun_adapt.terms.factors import rank_for_energy
 
 
 def adapted(lorun: LoRunModel, stage: int = 0) -> dict[str, int]:
     group = lorun.stage_map.groups[0]
-    return {name: term.rank for name, term in lowrank_terms(lorun.adapter_of(group, group.sites[stage])).items()}
+    return {name: term.rank for name, term in terms_of(lorun.adapter_of(group, group.sites[stage])).items()}
 
 
 def scalings(lorun: LoRunModel) -> dict[str, float]:
     group = lorun.stage_map.groups[0]
-    return {name: term.scaling for name, term in lowrank_terms(lorun.adapter_of(group, group.sites[0])).items()}
+    return {name: term.scaling for name, term in terms_of(lorun.adapter_of(group, group.sites[0])).items()}
 
 
 @pytest.fixture
 def net() -> nn.Module:
     return ListOfDenoisers([dncnn(16, 5) for _ in range(4)]).eval()
-
-
-# --- factorisation -------------------------------------------------------------------------------
-
-
-def plain_error(stages: torch.Tensor, rank: int) -> float:
-    residual = stages.double() - stages.double().mean(0)
-    return float(torch.linalg.svdvals(residual)[:, rank:].square().sum())
-
-
-@pytest.mark.parametrize("shape", [(9, 32, 288), (5, 288, 32), (3, 16, 16)])
-@pytest.mark.parametrize("rank", [1, 4, 16])
-def test_never_worse_than_mean_then_svd(shape, rank) -> None:
-    torch.manual_seed(rank)
-    stages = torch.randn(shape) + 2 * torch.randn(shape[1:])
-    found = factorise(stages, rank)
-    restored = found.base + found.b @ found.a
-    error = (stages - restored).square().sum((1, 2))
-    torch.testing.assert_close(found.error, error, atol=1e-9, rtol=1e-6)
-    assert float(error.sum()) <= plain_error(stages, rank) * (1 + 1e-9) + 1e-12
-    assert found.a.shape[1] == min(rank, *shape[1:])
-
-
-def test_alternating_gains_on_low_rank_stages() -> None:
-    torch.manual_seed(0)
-    stages = torch.randn(20, 20) + torch.randn(4, 20, 3) @ torch.randn(4, 3, 20) * 3
-    assert float(factorise(stages, 4).error.sum()) < 0.8 * plain_error(stages, 4)
-
-
-def test_half_precision_is_factorised_in_better() -> None:
-    torch.manual_seed(0)
-    stages = torch.randn(4, 16, 40)
-    half = factorise(stages.half(), 4)
-    assert half.base.dtype == torch.float64
-    torch.testing.assert_close(half.error, factorise(stages, 4).error, rtol=1e-2, atol=0)
-
-
-def test_complex_stages() -> None:
-    torch.manual_seed(0)
-    stages = torch.randn(4, 8, 20, dtype=torch.complex64)
-    full = factorise(stages, 8)
-    torch.testing.assert_close((full.base + full.b @ full.a).to(torch.complex64), stages)
-    assert factorise(stages, 2).error.dtype == torch.float64
-
-
-def test_rank_for_energy() -> None:
-    torch.manual_seed(0)
-    u, v = torch.linalg.qr(torch.randn(10, 4))[0], torch.linalg.qr(torch.randn(30, 4))[0]
-    term = u @ torch.diag(torch.tensor([4.0, 2, 1, 0.5])) @ v.T
-    stages = torch.stack([term, -term])
-    energy = torch.tensor([16, 4, 1, 0.25]).cumsum(0) / 21.25
-    for rank in range(1, 5):
-        assert rank_for_energy(stages, float(energy[rank - 1]) - 1e-3) == rank
 
 
 # --- what is adapted -----------------------------------------------------------------------------
@@ -100,7 +47,7 @@ def test_by_default_where_it_is_smaller(net: nn.Module) -> None:
 
 
 def test_rank_as_a_share_of_energy(net: nn.Module) -> None:
-    low, high = convert(net, rank=0.2), convert(net, rank=0.6)
+    low, high = convert(net, energy=0.2), convert(net, energy=0.6)
     name = "layers.5.weight"
     assert adapted(low)[name] < adapted(high)[name]
     stacks = torch.stack([d.get_parameter(name) for d in net.denoisers]).flatten(2)
@@ -118,7 +65,7 @@ def test_impossible_ranks(net: nn.Module, rank) -> None:
 
 
 def test_config_and_rank_together(net: nn.Module) -> None:
-    with pytest.raises(LoRunError, match="found config and rank"):
+    with pytest.raises(LoRunError, match="config and rank exclude each other"):
         convert(net, LoraConfig(), rank=4)
 
 
@@ -295,109 +242,6 @@ def test_constants_are_kept_once() -> None:
     assert "index" not in private_tensors(lorun.adapters["default"]["stage_00"]["denoiser"])
 
 
-# --- alignment -----------------------------------------------------------------------------------
-
-
-def shuffled(denoiser: nn.Module) -> nn.Module:
-    """The same function with its hidden channels in another order."""
-    import copy
-
-    twin = copy.deepcopy(denoiser)
-    first, second = torch.randperm(8), torch.randperm(8)
-    twin.head.weight.data, twin.head.bias.data = denoiser.head.weight[first].data, denoiser.head.bias[first].data
-    twin.body.weight.data = denoiser.body.weight[second][:, first].data
-    twin.body.bias.data = denoiser.body.bias[second].data
-    twin.tail.weight.data = denoiser.tail.weight[:, second].data
-    return twin
-
-
-def test_where_channels_can_be_permuted() -> None:
-    places = [(place.rows, place.columns) for place in hidden_channels(Denoiser())]
-    assert places == [(("head.weight", "head.bias"), "body.weight"), (("body.weight", "body.bias"), "tail.weight")]
-    places = hidden_channels(dncnn(8, 4))
-    assert "layers.3.running_mean" in places[1].rows and places[1].columns == "layers.5.weight"
-    raw = hidden_channels(ZOO["list_of_raw_kernels"]().net.blocks[0])
-    assert [(place.rows, place.columns) for place in raw] == [(("analysis",), "inner"), (("inner",), "outer")]
-
-
-def test_skips_and_shared_layers_are_left_alone() -> None:
-    class Skip(Denoiser):
-        def forward(self, x):
-            hidden = torch.relu(self.head(x))
-            return self.tail(torch.relu(self.body(hidden)) + hidden)
-
-    assert hidden_channels(Skip()) == []
-
-
-class SometimesSkips(Denoiser):
-    """One class, but a flag decides whether hidden channels meet others on the way."""
-
-    def __init__(self, skip: bool) -> None:
-        super().__init__()
-        self.skip = skip
-
-    def forward(self, x):
-        hidden = torch.relu(self.head(x))
-        inner = torch.relu(self.body(hidden))
-        return self.tail(inner + hidden if self.skip else inner)
-
-
-class TracedInPartOnly(Denoiser):
-    """The sequence by itself would allow what the features taken from within it forbid."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(self.head, nn.ReLU(), self.body, nn.ReLU())
-
-    def forward(self, x):
-        if x.shape[-1] % 2:
-            raise ValueError
-        features = []
-        for layer in self.layers:
-            x = layer(x)
-            features.append(x)
-        return self.tail(features[1] * features[3])
-
-
-@pytest.mark.parametrize(
-    "denoisers", [[SometimesSkips(k > 0) for k in range(4)], [TracedInPartOnly() for _ in range(4)]]
-)
-def test_aligning_never_changes_the_function(denoisers) -> None:
-    net = ListOfDenoisers(denoisers)
-    inputs = ZOO["list_of_denoisers"]().inputs
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        lorun = convert(net, LoraConfig(r=7, target_modules=["body", "2"]))
-    assert 0 < lorun.report().relative_error < 0.3
-    merged = lorun.merge_and_unload()
-    for plain, original in zip(merged.denoisers, net.denoisers):  # private tensors tell whether channels moved
-        assert torch.equal(plain.tail.weight, original.tail.weight)
-        assert torch.equal(plain.head.weight, original.head.weight)
-    assert relative(lorun(*inputs), net(*inputs)) < 0.3
-
-
-def test_permuted_copies_become_one() -> None:
-    denoiser = Denoiser()
-    net = ListOfDenoisers([shuffled(denoiser) for _ in range(4)])
-    inputs = ZOO["list_of_denoisers"]().inputs
-    lorun = convert(net, rank=1)
-    assert lorun.report().relative_error < 1e-6
-    assert relative(lorun(*inputs), net(*inputs)) < 1e-5
-
-
-def test_aligning_never_raises_the_error() -> None:
-    net = ListOfBlocks([Block(Denoiser(12)) for _ in range(5)])
-    group = lorun_adapt.find_stages(net).groups[0]
-    stacks = {spec.name: torch.stack([b.get_parameter(spec.name).data for b in net.blocks]) for spec in group.tensors}
-    ranks = {"denoiser.body.weight": 3, "denoiser.head.weight": 2}
-    moved = align(group, list(net.blocks), stacks, ranks)
-
-    def total(held):
-        return sum(float(factorise(held[n].flatten(2), r).error.sum()) for n, r in ranks.items())
-
-    assert total(moved) <= total(stacks)
-
-
 # --- figures and PEFT ----------------------------------------------------------------------------
 
 
@@ -493,7 +337,7 @@ def test_an_operator_used_outside_the_stages_stays_the_base() -> None:
 
     net = Net()
     lorun = convert(net, rank=2)
-    for term in lowrank_terms(lorun.adapters["default"]["stage_00"]["denoiser"]).values():
+    for term in terms_of(lorun.adapters["default"]["stage_00"]["denoiser"]).values():
         nn.init.ones_(term.lora_B)
     kernels = [lorun.network.operator.kernel, *(block.operator.kernel for block in lorun.network.blocks)]
     assert [torch.equal(kernel, net.operator.kernel) for kernel in kernels] == [True, False, True, True]

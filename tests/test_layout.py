@@ -67,7 +67,7 @@ def test_nothing_imports_upwards(file: str) -> None:
 
 
 def test_what_stands_at_the_root() -> None:
-    expected = {"__init__.py", "__main__.py", "_version.py", "py.typed", "errors.py", "conversion.py"}
+    expected = {"__init__.py", "__main__.py", "_version.py", "py.typed", "errors.py", "conversion.py", "README.md"}
     assert {path.name for path in ROOT.iterdir() if path.is_file()} == expected
     assert {folder.name for folder in FOLDERS} | {"errors", "_version", "conversion"} == set(FLOOR)
 

@@ -24,7 +24,7 @@ def config_for_rank(rank: int) -> LoraConfig:
     >>> config_for_rank(4).r
     4
     """
-    if not is_number(rank) or rank < 1 or rank != int(rank):
+    if isinstance(rank, bool) or not hasattr(rank, "__index__") or rank < 1:
         hint = "give the share of energy to keep as energy" if is_number(rank) and 0 < rank < 1 else "choose another"
         raise LoRunError(f"expected a whole number of ranks of 1 or more, found {rank!r}: {hint}")
     return LoraConfig(r=int(rank), lora_alpha=int(rank))

@@ -7,7 +7,7 @@ import dataclasses
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,12 +24,14 @@ from ..files.layout import INTERPOLATED
 from ..files.save import save
 from ..files.sets import SetReader, check_stage
 from ..hub.source import files_of_set, resolve_source
+from ..network.adapter import StageAdapter
 from ..network.assemble import assemble, merge
 from ..network.batches import Batches
 from ..network.converted import AdapterSet, Choice, Converted, Quality
 from ..network.noise import Noise, noise_of
 from ..network.report import Report, make_report
 from ..network.sharing import share_again, shared_places
+from ..stages.stage_map import Group, Site
 from ..stages.tensors import base_tensors
 from ..training.duration import Duration
 from ..util.fingerprint import fingerprint_of
@@ -170,7 +172,7 @@ class LoRunModel(nn.Module):
             active = self._running.resolve(adapter)
             for stage, name in active.items():
                 self._store.check_known(name)
-                self._check_holds(name, stage, self._store.holds(name, stage))
+                _check_holds(name, stage, self._store.stages(name))
             network = self._network_for(active)
             before = self._running.names
             self._running.active, self._running.inference_mode, self.network = active, inference_mode, network
@@ -341,6 +343,21 @@ class LoRunModel(nn.Module):
                 raise LoRunError(f"cannot delete the active set {adapter_name!r}: activate another set first")
             self._running.forget(adapter_name)
             self._store.drop(adapter_name)
+
+    def adapter_of(self, group: Group, site: Site, adapter_name: str | None = None) -> StageAdapter:
+        """The adapter of one denoiser.
+
+        Args:
+            group, site: one of ``lorun.stage_map.groups``, and of its ``sites``.
+            adapter_name: of which set; by default of the one that the stage runs with.
+        """
+        name = self._running.active[site.stage] if adapter_name is None else adapter_name
+        self._store.check_known(name)
+        return self._store.adapters_at(name, site.stage)[group.name]
+
+    def outside_of(self, adapter_name: str) -> Mapping[str, Tensor]:
+        """The parameters outside the stages that a set brings with it, by name."""
+        return self._store.get(adapter_name).outside
 
     # --- noise -----------------------------------------------------------------------------------
 
@@ -730,7 +747,7 @@ class LoRunModel(nn.Module):
             actives = [self._running.resolve(name) for name in names]
             for stage, name in [item for active in actives for item in active.items()]:
                 self._store.check_known(name)
-                self._check_holds(name, stage, self._store.holds(name, stage))
+                _check_holds(name, stage, self._store.stages(name))
             if not actives:
                 raise LoRunError("no adapter set to merge: name one in adapter_names")
             choices, active = [self._choice(active) for active in actives], actives[0]
@@ -915,7 +932,7 @@ class LoRunModel(nn.Module):
         """Store a set, replacing one of that name; if that set is active, the new one becomes active."""
         for stage, active in self._running.active.items():
             if active == name:
-                self._check_holds(name, stage, stage in held.adapters)
+                _check_holds(name, stage, held.adapters)
         before = self._store.get(name) if name in self._store else None
         self._store.put(name, held)
         self._running.forget(name)
@@ -933,14 +950,6 @@ class LoRunModel(nn.Module):
         for name in set(names):
             stages = [] if frozen else [stage for stage, active in running.active.items() if active == name]
             self._store.set_trainable(name, stages, outside=not frozen and running.everywhere == name)
-
-    def _check_holds(self, name: str, stage: int, holds: bool) -> None:
-        if not holds:
-            held = self._store.stages(name) if name in self._store else []
-            raise LoRunError(
-                f"the set {name!r} has no adapter for stage {stage}, only for {held}: activate it in those "
-                "stages, with {stage: name}"
-            )
 
     def _check_new(self, name: str) -> None:
         check_adapter_name(name)
@@ -1006,3 +1015,11 @@ class LoRunModel(nn.Module):
         if now != before:
             for name, info in self.adapter_info.items():
                 self.adapter_info[name] = dataclasses.replace(info, quality=())
+
+
+def _check_holds(name: str, stage: int, stages: Collection[int]) -> None:
+    if stage not in stages:
+        raise LoRunError(
+            f"the set {name!r} has no adapter for stage {stage}, only for {list(stages)}: activate it in those "
+            "stages, with {stage: name}"
+        )

@@ -34,7 +34,7 @@ class SetStore:
     >>> store = SetStore()
     >>> adapter = StageAdapter({}, {"bias": torch.nn.Parameter(torch.zeros(2))})
     >>> store.put("default", AdapterSet({0: {"denoiser": adapter}}, LoraConfig()))
-    >>> store.names, store.stages("default"), store.get("default").adapters[0]["denoiser"] is adapter
+    >>> store.names, list(store.stages("default")), store.get("default").adapters[0]["denoiser"] is adapter
     (['default'], [0], True)
     """
 
@@ -94,13 +94,9 @@ class SetStore:
         """Return the adapters of one stage of a set, by group."""
         return self._stages[name][stage]
 
-    def stages(self, name: str) -> list[int]:
+    def stages(self, name: str) -> Collection[int]:
         """Return the stages for which a set has an adapter."""
-        return list(self._stages[name])
-
-    def holds(self, name: str, stage: int) -> bool:
-        """Whether a set has an adapter for ``stage``."""
-        return stage in self._stages[name]
+        return self._stages[name].keys()
 
     def set_trainable(self, name: str, stages: Collection[int], outside: bool) -> None:
         """Make a set's adapters trainable in ``stages``, and freeze its others.

@@ -22,12 +22,11 @@ _BASE, _TERM = "lorun_base_", "lorun_term_"
 def add_term(module: nn.Module, attribute: str, term: Term) -> None:
     """Make ``module.attribute`` return ``term(parameter)`` instead of the parameter.
 
-    >>> import torch
-    >>> from lorun_adapt.network.adapted import add_term
-    >>> from lorun_adapt.terms.lowrank import LowRank
-    >>> layer = torch.nn.Linear(3, 2)
+    >>> from lorun_adapt.terms.registry import TERMS
+    >>> from lorun_adapt.terms.term import LoraFactors
+    >>> layer = nn.Linear(3, 2)
     >>> before = layer.weight.detach().clone()
-    >>> add_term(layer, "weight", LowRank(torch.ones(1, 3), torch.ones(2, 1)))
+    >>> add_term(layer, "weight", TERMS["LORA"].from_lora(LoraFactors(torch.ones(1, 3), torch.ones(2, 1))))
     >>> torch.equal(layer.weight, before + 1)
     True
     """

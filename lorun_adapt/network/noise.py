@@ -49,21 +49,15 @@ def noise_of(sigma: float | None, noise_schedule: Sequence[float] | None, num_st
     """
     if sigma is not None and noise_schedule is not None:
         raise LoRunError("give either sigma or noise_schedule, not both: a schedule says the noise of every stage")
-    if noise_schedule is not None:
-        noise = as_noise(noise_schedule, num_stages)
-        if isinstance(noise, float):
-            raise LoRunError(
-                f"expected noise_schedule to be a sequence of {num_stages} numbers, found {noise_schedule!r}: give one "
-                "number as sigma"
-            )
-        return noise
-    if sigma is None:
+    if sigma is None and noise_schedule is None:
         return None
-    if not is_sigma(sigma):
+    noise = as_noise(sigma if noise_schedule is None else noise_schedule, num_stages)
+    if isinstance(noise, float) != (noise_schedule is None):
         raise LoRunError(
-            f"expected sigma to be one number of 0 or more, found {sigma!r}: give one for each stage as noise_schedule"
+            f"expected one number as sigma, or a sequence of {num_stages} as noise_schedule, found {noise!r} as "
+            f"{'sigma' if noise_schedule is None else 'noise_schedule'}: give it as the other"
         )
-    return float(sigma)
+    return noise
 
 
 def is_sigma(value: object) -> TypeGuard[float]:

@@ -75,7 +75,7 @@ def check_parameters(dun: nn.Module, stages: Iterable[str]) -> None:
                     f"{REMOVED_BY.get(hook or '', parametrized)}"
                 )
             names = (*module._modules, *module._parameters, *module._buffers)
-            if any(name in ("lora_A", "lora_B") or name.startswith("lorun_") for name in names):
+            if any(name.startswith(("lora_", "lorun_")) for name in names):
                 raise LoRunError(f"{where} holds the parts of an adapter already: call merge_and_unload() first")
             if any("/" in name for name in names):
                 raise LoRunError(f"expected names without a slash, found {names!r} in {where}: rename the module")

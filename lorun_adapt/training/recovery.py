@@ -59,8 +59,8 @@ def recover(
     """
     if len(converted.sets) > 1:
         raise LoRunError(
-            f"recovery changes the base, which the sets {list(converted.sets)} share: recover with one set, and "
-            "load the others afterwards"
+            f"recovery changes the base, which the sets {list(converted.sets)} share: recover with only one set, "
+            "before you add others"
         )
     started = time.monotonic()
     check_teacher(teacher, converted.base)

@@ -49,12 +49,12 @@ def test_what_the_sets_are_for_and_what_was_measured() -> None:
     lorun = load("list_of_denoisers")
     assert list(lorun.adapter_info) == ["default", "sigma25"] and lorun.adapter_info["default"] == AdapterInfo()
     assert lorun.adapter_info["sigma25"].sigma == 25
-    assert lorun.adapter_info["sigma25"].measured == (Quality("photographs", 8, 25.0, 30.5, 0.9),)
+    assert lorun.adapter_info["sigma25"].quality == (Quality("photographs", 8, 25.0, 30.5, 0.9),)
     assert set(lorun.outside_of("sigma25")) == {"steps"}
     assert lorun.network.steps is lorun.outside_of("sigma25")["steps"]
     assert not torch.equal(lorun.network.steps, lorun.base.steps)
     about = load("list_of_blocks").adapter_info
-    assert about["default"].measured == (Quality("photographs", 8, 0.0, 30.5, 0.9, 31.0, 0.92),)
+    assert about["default"].quality == (Quality("photographs", 8, 0.0, 30.5, 0.9, 31.0, 0.92),)
     assert about["default"].sigma is None and about["other"] == AdapterInfo()
 
 

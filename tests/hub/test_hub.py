@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import hub_server
@@ -15,10 +14,10 @@ from conversions import SET, train_a_bit
 from dun_zoo import ZOO, Case
 from hub_server import ROUTES, HubServer
 from huggingface_hub import constants, utils
+from tasks import command
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel
-from lorun_adapt.cli import main as cli
 from lorun_adapt.files.description import as_text
 from lorun_adapt.hub.repository import Repository
 from lorun_adapt.hub.transfer import pull
@@ -159,7 +158,7 @@ def test_an_adapter_of_peft_s(hub: HubServer, lorun: LoRunModel, blocks: Case, t
 def test_adapters_without_their_base(hub: HubServer, lorun: LoRunModel, blocks: Case, tmp_path: Path) -> None:
     lorun.push_to_hub("alice/adapters", adapters_only=True, token="alice-token")
     assert "base.safetensors" not in hub.files("alice/adapters")
-    with pytest.raises(LoRunError, match="with its base, found adapters alone in the repository"):
+    with pytest.raises(LoRunError, match="the repository holds adapters without their base"):
         lorun_adapt.from_pretrained("alice/adapters", blocks.net)
     expected = lorun(*blocks.inputs)
     train_a_bit(lorun, blocks.inputs)
@@ -170,14 +169,14 @@ def test_adapters_without_their_base(hub: HubServer, lorun: LoRunModel, blocks: 
     with pytest.raises(LoRunError, match="for the base"):
         other.load_adapter("alice/adapters", "theirs")
     lorun.save_pretrained(tmp_path / "alone", adapters_only=True)
-    with pytest.raises(LoRunError, match="found adapters alone"):
+    with pytest.raises(LoRunError, match="holds adapters without their base"):
         lorun_adapt.from_pretrained(tmp_path / "alone", blocks.net)
 
 
 @pytest.mark.parametrize("revision", [None, "next"])
 def test_a_base_is_not_lost(pushed: HubServer, lorun: LoRunModel, revision: str | None) -> None:
     before = pushed.files("alice/net")
-    with pytest.raises(LoRunError, match="for adapters alone, found base.safetensors"):
+    with pytest.raises(LoRunError, match="holds a base.safetensors that these adapters need not fit"):
         lorun.push_to_hub("alice/net", adapters_only=True, revision=revision, token="alice-token")
     assert pushed.files("alice/net") == before and list(pushed.repos["alice/net"].branches) == ["main"]
 
@@ -237,7 +236,7 @@ def test_files_that_are_missing(pushed: HubServer, lorun: LoRunModel, blocks: Ca
     lorun.load_adapter("alice/net", "one", stage=1)
     pushed.add_repo("alice/empty", {"README.md": b"# nothing"})
     unchanged(lorun, blocks, "with stage= whose", source="alice/empty")
-    with pytest.raises(LoRunError, match="a conversion, found no lorun_config.json"):
+    with pytest.raises(LoRunError, match="a repository without lorun_config.json"):
         lorun_adapt.from_pretrained("alice/empty", blocks.net)
 
 
@@ -379,7 +378,7 @@ def test_what_is_pulled_replaces_what_was_pulled(pushed: HubServer, lorun: LoRun
     shutil.copytree(out / SET, out / "adapters/mine")
     pull(Repository("alice/net"), out)
     assert (out / "notes.txt").read_text() == "mine" and (out / "adapters/mine/stage_02").is_dir()
-    with pytest.raises(LoRunError, match="found base.safetensors in .* which would be lost"):
+    with pytest.raises(LoRunError, match="would delete its base.safetensors"):
         lorun.save_pretrained(out, adapters_only=True)
     assert (out / "base.safetensors").exists()
 
@@ -390,7 +389,7 @@ def test_adapters_alone_do_not_replace_a_conversion(
     lorun.push_to_hub("alice/adapters", adapters_only=True, token="alice-token")
     lorun.save_pretrained(tmp_path / "out")
     code, text = command(capsys, monkeypatch, "pull", "alice/adapters", "--out", tmp_path / "out")
-    assert code == 2 and "would be lost" in text and (tmp_path / "out/base.safetensors").exists()
+    assert code == 2 and "would delete its base.safetensors" in text and (tmp_path / "out/base.safetensors").exists()
 
 
 def test_a_hostile_list(pushed: HubServer, capsys, monkeypatch) -> None:
@@ -434,7 +433,7 @@ def test_names_stay_inside(pushed: HubServer, lorun: LoRunModel, blocks: Case, n
     described["files"][name] = "0" * 64
     pushed.add_repo("bob/evil", {**pushed.files("alice/net"), name: b"evil"})
     pushed.add_commit("bob/evil", {"lorun_config.json": as_text(described).encode()})
-    with pytest.raises(LoRunError, match="do not trust it"):
+    with pytest.raises(LoRunError, match="invalid 'files'"):
         lorun_adapt.from_pretrained("bob/evil", blocks.net)
     assert not list(tmp_path.rglob("evil*"))
 
@@ -482,54 +481,8 @@ def test_a_safetensors_file(lorun: LoRunModel, blocks: Case, tmp_path: Path) -> 
     for name in ("named", "mine"):
         lorun.set_adapter({2: name})
         assert torch.equal(lorun(*blocks.inputs), expected)
-    with pytest.raises(LoRunError, match="does not say whose it is"):
+    with pytest.raises(LoRunError, match="cannot tell which stage"):
         lorun.load_adapter(tmp_path / "mine" / "best.safetensors", "whose")
     (tmp_path / "mine" / "adapter_config.json").unlink()
     with pytest.raises(LoRunError, match="adapter_config.json"):
         lorun.load_adapter(tmp_path / "mine" / "best.safetensors", "mine", stage=2)
-
-
-# --- the command line ----------------------------------------------------------------------------
-
-
-def command(capsys, monkeypatch, *arguments: object) -> tuple[int, str]:
-    """The exit code of a command and what it prints."""
-    monkeypatch.setattr(sys, "argv", ["lorun-adapt", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    captured = capsys.readouterr()
-    return ended.value.code or 0, captured.out + captured.err
-
-
-def test_push_list_and_pull(
-    hub: HubServer, lorun: LoRunModel, blocks: Case, tmp_path: Path, capsys, monkeypatch
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", "alice-token")
-    lorun.save_pretrained(tmp_path / "saved")
-    code, text = command(capsys, monkeypatch, "push", tmp_path / "saved", "alice/net", "--private")
-    assert code == 0 and hub.endpoint in text and hub.repos["alice/net"].private
-    for source in (tmp_path / "saved", "alice/net"):
-        code, text = command(capsys, monkeypatch, "list", source)
-        assert code == 0 and "ListOfBlocks, with its base" in text and "default" in text and " 4 " in text
-    code, text = command(capsys, monkeypatch, "pull", "alice/net", "--out", tmp_path / "pulled")
-    assert code == 0
-    for file in (tmp_path / "saved").rglob("*.*"):
-        assert (tmp_path / "pulled" / file.relative_to(tmp_path / "saved")).read_bytes() == file.read_bytes()
-    assert torch.equal(
-        lorun_adapt.from_pretrained(tmp_path / "pulled", blocks.net)(*blocks.inputs), lorun(*blocks.inputs)
-    )
-
-
-def test_commands_end_with_2(hub: HubServer, lorun: LoRunModel, tmp_path: Path, capsys, monkeypatch) -> None:
-    lorun.save_pretrained(tmp_path / "saved")
-    monkeypatch.setenv("HF_TOKEN", "alice-token")
-    (tmp_path / "saved" / SET / "stage_01" / "adapter_config.json").write_text("{}")
-    for arguments, message in (
-        (("push", tmp_path / "saved", "alice/net"), "as it was saved, found it missing or changed"),
-        (("pull", "alice/none", "--out", tmp_path / "out"), "a repository alice/none, found none"),
-        (("list", tmp_path), "a saved conversion or user/name"),
-        (("list", tmp_path / "saved", "--revision", "v1"), "a saved conversion or user/name"),
-    ):
-        code, text = command(capsys, monkeypatch, *arguments)
-        assert code == 2 and message in text
-    assert not hub.repos and not (tmp_path / "out").exists()

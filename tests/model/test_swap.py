@@ -179,7 +179,7 @@ def test_not_all_choices_are_kept(tmp_path) -> None:
     first = lorun(*case.inputs)
     for choice in choices:
         lorun.set_adapter(choice)
-    assert len(lorun._ready) == MAX_READY
+    assert len(lorun._running._ready) == MAX_READY
     lorun.set_adapter("a")
     assert torch.equal(lorun(*case.inputs), first)
 
@@ -235,6 +235,6 @@ def test_a_set_that_lacks_a_stage_does_not_replace_the_one_that_runs(tmp_path) -
     lorun.load_adapter(tmp_path / "b" / SET, "one", stage=2)
     lorun.set_adapter({2: "one"})
     mixed = lorun(*case.inputs)
-    with pytest.raises(LoRunError, match="'one' to hold stage 1"):
+    with pytest.raises(LoRunError, match="'one' has no adapter for stage 1"):
         lorun.set_adapter({1: "one"})
     assert torch.equal(lorun(*case.inputs), mixed) and not torch.equal(mixed, before)

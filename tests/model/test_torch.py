@@ -319,7 +319,7 @@ def test_called_from_outside_is_an_error(loop) -> None:
 
     def run() -> None:  # a thread that has never run backward
         try:
-            lorun.network(*inputs)
+            lorun.network.p(inputs[0])
         except LoRunError as error:
             fresh.append(error)
 
@@ -327,6 +327,7 @@ def test_called_from_outside_is_an_error(loop) -> None:
     thread.start()
     thread.join()
     assert fresh and "call the LoRunModel" in str(fresh[0])
+    assert torch.equal(lorun.network(*inputs), lorun(*inputs))  # the whole network counts by itself
 
 
 def test_trained_loops_do_not_go_back(loop) -> None:

@@ -13,7 +13,7 @@ from dun_zoo import ZOO, Case
 from torch import Tensor
 
 import lorun_adapt
-from lorun_adapt.network.adapter import lowrank_terms
+from lorun_adapt.network.adapter import terms_of
 from lorun_adapt.network.assemble import dense_tensors
 
 
@@ -48,7 +48,7 @@ def test_original_is_left_untouched(case: Case) -> None:
 
 def test_full_rank_is_the_original(case: Case) -> None:
     lorun = convert_fully(case)
-    terms = [lowrank_terms(lorun.adapter_of(g, s)) for g in lorun.stage_map.groups for s in g.sites]
+    terms = [terms_of(lorun.adapter_of(g, s)) for g in lorun.stage_map.groups for s in g.sites]
     assert all(terms) and max(term.rank for held in terms for term in held.values()) < FULL
     assert relative(lorun(*case.inputs), case.net(*case.inputs)) < 1e-5
 
@@ -68,7 +68,7 @@ def test_a_stage_changes_alone(case: Case) -> None:
     for group in lorun.stage_map.groups:
         for site in group.sites:
             before, output = stage_weights(lorun), lorun(*case.inputs).detach()
-            for term in lowrank_terms(lorun.adapter_of(group, site)).values():
+            for term in terms_of(lorun.adapter_of(group, site)).values():
                 torch.nn.init.normal_(term.lora_B)
             after = stage_weights(lorun)
             changed = {
@@ -83,12 +83,12 @@ def test_the_base_changes_every_stage(case: Case) -> None:
     before = stage_weights(lorun)
     for group in lorun.stage_map.groups:
         for spec in group.tensors:
-            if spec.name in lowrank_terms(lorun.adapter_of(group, group.sites[0])):
+            if spec.name in terms_of(lorun.adapter_of(group, group.sites[0])):
                 lorun.base.get_parameter(f"{group.sites[-1].module}.{spec.name}").data += 1
     after = stage_weights(lorun)
     for group in lorun.stage_map.groups:
         for site in group.sites:
-            for name in lowrank_terms(lorun.adapter_of(group, site)):
+            for name in terms_of(lorun.adapter_of(group, site)):
                 moved = after[group.name, site.stage][name] - before[group.name, site.stage][name]
                 torch.testing.assert_close(moved, torch.ones_like(moved))
 
@@ -103,7 +103,7 @@ def test_one_storage_for_the_base(case: Case, tmp_path: Path) -> None:
             for site in group.sites:
                 module = model.network.get_submodule(site.module)
                 module = module if site.call is None else module.lorun_calls[site.call]
-                for name in lowrank_terms(model.adapter_of(group, site)):
+                for name in terms_of(model.adapter_of(group, site)):
                     path, _, attribute = name.rpartition(".")
                     base = module.get_submodule(path).get_parameter(f"lorun_base_{attribute}")
                     pointers.setdefault((group.name, name), set()).add(base.data_ptr())

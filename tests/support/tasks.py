@@ -87,6 +87,15 @@ def call(
     return int(exit_.value.code or 0), captured.out, captured.err
 
 
+def command(capsys, monkeypatch, *arguments: object) -> tuple[int, str]:
+    """The exit code of a command and what it prints."""
+    monkeypatch.setattr(sys, "argv", ["lorun-adapt", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    captured = capsys.readouterr()
+    return ended.value.code or 0, captured.out + captured.err
+
+
 def call_quietly(*arguments: object) -> None:
     """The same where there is no test to capture what it prints, as in a fixture that many tests share."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import textwrap
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -13,176 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tasks import COLOUR_TASK, call, run
+from tasks import COLOUR_TASK, call
 from torch import nn
 
 from lorun_adapt import LoRunError
 from lorun_adapt.task.evaluate import psnr, ssim
 from lorun_adapt.task.task import load_task
 from lorun_adapt.task.weights import read_state_dict
-from lorun_adapt.util.nested import to_device
-
-
-@pytest.fixture
-def task_file(tmp_path: Path) -> Path:
-    (tmp_path / "my_task.py").write_text(COLOUR_TASK)
-    return tmp_path / "my_task.py"
-
-
-@pytest.fixture
-def weights(task_file: Path, tmp_path: Path) -> Path:
-    state = load_task(str(task_file)).build().state_dict()
-    torch.save({"epoch": 3, "state_dict": {f"module.{name}": t for name, t in state.items()}}, tmp_path / "net.pth")
-    return tmp_path / "net.pth"
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for name, size in (("b.png", (20, 31)), ("a.JPG", (17, 16))):
-        smooth = generator.random((4, 4, 3)) * 255
-        Image.fromarray(smooth.astype(np.uint8)).resize(size[::-1]).save(folder / name)
-    (folder / "notes.txt").write_text("no image")
-    return folder
-
-
-def test_from_checkpoint_to_scores(task_file, weights, images, tmp_path, capsys, monkeypatch) -> None:
-    code, out, _ = call(capsys, monkeypatch, "inspect", task_file, "--weights", weights)
-    assert code == 0 and "Colour: 3 stages" in out and "net.blocks.2" in out and "\x1b" not in out
-    code, out, _ = call(
-        capsys,
-        monkeypatch,
-        "convert",
-        task_file,
-        "--weights",
-        weights,
-        "--rank",
-        2,
-        "--out",
-        tmp_path / "out",
-        "--stages",
-        "net.blocks.*",
-    )
-    assert code == 0 and "whole network" in out and (tmp_path / "out/base.safetensors").exists()
-    code, out, _ = call(
-        capsys,
-        monkeypatch,
-        "eval",
-        task_file,
-        "--weights",
-        weights,
-        "--converted",
-        tmp_path / "out",
-        "--images",
-        images,
-        "--sigma",
-        5,
-        "--json",
-    )
-    result = json.loads(out)
-    assert code == 0 and set(result) == {"images", "mean", "parameters", "parameters_converted"}
-    assert [entry["name"] for entry in result["images"]] == ["a.JPG", "b.png"]
-    keys = {"psnr", "ssim", "psnr_converted", "ssim_converted"}
-    assert set(result["mean"]) == keys and set(result["images"][0]) == keys | {"name"}
-    for key in keys:
-        assert result["mean"][key] == pytest.approx(np.mean([entry[key] for entry in result["images"]]))
-    net = load_task(str(task_file)).build()
-    assert result["parameters"] == sum(p.numel() for p in net.parameters()) > result["parameters_converted"]
-    code, out, _ = call(capsys, monkeypatch, "eval", task_file, "--converted", tmp_path / "out", "--images", images)
-    assert code == 0 and "mean" in out and "a.JPG" in out
-
-
-def test_recovery_on_the_command_line(task_file, weights, images, tmp_path, capsys, monkeypatch) -> None:
-    (tmp_path / "images/c.png").write_bytes((images / "b.png").read_bytes())
-    given = (task_file, "--weights", weights, "--calibration", images, "--steps", 12)
-    code, out, err = call(capsys, monkeypatch, "convert", *given, "--budget", 0.9, "--out", tmp_path / "whole")
-    assert code == 0 and "whole network" in out and "left out" not in err and "12/12" in err
-    code, _, _ = call(
-        capsys, monkeypatch, "convert", task_file, "--weights", weights, "--rank", 1, "--out", tmp_path / "a"
-    )
-    assert code == 0
-    more = ("--converted", tmp_path / "a", "--out", tmp_path / "b", "--batch", 2)
-    code, out, _ = call(capsys, monkeypatch, "recover", *given, *more)
-    assert code == 0 and f"saved to {tmp_path / 'b'}" in out
-    code, _, _ = call(
-        capsys, monkeypatch, "recover", *given, *more[:2], "--out", tmp_path / "c", "--truth", "--sigma", 5
-    )
-    assert code == 0
-    psnr = {}
-    for name in ("a", "b", "c"):
-        code, out, _ = call(
-            capsys, monkeypatch, "eval", task_file, "--weights", weights, "--converted", tmp_path / name,
-            "--images", images, "--json",
-        )  # fmt: skip
-        psnr[name] = json.loads(out)["mean"]["psnr_converted"]
-    assert psnr["c"] > psnr["a"]  # the truth says more about the truth than an untrained teacher does
-    page = ("--task", task_file, "--weights", weights, "--images", images, "--out", tmp_path / "page.html")
-    code, _, err = call(capsys, monkeypatch, "report", tmp_path / "b", *page)
-    assert code == 0, err
-    text = (tmp_path / "page.html").read_text()
-    assert text.count("data:image/webp;base64") == 18 and "<svg" in text and "http" not in text
-    assert "a.JPG" in text and "denoiser.<wbr>body.<wbr>weight</th>" in text
-
-
-def test_mistakes_in_training_options(task_file, weights, images, tmp_path, capsys, monkeypatch) -> None:
-    given = ("convert", task_file, "--weights", weights, "--out", tmp_path / "out")
-    for arguments, message in (
-        (("--minutes", 3), "without --calibration"),
-        (("--calibration", images), "neither"),
-        (("--calibration", images, "--minutes", 3, "--steps", 3), "both"),
-        (("--calibration", images, "--minutes", -3), "above 0"),
-        (("--calibration", tmp_path / "none", "--minutes", 3), "folder of images"),
-        (("--calibration", images, "--steps", 3, "--rank", 2, "--budget", 0.5), "one of"),
-    ):
-        code, _, err = call(capsys, monkeypatch, *given, *arguments)
-        assert code == 2 and message in err and not (tmp_path / "out").exists()
-
-
-def test_several_patterns(task_file, capsys, monkeypatch) -> None:
-    patterns = ("net.blocks.*.denoiser.head", "net.blocks.*.denoiser.body")
-    for arguments in (("--stages", *patterns, "--seed", 1), ("--stages", patterns[0], "--stages", patterns[1])):
-        code, out, _ = call(capsys, monkeypatch, "inspect", task_file, *arguments)
-        assert code == 0 and "net.blocks.2.denoiser.head" in out and "net.blocks.2.denoiser.body" in out
-
-
-def test_the_same_seed_the_same_noise(task_file, weights, images, capsys, monkeypatch) -> None:
-    arguments = ("eval", task_file, "--weights", weights, "--images", images, "--sigma", 20, "--json", "--seed")
-    first, again, other = (call(capsys, monkeypatch, *arguments, seed)[1] for seed in (1, 1, 2))
-    assert first == again != other
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["inspect", "nothing.py"], "no task file at nothing.py"),
-        (["inspect", "no.such.module"], "ModuleNotFoundError"),
-        (["inspect", "{task}", "--weights", "nothing.pth"], "no weights file at nothing.pth"),
-        (["inspect", "{task}", "--stages", "fcs.*"], "matches 'fcs.*'"),
-        (["convert", "{task}", "--out", "x"], "no weights for"),
-        (["convert", "{task}", "--weights", "{weights}", "--out", "{images}"], "found other files"),
-        (["convert", "{task}", "--weights", "{weights}", "--rank", "0", "--out", "x"], "rank"),
-        (["convert", "{task}", "--weights", "{weights}", "--rank", "many", "--out", "x"], "not a valid integer"),
-        (["convert", "{task}", "--weights", "{weights}", "--out", "x", "--device", "cuda:77"], "device"),
-        (["eval", "{task}", "--weights", "{weights}", "--images", "nothing"], "no folder of images"),
-        (["eval", "{task}", "--weights", "{weights}", "--images", "{images}", "--sigma", "-1"], "sigma"),
-        (["eval", "{task}", "--weights", "{weights}", "--images", "{images}", "--converted", "x"], "lorun_config.json"),
-        (["convert", "{task}", "--weights", "{images}/notes.txt", "--out", "x"], "cannot read tensors from"),
-    ],
-)
-def test_mistakes_end_with_a_sentence(arguments, message, task_file, weights, images, capsys, monkeypatch) -> None:
-    filled = [a.format(task=task_file, weights=weights, images=images) for a in arguments]
-    code, out, err = call(capsys, monkeypatch, *filled)
-    assert code == 2 and message in err and "Traceback" not in err and out == ""
-
-
-def test_as_a_process(task_file, weights, tmp_path) -> None:
-    code, out, err = run("inspect", task_file, "--weights", weights)
-    assert code == 0 and "3 stages" in out and err == "looking for stages …\n"
-    code, out, err = run("inspect", tmp_path / "nothing.py")
-    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ")
-    assert run("--help")[0] == 0 and run("nothing")[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -313,18 +147,6 @@ def test_what_is_no_state_dict(tmp_path: Path) -> None:
         read_state_dict(tmp_path / "bad.safetensors")
 
 
-def test_arguments_move_recursively() -> None:
-    class Physics:
-        def to(self, device):
-            return ("moved", device)
-
-    Pair = namedtuple("Pair", "a b")
-    device = torch.device("meta")
-    moved = to_device((Pair(torch.ones(1), 2), {"x": [torch.ones(1), Physics()]}, None, 3.5), device)
-    assert moved[0].a.is_meta and moved[0].b == 2 and moved[1]["x"][0].is_meta
-    assert moved[1]["x"][1] == ("moved", device) and moved[2:] == (None, 3.5)
-
-
 def test_psnr_and_ssim() -> None:
     truth = torch.rand(1, 32, 32)
     assert psnr(truth, truth) == float("inf") and ssim(truth, truth) == pytest.approx(1)
@@ -333,22 +155,3 @@ def test_psnr_and_ssim() -> None:
     framed = truth.clone()
     framed[:, :3] = framed[:, -3:] = framed[..., :3] = framed[..., -3:] = 0
     assert psnr(framed, truth) < 20 and psnr(framed, truth, border=3) == float("inf")
-
-
-def test_ways_are_compared_at_equal_bytes(tmp_path, images, capsys, monkeypatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
-    import compare_methods
-
-    # So wide that a file's header, which grows where a stage's bias is not to the bit the base's plus a
-    # difference, is no matter.
-    task_file, weights = tmp_path / "wide.py", tmp_path / "wide.safetensors"
-    task_file.write_text(COLOUR_TASK.replace("Denoiser()", "Denoiser(32)"))
-    save_file(load_task(str(task_file)).build().state_dict(), weights)
-    given = [task_file, images, "--judge", images, "--weights", weights, "--minutes", "0.02", "--budgets", "0.6"]
-    monkeypatch.setattr(sys, "argv", ["compare", *map(str, given)])
-    compare_methods.main()
-    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
-    sizes = [int(row[1].replace(",", "")) for row in rows]
-    assert len(rows) == 6 and "PEFT" in rows[-1][0]
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.02) and max(sizes) <= 1.01 * sizes[0]
-    assert all(abs(float(row[3])) < 1 for row in rows[:3])

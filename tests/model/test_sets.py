@@ -1,0 +1,132 @@
+"""Adapter sets on one base: which runs, loading one stage, deleting, saving together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conversions import train_a_bit
+from dun_zoo import Block, Case, Denoiser, ListOfBlocks
+
+import lorun_adapt
+from lorun_adapt import LoRunError, LoRunModel
+
+
+@pytest.fixture
+def lorun(blocks: Case) -> LoRunModel:
+    return lorun_adapt.convert(blocks.net, rank=2)
+
+
+@pytest.fixture
+def saved(lorun: LoRunModel, tmp_path: Path) -> Path:
+    lorun.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def two(lorun: LoRunModel, saved: Path, blocks: Case) -> tuple[LoRunModel, torch.Tensor, torch.Tensor]:
+    """Two sets on one base, and the output of each; ``default`` is the trained one."""
+    untrained = lorun(*blocks.inputs).detach()
+    train_a_bit(lorun, blocks.inputs)
+    lorun.load_adapter(saved, "first")
+    return lorun, lorun(*blocks.inputs).detach(), untrained
+
+
+def test_set_adapter(two, blocks: Case) -> None:
+    lorun, trained, untrained = two
+    assert lorun.adapter_names == ["default", "first"]
+    assert torch.equal(lorun(*blocks.inputs), trained)
+    lorun.set_adapter("first")
+    assert torch.equal(lorun(*blocks.inputs), untrained)
+    trains = {name for name, p in lorun.named_parameters() if p.requires_grad}
+    assert trains and all(name.startswith("adapters.first.") for name in trains)
+    lorun.set_adapter({0: "default", 3: "default"})
+    assert lorun.active_adapters == {0: "default", 1: "first", 2: "first", 3: "default"}
+    mixed = lorun(*blocks.inputs)
+    assert not torch.equal(mixed, trained) and not torch.equal(mixed, untrained)
+    weight = lorun.network.blocks[0].denoiser.body.weight
+    lorun.set_adapter("default")
+    assert torch.equal(lorun.network.blocks[0].denoiser.body.weight, weight)
+    assert torch.equal(lorun(*blocks.inputs), trained)
+
+
+@pytest.mark.parametrize("wanted", ["nothing", {0: "nothing"}, {7: "first"}, {-1: "first"}])
+def test_wrong_sets_change_nothing(two, blocks: Case, wanted) -> None:
+    lorun, trained, _ = two
+    with pytest.raises(LoRunError, match="expected a stage in|no adapter set 'nothing'"):
+        lorun.set_adapter(wanted)
+    assert torch.equal(lorun(*blocks.inputs), trained)
+
+
+def test_disable_adapter_is_the_bare_base(two, blocks: Case) -> None:
+    lorun, trained, _ = two
+    with lorun.disable_adapter():
+        assert torch.equal(lorun(*blocks.inputs), lorun.base(*blocks.inputs))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(lorun.network.blocks[0].parameters(), lorun.network.blocks[3].parameters())
+        )
+    with pytest.raises(KeyError), lorun.disable_adapter():
+        raise KeyError
+    assert torch.equal(lorun(*blocks.inputs), trained)
+
+
+def test_delete_adapter(two, blocks: Case) -> None:
+    lorun, trained, _ = two
+    for name in ("default", "nothing"):
+        with pytest.raises(LoRunError):
+            lorun.delete_adapter(name)
+    count = lorun.num_parameters()
+    lorun.delete_adapter("first")
+    assert lorun.adapter_names == ["default"] and lorun.num_parameters() < count
+    assert torch.equal(lorun(*blocks.inputs), trained)
+
+
+def test_sets_are_saved_and_loaded_together(two, blocks: Case, tmp_path: Path) -> None:
+    lorun, trained, untrained = two
+    lorun.save_pretrained(tmp_path / "both")
+    loaded = lorun_adapt.from_pretrained(tmp_path / "both", blocks.net)
+    assert loaded.adapter_names == ["default", "first"]
+    assert torch.equal(loaded(*blocks.inputs), trained)
+    assert all(name.startswith("adapters.default.") for name, p in loaded.named_parameters() if p.requires_grad)
+    loaded.set_adapter("first")
+    assert torch.equal(loaded(*blocks.inputs), untrained)
+    loaded.set_adapter({2: "default"})
+    loaded.save_pretrained(tmp_path / "both")
+    assert lorun_adapt.from_pretrained(tmp_path / "both", blocks.net).active_adapters == loaded.active_adapters
+
+
+def test_one_stage_from_a_file(two, saved: Path, blocks: Case) -> None:
+    lorun, _, untrained = two
+    for source in (saved, saved / "adapters/default", saved / "adapters/default/stage_02"):
+        lorun.load_adapter(source, "single", stage=2)
+        with pytest.raises(LoRunError, match="'single' has no adapter for stage 0, only for \\[2\\]"):
+            lorun.set_adapter("single")
+        lorun.set_adapter({2: "single"})
+        one = lorun(*blocks.inputs)
+        lorun.set_adapter({2: "first"})
+        assert torch.equal(lorun(*blocks.inputs), one)
+        lorun.delete_adapter("single")
+    lorun.set_adapter("default")
+    for stage in range(4):  # into a set that runs
+        lorun.load_adapter(saved, "default", stage=stage)
+    assert torch.equal(lorun(*blocks.inputs), untrained)
+
+
+@pytest.mark.parametrize("name", ["", "../evil", "a.b", "a/b", "keys", "forward", "-x"])
+def test_names_that_cannot_be(lorun: LoRunModel, saved: Path, name: str) -> None:
+    with pytest.raises(LoRunError, match="cannot be called"):
+        lorun.load_adapter(saved, name)
+
+
+def test_adapters_of_another_base_are_refused(lorun: LoRunModel, saved: Path, blocks: Case) -> None:
+    expected = lorun(*blocks.inputs)
+    torch.manual_seed(5)
+    other = lorun_adapt.convert(ListOfBlocks([Block(Denoiser()) for _ in range(4)]), rank=2)
+    with pytest.raises(LoRunError, match="for the base"):
+        other.load_adapter(saved, "first")
+    assert other.adapter_names == ["default"]
+    with pytest.raises(LoRunError, match="no folder at"):
+        lorun.load_adapter(saved / "nothing", "first")
+    assert torch.equal(lorun(*blocks.inputs), expected)
