@@ -222,12 +222,12 @@ def finetune(
     lorun.set_adapter(before)
     _save(lorun, spec, out, dtype or stored, finished, report=False)
     if _is_main_process():
-        _show_gain(lorun, spec, kept, adapter_name, (start_from or (DEFAULT_SET,))[0], sigma, images, seed)
+        _compare_sets(lorun, spec, kept, adapter_name, (start_from or (DEFAULT_SET,))[0], sigma, images, seed)
         lorun.set_adapter(before)
         update_cards(lorun.converted(), out)
 
 
-def _show_gain(
+def _compare_sets(
     lorun: LoRunModel, spec: Task, files: list[Path], name: str, other: str, sigma: float, images: Path, seed: int
 ) -> None:
     """Compare the new set with the one it started from on the held-out images, and record the result."""

@@ -12,7 +12,7 @@ from torch import nn
 from ..network.adapter import StageAdapter, private_tensors, terms_of
 from ..stages.stage_map import Group
 from .code import class_that_reads
-from .lora import WITHIN_PEFT, why_unsupported
+from .lora import WITHIN_PEFT, unsupported_reason
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def peft_view(denoiser: nn.Module, first: nn.Module, group: Group, adapter: Stag
     layer is stored as full weights instead.
     """
     terms, private = terms_of(adapter), private_tensors(adapter)
-    supported = [name for name, term in terms.items() if term.as_lora() and why_unsupported(denoiser, name) is None]
+    supported = [name for name, term in terms.items() if term.as_lora() and unsupported_reason(denoiser, name) is None]
     layers = {name.rpartition(".")[0] for name in supported}
     owners = {name.rpartition(".")[0] for name in private} - layers
     problem = _problem(denoiser, group, adapter, layers, owners)
@@ -54,7 +54,7 @@ def peft_view(denoiser: nn.Module, first: nn.Module, group: Group, adapter: Stag
     whole: set[str] = set()
     for owner in owners:
         if any(name.endswith(owner) for name in (layers | within) - {owner}):
-            if why_unsupported(denoiser, f"{owner}.weight") is None and not denoiser.get_submodule(owner)._buffers:
+            if unsupported_reason(denoiser, f"{owner}.weight") is None and not denoiser.get_submodule(owner)._buffers:
                 full.add(owner)
     saved = tuple(sorted(owners - full))
     for owner in saved:
@@ -101,7 +101,7 @@ def _problem(
     for name, term in terms.items():
         if term.as_lora() is None:
             return f"the tensor {name} is adapted by a {type(term).__name__}, which PEFT cannot represent"
-        if (reason := why_unsupported(denoiser, name)) is not None:
+        if (reason := unsupported_reason(denoiser, name)) is not None:
             return f"the tensor {name} is adapted, but {reason}"
     if not terms:
         return "the stage has no adapted tensor, so PEFT has nothing to target"

@@ -26,10 +26,10 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def peft_layer(denoiser: nn.Module, name: str) -> nn.Module | None:
     """Return the layer with the weight ``name``, or None if PEFT's LoRA does not adapt it as this package does."""
     module = denoiser.get_submodule(name.rpartition(".")[0])
-    return module if why_unsupported(denoiser, name) is None else None
+    return module if unsupported_reason(denoiser, name) is None else None
 
 
-class Names:
+class FactorNames:
     """The names of a tensor's factors in a file: after its layer if PEFT can adapt the layer, else after the tensor.
 
     Attributes:
@@ -67,7 +67,7 @@ def bias_of(base: Tensor, difference: Tensor, scaling: float) -> Tensor:
     return base + difference.to(base) * scaling
 
 
-def why_unsupported(denoiser: nn.Module, name: str) -> str | None:
+def unsupported_reason(denoiser: nn.Module, name: str) -> str | None:
     """Return the reason why PEFT's LoRA cannot adapt a tensor as this package does; None if it can."""
     path, _, attribute = name.rpartition(".")
     module = denoiser.get_submodule(path)

@@ -22,7 +22,7 @@ from ..terms.registry import LORA, TERMS, other_kinds
 from ..terms.term import LoraFactors, Term
 from ..util.modules import has_valid_values
 from .limits import layer_problem
-from .lora import PREFIX, Names, bias_name, bias_of, factor_name
+from .lora import PREFIX, FactorNames, bias_name, bias_of, factor_name
 from .options import REFUSED, config_from_json
 from .template import Place, Template, template_of
 
@@ -56,7 +56,7 @@ class Reader:
     def __init__(self, base: nn.Module, group: Group, site: Site) -> None:
         self.base, self.group = base, group
         denoiser = base.get_submodule(site.module)
-        self._names = [(spec, Names(denoiser, spec)) for spec in group.tensors if not spec.common]
+        self._names = [(spec, FactorNames(denoiser, spec)) for spec in group.tensors if not spec.common]
         self._adaptable = {spec.name for spec, _ in self._names if spec.adaptable}
         self._own = {spec.name for spec, _ in self._names}
         self._templates: dict[tuple[bytes, bytes, int], tuple[Template, dict[str, str]]] = {}
@@ -189,7 +189,7 @@ class Reader:
                     value = bias_of(base.detach(), difference, file_config.scaling(layer, file_config.rank(layer)))
                 if value is None and file_config.lora_bias:
                     raise fail(f"the bias of {layer!r}, since the config has lora_bias", "none")
-            if value is None and (file_config.everything or file_config.saved(spec)):
+            if value is None and (file_config.requires_all or file_config.saved(spec)):
                 raise fail(f"the tensor {spec.name!r}", "none")
             private[spec.name] = base.detach().clone() if value is None else value.to(base)
         if remaining:
@@ -219,7 +219,7 @@ class Reader:
 
     def _problem(self, terms: Iterable[str], file_config: FileConfig, site: Site) -> str | None:
         """Return the reason why PEFT would compute something else; None if it would not, or cannot load the file."""
-        if file_config.everything:
+        if file_config.requires_all:
             return None
         key = site.module, frozenset(terms)
         if key not in self._problems:
@@ -264,13 +264,13 @@ class FileConfig:
     """A file's config: the tensors that the file must hold, and their ranks and scalings.
 
     Attributes:
-        everything: whether the file must hold all tensors of the stage, as the files that PEFT refuses do.
+        requires_all: whether the file must hold all tensors of the stage, as the files that PEFT refuses do.
         lora_config: the config as read.
     """
 
     def __init__(self, config: LoraConfig) -> None:
         ranks = config.rank_pattern or {}
-        self.everything = ranks.get(REFUSED) == 0
+        self.requires_all = ranks.get(REFUSED) == 0
         self.lora_config, self.config = config, copy.copy(config)
         self._ranks: dict[str, int] = {key: rank for key, rank in ranks.items() if (key, rank) != (REFUSED, 0)}
         self._alphas: dict[str, float] = config.alpha_pattern or {}

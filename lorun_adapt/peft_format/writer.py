@@ -23,12 +23,12 @@ from ..terms.registry import LORA, TERMS
 from ..terms.term import LoraFactors
 from ..util.modules import tensor_of
 from .limits import PeftView, peft_view
-from .lora import PREFIX, Names, bias_name, bias_of
+from .lora import PREFIX, FactorNames, bias_name, bias_of
 from .options import REFUSED
 
 
 @dataclass(frozen=True)
-class Written:
+class StageFiles:
     """The contents of a stage's folder.
 
     Attributes:
@@ -46,7 +46,7 @@ class Written:
 
 def write(
     denoiser: nn.Module, first: nn.Module, group: Group, adapter: StageAdapter, dtype: torch.dtype | None
-) -> Written:
+) -> StageFiles:
     """Return the adapter in PEFT's format.
 
     Args:
@@ -65,7 +65,7 @@ def write(
 
     private, terms = private_tensors(adapter), terms_of(adapter)
     specs = {spec.name: spec for spec in group.tensors}
-    names: dict[str, Names] = {}
+    names: dict[str, FactorNames] = {}
     factors: dict[str, LoraFactors] = {}  # by layer or tensor, as in a file
     tensors: dict[str, Tensor] = {}
     for name in [name for name in specs if name in terms]:
@@ -73,13 +73,13 @@ def write(
         if lora is None:
             tensors |= {f"{PREFIX}{name}.{part}": value for part, value in terms[name].file_tensors().items()}
             continue
-        names[name] = Names(denoiser, specs[name])
+        names[name] = FactorNames(denoiser, specs[name])
         factors[names[name].key] = LoraFactors(rounded(lora.a), rounded(lora.b), lora.scaling)
     rest, exact = dict(private), set()
     for layer in view.full:
         spec = specs[f"{layer}.weight"]
         base = rounded(tensor_of(denoiser, spec.name))
-        names[spec.name] = Names(denoiser, spec)
+        names[spec.name] = FactorNames(denoiser, spec)
         factors[layer] = _full_rank(spec, rounded(private[spec.name] - base))
         if dtype is not None:
             rest[spec.name] = _product(factors[layer], base)
@@ -106,7 +106,7 @@ def write(
         exact.add(PREFIX + name)
     tensors.update({PREFIX + name: value for name, value in rest.items()})
     detached = {name: tensor.detach() for name, tensor in tensors.items()}
-    return Written(detached, frozenset(exact), _config(factors, view, with_bias), view.problem)
+    return StageFiles(detached, frozenset(exact), _config(factors, view, with_bias), view.problem)
 
 
 def _product(factors: LoraFactors, base: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ..util.seeds import seeded
 from .distill import Distillation, Loss, check_teacher
 from .duration import Duration
 from .speed import channels_last
-from .trained import training_base
+from .trained import trainable_base
 from .trainer import Trainer, interruptible
 
 DAMPINGS = (0.01, 0.1, 1.0)  # all are tried: small values suit small residuals, large values large residuals
@@ -64,12 +64,12 @@ def recover(
         )
     started = time.monotonic()
     check_teacher(teacher, converted.base)
-    with evaluating(teacher), evaluating(network), training_base(converted, network) as trained:
+    with evaluating(teacher), evaluating(network), trainable_base(converted, network) as trained:
         observer = Observer(teacher, converted.stage_map, calibration.first)
         distillation = Distillation(network, teacher, observer, loss)
         with interruptible() as stop, channels_last(distillation, calibration.first, seed), seeded(seed):
             if resume_from is None or not resume_from.exists():
-                choose_start(distillation, converted, teacher, calibration, seed, stop)
+                choose_initial_weights(distillation, converted, teacher, calibration, seed, stop)
             else:
                 probes(calibration)  # drawn to keep the order of batches as in the run that is resumed
             trainer = Trainer(
@@ -88,7 +88,7 @@ def recover(
     return finished
 
 
-def choose_start(
+def choose_initial_weights(
     distillation: Distillation,
     converted: Converted,
     teacher: nn.Module,

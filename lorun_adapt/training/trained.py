@@ -61,7 +61,7 @@ def check_not_empty(trained: list[TrainedTensor]) -> None:
 
 
 @contextmanager
-def training_base(converted: Converted, network: nn.Module) -> Iterator[list[TrainedTensor]]:
+def trainable_base(converted: Converted, network: nn.Module) -> Iterator[list[TrainedTensor]]:
     """Within the ``with`` block, make the base trainable; yield the tensors that recovery trains.
 
     These are the tensors of all sets, and the parameters of the base that the assembled network uses.
