@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import graphlib
 import inspect
 import re
 from pathlib import Path
@@ -64,6 +65,13 @@ def test_nothing_imports_upwards(file: str) -> None:
         if place(module) != here and not FLOOR.get(place(module), len(FLOORS)) < FLOOR[here]
     ]
     assert wrong == []
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    names = {f"lorun_adapt.{'.'.join(file.relative_to(ROOT).with_suffix('').parts)}": file for file in MODULES}
+    graph = {name: {other for other in imports(file) if other in names} for name, file in names.items()}
+    assert sum(map(len, graph.values())) > 300  # it sees what is imported
+    graphlib.TopologicalSorter(graph).prepare()  # raises graphlib.CycleError
 
 
 def test_what_stands_at_the_root() -> None:
