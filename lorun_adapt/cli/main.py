@@ -1,4 +1,4 @@
-"""The command ``lorun-adapt``."""
+"""The command ``lorun-adapt``, and its subcommands inspect, eval, report and demo."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .training import convert_, finetune, recover
 if TYPE_CHECKING:
     import torch
 
-# torch and PEFT take seconds to import: each command imports what it runs, so that --help is quick.
+# torch and PEFT take seconds to import, so each command imports them only when it runs; --help stays fast.
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 def cli() -> None:
     """Collapse a trained deep unfolding network into one shared denoiser and a small adapter per stage.
 
-    TASK is a Python file (or package.module) that says how to build the network, how to make its
-    inputs from images, and which images its output holds: build(), measure() and restore().
+    TASK is a Python file (or package.module) with three functions: build() returns the network,
+    measure() makes its inputs from an image, and restore() gets the image from its output.
     """
 
 
@@ -54,7 +54,7 @@ def cli() -> None:
 @DEVICE
 @SEED
 def inspect(task: str, weights: Path | None, stages: tuple[str, ...], device: torch.device, seed: int) -> None:
-    """Show which stages are found, and what would be shared."""
+    """Show the stages found in the network and the tensors they would share."""
 
     from ..stages.find import find_stages
     from ..task.task import load_task
@@ -74,10 +74,10 @@ def inspect(task: str, weights: Path | None, stages: tuple[str, ...], device: to
 @TASK
 @click.option("--images", type=FILE, required=True, help="Folder of images.")
 @WEIGHTS
-@click.option("--converted", type=FILE, help="Folder of a conversion, shown beside the original.")
-@click.option("--adapter-name", metavar="NAME", help="Its set to judge.  [default: the one it was saved with]")
+@click.option("--converted", type=FILE, help="Folder of a conversion to compare with the original.")
+@click.option("--adapter-name", metavar="NAME", help="The set to evaluate.  [default: the active set]")
 @SIGMA
-@click.option("--record", is_flag=True, help="Note the result in the conversion and its cards.")
+@click.option("--record", is_flag=True, help="Save the result in the conversion and its model cards.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @DEVICE
 @SEED
@@ -93,7 +93,7 @@ def eval_(
     device: torch.device,
     seed: int,
 ) -> None:
-    """PSNR and SSIM over a folder of images."""
+    """Measure PSNR and SSIM on a folder of images."""
 
     from ..files.save import update_cards
     from ..model.pretrained import from_pretrained
@@ -102,7 +102,7 @@ def eval_(
     from ..util.seeds import set_seed
 
     if converted is None and (adapter_name or record):
-        raise click.UsageError("--adapter-name and --record are about a conversion: give --converted")
+        raise click.UsageError("--adapter-name and --record need a conversion: give --converted")
     set_seed(seed)
     spec = load_task(task)
     files = spec.images(images)
@@ -143,14 +143,14 @@ def eval_(
 @click.argument("converted", metavar="DIR", type=FILE)
 @click.option("--task", required=True, help="Task file, or package.module.")
 @WEIGHTS
-@click.option("--images", type=FILE, required=True, help="Folder of images to judge on.")
-@click.option("--out", type=FILE, default="report.html", show_default=True, help="The page to write.")
+@click.option("--images", type=FILE, required=True, help="Folder of images to measure on.")
+@click.option("--out", type=FILE, default="report.html", show_default=True, help="The HTML file to write.")
 @DEVICE
 @SEED
 def report(
     converted: Path, task: str, weights: Path | None, images: Path, out: Path, device: torch.device, seed: int
 ) -> None:
-    """Write a page with pictures about the conversion in DIR: what it saves, and what it costs where."""
+    """Write an HTML report with images on the conversion in DIR: its size, and its quality by stage."""
     from ..model.pretrained import from_pretrained
     from .page import write_page
 
@@ -166,7 +166,7 @@ def report(
 @DEVICE
 @SEED
 def demo(out: Path, device: torch.device, seed: int) -> None:
-    """Restore a photograph with the network that comes with the package, as converted and as recovered."""
+    """Restore a photograph with the included network: original, converted, and recovered."""
 
     from ..util.seeds import set_seed
     from .demo import run_demo
@@ -183,7 +183,7 @@ for command in (convert_, recover, finetune, push, pull, list_):
 
 
 def main() -> None:
-    """Run the command; a user's mistake ends with exit code 2 and one sentence."""
+    """Run the command; a user's mistake prints one sentence and exits with code 2."""
     keep_freed_memory()
     warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
     try:

@@ -71,22 +71,22 @@ def convert_(
     calibration: Path | None,
     **training: Any,
 ) -> None:
-    """Collapse the stages and save base and adapters; with --calibration, recover the quality.
+    """Collapse the stages and save the base and the adapters; with --calibration, recover the quality.
 
-    Recovery distils the original network into the conversion on crops of the images, until --minutes
-    are over. Ctrl-C saves the best so far. `accelerate launch -m lorun_adapt convert …` spreads it
-    over processes and GPUs.
+    Recovery distils the original network into the conversion on crops of the images, for --minutes or
+    --steps. Ctrl-C saves the best weights so far. `accelerate launch -m lorun_adapt convert …` runs it
+    on several processes and GPUs.
     """
     from ..conversion import collapse
     from ..model.lorun_model import LoRunModel
     from ..network.batches import Batches
 
     if calibration is None and (given := [f"--{name}" for name, value in training.items() if value]):
-        raise click.UsageError(f"{' and '.join(given)} without --calibration: give the folder of images")
+        raise click.UsageError(f"{' and '.join(given)} need --calibration: give a folder of images")
     spec, net = trained_network(task, weights, seed)
     crops = None if calibration is None else _crops(spec, calibration, seed, training)
     weighed = None if crops is None or budget is None else Batches(crops)
-    with working("converting") if weighed is None else contextlib.nullcontext():  # that has a bar of its own
+    with working("converting") if weighed is None else contextlib.nullcontext():  # weighing shows its own progress bar
         converted = collapse(
             net.to(device),
             rank=rank,
@@ -122,10 +122,10 @@ def recover(
     calibration: Path,
     **training: Any,
 ) -> None:
-    """Recover the quality of a conversion, or what is still missing of it.
+    """Recover the quality of a conversion; a recovered one can be trained further.
 
-    The original network is distilled into it on crops of the images, until --minutes are over. Ctrl-C
-    saves the best so far.
+    Recovery distils the original network into the conversion on crops of the images, for --minutes or
+    --steps. Ctrl-C saves the best weights so far.
     """
     from ..files.load import stored_dtype
     from ..model.pretrained import from_pretrained
@@ -133,7 +133,7 @@ def recover(
     spec, net = trained_network(task, weights, seed)
     lorun = from_pretrained(converted, net.to(device))
     if training["sigma"] is None:
-        training["sigma"] = lorun.adapter_info[lorun.adapter_names[0]].sigma  # that is kept, then
+        training["sigma"] = lorun.adapter_info[lorun.adapter_names[0]].sigma
     crops = _crops(spec, calibration, seed, training)
     stored = stored_dtype(lorun.converted(), converted)
     finished = _recover(lorun, spec, net, crops, seed, training)
@@ -144,15 +144,15 @@ def recover(
 @TASK
 @CONVERTED
 @sigma_option(required=True)
-@click.option("--adapter-name", required=True, metavar="NAME", help="What to call the new set.")
+@click.option("--adapter-name", required=True, metavar="NAME", help="Name of the new set.")
 @click.option(
     "--start-from",
     multiple=True,
     metavar="NAME",
-    help="The set that it begins as; of several, what is between them.  [default: default]",
+    help="The set to start from; with several, their interpolation.  [default: default]",
 )
 @click.option(
-    "--also", multiple=True, metavar="PATTERN", help="Parameters outside the stages that belong to the noise, too."
+    "--also", multiple=True, metavar="PATTERN", help="Parameters outside the stages to train with the set, too."
 )
 @click.option(
     "--images", type=FILE, required=True, help="Folder of images to train on; a fifth, at most 20, is held out."
@@ -182,10 +182,11 @@ def finetune(
     device: torch.device,
     seed: int,
 ) -> None:
-    """Train a new set of adapters for measurements with noise, beside those that there are.
+    """Train a new adapter set for another noise level and add it to a conversion.
 
-    The base and other sets stay as they are, and the same ones run. What does best on a fifth of the
-    images, at most 20, which it is not trained on, is kept, and its PSNR there shown. Ctrl-C saves the best so far.
+    The base, the other sets and the active set do not change. A fifth of the images, at most 20, is
+    held out: the weights that are best on them are kept, and their PSNR is shown. Ctrl-C saves the best
+    weights so far.
     """
     from ..files.load import stored_dtype
     from ..files.save import update_cards
@@ -221,15 +222,15 @@ def finetune(
     lorun.set_adapter(before)
     _save(lorun, spec, out, dtype or stored, finished, report=False)
     if _is_main_process():
-        _show_gain(lorun, spec, kept, adapter_name, (start_from or (DEFAULT_SET,))[0], sigma, images, seed)
+        _compare_sets(lorun, spec, kept, adapter_name, (start_from or (DEFAULT_SET,))[0], sigma, images, seed)
         lorun.set_adapter(before)
         update_cards(lorun.converted(), out)
 
 
-def _show_gain(
+def _compare_sets(
     lorun: LoRunModel, spec: Task, files: list[Path], name: str, other: str, sigma: float, images: Path, seed: int
 ) -> None:
-    """Judge the new set beside the one that it began as, and note it in its card."""
+    """Compare the new set with the one it started from on the held-out images, and record the result."""
     from ..task.evaluate import evaluate
     from ..util.seeds import seeded
     from ..util.tables import table
@@ -254,7 +255,7 @@ def _crops(spec: Task, folder: Path, seed: int, training: dict[str, Any]) -> Cro
 
 
 def _recover(lorun: LoRunModel, spec: Task, net: nn.Module, crops: Crops, seed: int, training: dict[str, Any]) -> bool:
-    """Recover, with both networks told of the noise where the task has a way to, and it is known."""
+    """Recover; first set the noise schedule in both networks if the task has ``schedule`` and the noise is known."""
     from ..network.noise import at_stage
 
     lorun.task = spec
@@ -278,7 +279,7 @@ def _recover(lorun: LoRunModel, spec: Task, net: nn.Module, crops: Crops, seed: 
 def _save(
     lorun: LoRunModel, spec: Task, out: Path, dtype: torch.dtype | None, finished: bool, *, report: bool = True
 ) -> None:
-    """Save, and say what was; exit as shells expect it of what Ctrl-C has stopped."""
+    """Save and print a summary; exit with code 130, as shells expect, if Ctrl-C stopped the training."""
     from ..disk.folder import tensor_bytes
     from ..util.text import shortened
 

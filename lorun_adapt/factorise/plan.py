@@ -44,7 +44,7 @@ def plan(dun: nn.Module, stage_map: StageMap, config: LoraConfig) -> dict[str, P
     >>> net.stages = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)) for _ in range(3))
     >>> plans = plan(net, find_stages(net), LoraConfig(r=2, lora_alpha=4, target_modules=["1"]))
     >>> next(iter(plans.values())).terms
-    {'1.weight': Term(rank=2, scaling=2.0)}
+    {'1.weight': Setting(rank=2, scaling=2.0)}
 
     Returns:
         A plan for each group of the stage map, by name.

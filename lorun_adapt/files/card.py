@@ -92,7 +92,7 @@ def set_card(converted: Converted, name: str, folder: Path) -> str:
         f"{tensor_bytes(folder):,} bytes, for the base with the fingerprint `{converted.fingerprint[:12]}`.",
     ]
     if held.info.noise is not None:
-        lines.append(f"Noise on the measurements (sigma, 0 to 255): {_noise_text(held.info.noise)}.")
+        lines.append(f"Sigma of the noise on the measurements, on a scale of 0 to 255: {_noise_text(held.info.noise)}.")
     if held.outside:
         lines.append(
             f"It replaces these parameters outside the stages: {', '.join(f'`{key}`' for key in held.outside)}."
@@ -139,12 +139,12 @@ def _quality_table(measured: list[tuple[str, Quality]]) -> list[str]:
     if not measured:
         return []
     lines = [
-        "| adapter set | images | sigma | PSNR (dB) | SSIM | original |",
+        "| adapter set | images | sigma | PSNR (dB) | SSIM | PSNR of the original (dB) |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for name, row in measured:
-        images = f"{_escaped(row.images)}, {row.count}"
-        original = "" if row.psnr_original is None else f"{row.psnr_original:.2f} dB"
+        images = f"{_escaped(row.images)} ({row.count})"
+        original = "" if row.psnr_original is None else f"{row.psnr_original:.2f}"
         lines.append(f"| `{name}` | {images} | {row.sigma:g} | {row.psnr:.2f} | {row.ssim:.4f} | {original} |")
     return [*lines, ""]
 

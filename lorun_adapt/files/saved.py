@@ -91,7 +91,7 @@ def check_base(expected: str, found: str, where: str) -> None:
         )
 
 
-def chosen_set(description: Mapping[str, Any], name: str, where: object) -> str:
+def select_set(description: Mapping[str, Any], name: str, where: object) -> str:
     """Return the set to load from a saved conversion: the set ``name``, or its only set.
 
     Raises:

@@ -24,7 +24,7 @@ from ..util.modules import has_valid_values
 from .adapter_info import MAX_INFO_BYTES, read_adapter_info
 from .description import description_bytes, groups_of, parse_description, stage_map_of
 from .layout import ADAPTERS_FOLDER, CONFIG_FILE, OUTSIDE_FILE, PEFT_CONFIG_FILE, SET_CONFIG_FILE, TENSORS_FILE
-from .saved import BASE_KEY, SavedFolder, check_base, chosen_set, stage_folder
+from .saved import BASE_KEY, SavedFolder, check_base, select_set, stage_folder
 
 MAX_DESCRIPTIONS = 4  # in the cache
 
@@ -83,7 +83,7 @@ class SetReader:
             raise LoRunError(f"no folder at {path}: give a saved folder or the folder of a set")
         saved, key = self._locate(path)
         if saved.description is not None and key == "":
-            key = f"{ADAPTERS_FOLDER}/{chosen_set(saved.description, name, path)}"
+            key = f"{ADAPTERS_FOLDER}/{select_set(saved.description, name, path)}"
         if stage is None:
             return self.read_set(saved, key)
         if os.path.isdir(saved.folder / key / stage_key(stage)):

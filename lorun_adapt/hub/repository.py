@@ -189,7 +189,10 @@ class Repository:
                 f"expected a repository as 'user/name', found {self.repo_id!r}: {_first_line(error)}"
             ) from error
         except CONNECTION_ERRORS as error:
-            raise LoRunError(f"the Hub did not answer for {name} ({_first_line(error)}): try again") from error
+            raise LoRunError(
+                f"the request to the Hub for {name} failed ({_first_line(error)}): check the connection and the token, "
+                "and try again"
+            ) from error
         except ValueError as error:  # huggingface_hub or the Hub refuses an argument or the card
             raise LoRunError(f"the Hub refuses a value for {name} ({_one_line(error)}): change it") from error
 

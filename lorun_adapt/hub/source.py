@@ -20,7 +20,7 @@ from ..files.layout import (
     TENSORS_FILE,
 )
 from ..files.load import check_has_base
-from ..files.saved import chosen_set, stage_folder
+from ..files.saved import select_set, stage_folder
 from ..stages.stage_map import StageMap
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def files_of_set(stage_map: StageMap, name: str, stage: int | None) -> FilesNeed
         if description is None:
             places = [""] if stage is not None and len(parts) == 1 else parts
             return [f"{part}/{file}".lstrip("/") for part in places for file in (PEFT_CONFIG_FILE, TENSORS_FILE)]
-        key = key or f"{ADAPTERS_FOLDER}/{chosen_set(description, name, 'the repository')}"
+        key = key or f"{ADAPTERS_FOLDER}/{select_set(description, name, 'the repository')}"
         whole = {f"{key}/{part}" for part in parts}
         if stage is None:
             beside = (OUTSIDE_FILE, SET_CONFIG_FILE)

@@ -40,7 +40,7 @@ from ..util.seeds import seeded
 from .combine import weighted_outside, weighted_set
 from .noise_choice import NoiseChoice
 from .running import Running
-from .selection import selected
+from .selection import select_sets
 from .set_store import SetStore, check_adapter_name
 from .state_dict import Loading, register_hooks
 
@@ -74,6 +74,14 @@ class LoRunModel(nn.Module):
             and its replacement at conversion, and the norm of the original tensor.
         card: the text of the model card: licence, task, and the original's repository.
         trainable_names: names of the parameters that the original network trains.
+
+    >>> import lorun_adapt, torch
+    >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+    >>> lorun = lorun_adapt.convert(ToyUnfoldingNet(), rank=1)
+    >>> lorun(torch.rand(1, 1, 8, 8)).shape
+    torch.Size([1, 1, 8, 8])
+    >>> lorun.adapter_names, lorun.active_adapters
+    (['default'], ['default'])
     """
 
     base: nn.Module
@@ -95,7 +103,7 @@ class LoRunModel(nn.Module):
         self.loading: Loading | None = None
         self._running = Running(len(converted.stage_map))
         self._noise = NoiseChoice()
-        self._swapping = threading.RLock()
+        self._lock = threading.RLock()
         self._reader: SetReader | None = None
         self._fingerprint = converted.known_fingerprint
         self._base_parameters = list(self.base.parameters())  # kept, since listing them at each access is slow
@@ -142,8 +150,8 @@ class LoRunModel(nn.Module):
     @property
     def active_adapters(self) -> list[str] | dict[int, str]:
         """The active set in a list, as in PEFT, or ``{stage: name}`` if the stages run different sets."""
-        everywhere = self._running.everywhere
-        return dict(self._running.active) if everywhere is None else [everywhere]
+        common = self._running.common_set
+        return dict(self._running.active) if common is None else [common]
 
     def set_adapter(self, adapter: str | Sequence[str] | Mapping[int, str], inference_mode: bool = False) -> None:
         """Activate a set in all stages, or, with ``{stage: name}``, in some of them.
@@ -168,7 +176,7 @@ class LoRunModel(nn.Module):
         >>> lorun.active_adapters
         {0: 'mine', 1: 'default', 2: 'default'}
         """
-        with self._swapping:
+        with self._lock:
             active = self._running.resolve(adapter)
             for stage, name in active.items():
                 self._store.check_known(name)
@@ -189,13 +197,13 @@ class LoRunModel(nn.Module):
         ...     print(lorun.network is lorun.base)
         True
         """
-        with self._swapping:
+        with self._lock:
             before, self.network = self.network, self.base
         try:
             yield
         finally:
             if before is not self.base:  # otherwise this block is inside another one, which restores the adapters
-                with self._swapping:
+                with self._lock:
                     self.network = self._network_for(self._running.active)
 
     def load_adapter(
@@ -248,7 +256,7 @@ class LoRunModel(nn.Module):
         fingerprint = self.fingerprint
         reader = self._reader = self._reader or SetReader(self.base, self.stage_map, fingerprint)
         held = reader.load(path, adapter_name, stage)
-        with self._swapping:
+        with self._lock:
             if stage is not None and adapter_name in self._store:
                 before = self._store.get(adapter_name)
                 info = dataclasses.replace(before.info, quality=())
@@ -275,7 +283,7 @@ class LoRunModel(nn.Module):
         ['default', 'new']
         """
         self._check_new(adapter_name)
-        with self._swapping:
+        with self._lock:
             self._put(adapter_name, untrained_set(self.base, self.stage_map, config))
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
@@ -302,7 +310,7 @@ class LoRunModel(nn.Module):
         ['default', 'other', 'mean']
         """
         check_adapter_name(adapter_name)
-        with self._swapping:
+        with self._lock:
             self._put(adapter_name, self._weighted(adapters, weights))
 
     def copy_adapter(self, source: str, adapter_name: str) -> None:
@@ -318,7 +326,7 @@ class LoRunModel(nn.Module):
         >>> lorun.adapter_names
         ['default', 'mine']
         """
-        with self._swapping:
+        with self._lock:
             self._store.check_known(source)
             self._check_new(adapter_name)
             self._put(adapter_name, copy.deepcopy(self._store.get(source)))
@@ -337,7 +345,7 @@ class LoRunModel(nn.Module):
         >>> lorun.adapter_names
         ['default']
         """
-        with self._swapping:
+        with self._lock:
             self._store.check_known(adapter_name)
             if adapter_name in self._running.names:
                 raise LoRunError(f"cannot delete the active set {adapter_name!r}: activate another set first")
@@ -345,18 +353,33 @@ class LoRunModel(nn.Module):
             self._store.drop(adapter_name)
 
     def adapter_of(self, group: Group, site: Site, adapter_name: str | None = None) -> StageAdapter:
-        """The adapter of one denoiser.
+        """Return the adapter of one denoiser.
 
         Args:
-            group, site: one of ``lorun.stage_map.groups``, and of its ``sites``.
-            adapter_name: of which set; by default of the one that the stage runs with.
+            group: one of ``lorun.stage_map.groups``.
+            site: one of its ``sites``.
+            adapter_name: the set; by default, the stage's active set.
+
+        Raises:
+            LoRunError: an unknown set.
+
+        >>> import lorun_adapt
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> lorun = lorun_adapt.convert(ToyUnfoldingNet(), rank=1)
+        >>> group = lorun.stage_map.groups[0]
+        >>> lorun.adapter_of(group, group.sites[0]) is lorun.adapters["default"]["stage_00"][group.name]
+        True
         """
         name = self._running.active[site.stage] if adapter_name is None else adapter_name
         self._store.check_known(name)
         return self._store.adapters_at(name, site.stage)[group.name]
 
     def outside_of(self, adapter_name: str) -> Mapping[str, Tensor]:
-        """The parameters outside the stages that a set brings with it, by name."""
+        """Return the parameters outside the stages that a set replaces, by name.
+
+        Raises:
+            LoRunError: an unknown set.
+        """
         return self._store.get(adapter_name).outside
 
     # --- noise -----------------------------------------------------------------------------------
@@ -372,7 +395,7 @@ class LoRunModel(nn.Module):
 
     @task.setter
     def task(self, task: Any) -> None:
-        with self._swapping:
+        with self._lock:
             before, self._noise.task = self._noise.task, task
             try:
                 self._assemble_again()
@@ -400,7 +423,7 @@ class LoRunModel(nn.Module):
         >>> lorun.adapter_info["default"].sigma
         25.0
         """
-        with self._swapping:
+        with self._lock:
             self._store.check_known(adapter_name)
             self._set_noise(adapter_name, noise_of(sigma, noise_schedule, len(self.stage_map)))
 
@@ -453,7 +476,7 @@ class LoRunModel(nn.Module):
         ('noisy', 'interpolated')
         """
         sigma = self._noise.estimate(sigma, arguments)
-        with self._swapping:
+        with self._lock:
             name, made = self._set_for(sigma)
             try:
                 self.set_adapter(name, self._running.inference_mode)
@@ -674,7 +697,7 @@ class LoRunModel(nn.Module):
         >>> again.adapter_names
         ['default']
         """
-        save(selected(self.converted(), selected_adapters), as_path(path), dtype, adapters_only)
+        save(select_sets(self.converted(), selected_adapters), as_path(path), dtype, adapters_only)
 
     def push_to_hub(
         self,
@@ -805,7 +828,7 @@ class LoRunModel(nn.Module):
         >>> lorun.adapter_info["default"].quality[0].psnr
         28.1
         """
-        name = self._running.everywhere
+        name = self._running.common_set
         if name is None:
             raise LoRunError(
                 f"the stages run different sets, {sorted(self._running.names)}: activate the measured set in all stages"
@@ -846,7 +869,13 @@ class LoRunModel(nn.Module):
         return trainable, self.num_parameters()
 
     def print_trainable_parameters(self) -> None:
-        """Print the number of trainable parameters in PEFT's format."""
+        """Print the number of trainable parameters in PEFT's format.
+
+        >>> import lorun_adapt
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> lorun_adapt.convert(ToyUnfoldingNet(), rank=1).print_trainable_parameters()
+        trainable params: 297 || all params: 451 || trainable%: 65.8537
+        """
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / max(total, 1)
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
@@ -882,7 +911,7 @@ class LoRunModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         result = self.__new__(type(self))
         memo[id(self)] = result
-        memo[id(self._swapping)] = threading.RLock()  # locks cannot be copied
+        memo[id(self._lock)] = threading.RLock()  # locks cannot be copied
         result.__dict__ = copy.deepcopy({**self.__dict__, "_reader": None}, memo)
         return result
 
@@ -949,7 +978,7 @@ class LoRunModel(nn.Module):
         running, frozen = self._running, self._running.inference_mode
         for name in set(names):
             stages = [] if frozen else [stage for stage, active in running.active.items() if active == name]
-            self._store.set_trainable(name, stages, outside=not frozen and running.everywhere == name)
+            self._store.set_trainable(name, stages, outside=not frozen and running.common_set == name)
 
     def _check_new(self, name: str) -> None:
         check_adapter_name(name)

@@ -46,7 +46,7 @@ class Running:
         return set(self.active.values())
 
     @property
-    def everywhere(self) -> str | None:
+    def common_set(self) -> str | None:
         """The set that is active in all stages; None if the stages run different sets."""
         return next(iter(self.active.values())) if len(self.names) == 1 else None
 

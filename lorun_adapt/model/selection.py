@@ -11,7 +11,7 @@ from ..network.converted import Converted
 from ..network.noise import between
 
 
-def selected(converted: Converted, names: Sequence[str] | None = None) -> Converted:
+def select_sets(converted: Converted, names: Sequence[str] | None = None) -> Converted:
     """Return a converted network with some of its sets.
 
     Stages whose active set is not selected get a selected one: in place of the interpolated set, the one with the

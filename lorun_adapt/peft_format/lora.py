@@ -1,4 +1,4 @@
-"""PEFT's LoRA: its names for a layer's factors, and the layers that it adapts as this package does."""
+"""PEFT's LoRA: the names of a layer's factors in a file, and the layers that PEFT and this package adapt alike."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..network.adapted import original_class
 from ..stages.stage_map import TensorSpec
 
-PREFIX = "base_model.model."  # of the denoiser's names in a PeftModel
+PREFIX = "base_model.model."  # precedes the denoiser's names in a PeftModel
 WITHIN_PEFT = (  # the modules that PEFT's LoRA adds to a layer (PEFT 0.17 to 0.21)
     "base_layer",
     "lora_dropout",
@@ -24,19 +24,19 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def peft_layer(denoiser: nn.Module, name: str) -> nn.Module | None:
-    """The layer whose weight the tensor ``name`` is, if PEFT's LoRA adapts it as this package does."""
+    """Return the layer with the weight ``name``, or None if PEFT's LoRA does not adapt it as this package does."""
     module = denoiser.get_submodule(name.rpartition(".")[0])
-    return module if why_unsupported(denoiser, name) is None else None
+    return module if unsupported_reason(denoiser, name) is None else None
 
 
-class Names:
-    """How a file names a tensor's factors: by the layer where PEFT has a LoRA for it, and else by the tensor.
+class FactorNames:
+    """The names of a tensor's factors in a file: after its layer if PEFT can adapt the layer, else after the tensor.
 
     Attributes:
-        layer: the layer whose weight the tensor is, where PEFT adapts it; else None.
-        key: the layer's name, or the tensor's.
-        a, b, bias: the names of the factors, and of what is added to the layer's bias.
-        a_shape, b_shape: the factors' shapes, with None for the rank.
+        layer: the layer with this weight, or None if PEFT cannot adapt it.
+        key: the name of the layer, or of the tensor.
+        a, b, bias: the names of the two factors and of the update of the layer's bias.
+        a_shape, b_shape: the shapes of the factors, with None for the rank.
     """
 
     def __init__(self, denoiser: nn.Module, spec: TensorSpec) -> None:
@@ -53,42 +53,42 @@ class Names:
 
 
 def factor_name(key: str) -> str:
-    """The name in a file of the factor B of a layer or tensor."""
+    """Return the name of the factor B of a layer or tensor in a file."""
     return f"{PREFIX}{key}.lora_B.weight"
 
 
 def bias_name(key: str) -> str:
-    """The name in a file of what is added to a layer's bias."""
+    """Return the name of the update of a layer's bias in a file."""
     return f"{PREFIX}{key}.lora_B.bias"
 
 
 def bias_of(base: Tensor, difference: Tensor, scaling: float) -> Tensor:
-    """A stage's bias, from the base's and what a file says is added to it."""
+    """Return a stage's bias, computed from the base's and the update in a file."""
     return base + difference.to(base) * scaling
 
 
-def why_unsupported(denoiser: nn.Module, name: str) -> str | None:
-    """Why PEFT's LoRA can't adapt a tensor as this package does; None if it can."""
+def unsupported_reason(denoiser: nn.Module, name: str) -> str | None:
+    """Return the reason why PEFT's LoRA cannot adapt a tensor as this package does; None if it can."""
     path, _, attribute = name.rpartition(".")
     module = denoiser.get_submodule(path)
     kind = original_class(module)
     if not path and attribute == "weight" and isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-        return "the denoiser is that one layer, which PEFT can't replace"
+        return "PEFT cannot replace a denoiser that is a single layer"
     if attribute != "weight" or kind not in (nn.Linear, *CONVOLUTIONS):
-        return f"PEFT's LoRA has no layer that is right for the {attribute} of {kind.__name__}"
+        return f"PEFT's LoRA cannot adapt the {attribute} of {kind.__name__} in the same way"
     assert isinstance(module, (nn.Linear, *CONVOLUTIONS))
     if not module.weight.is_floating_point():
-        return "PEFT's LoRA is for real numbers"
+        return "PEFT's LoRA supports only real numbers"
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        return "its layer has a hook or a forward of its own, which PEFT's LoRA runs before it adds its part"
+        return "PEFT's LoRA would run the hook or custom forward of its layer before adding the update"
     if not {*module._parameters, *module._buffers} <= {"weight", "bias"}:
-        return "its layer holds more tensors than a weight and a bias"
+        return "its layer has more tensors than a weight and a bias"
     if isinstance(module, nn.Linear):
         return None
     if module.groups != 1:
-        return f"its convolution has {module.groups} groups, for which PEFT's factors have another shape"
+        return f"PEFT stores factors of another shape for a convolution with {module.groups} groups"
     if module.padding_mode != "zeros":
-        return f"PEFT's LoRA of a convolution loses padding_mode={module.padding_mode!r}"
+        return f"PEFT's LoRA of a convolution ignores padding_mode={module.padding_mode!r}"
     if any(step != 1 for step in module.dilation):
-        return f"PEFT's LoRA of a convolution loses dilation={module.dilation}"
+        return f"PEFT's LoRA of a convolution ignores dilation={module.dilation}"
     return None

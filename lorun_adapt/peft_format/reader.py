@@ -1,4 +1,4 @@
-"""Read one denoiser's adapter from the tensors and the ``LoraConfig`` in a folder, whoever wrote them."""
+"""Read the adapter of one denoiser from the tensors and the ``LoraConfig`` in a folder, from this package or PEFT."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ from ..terms.registry import LORA, TERMS, other_kinds
 from ..terms.term import LoraFactors, Term
 from ..util.modules import has_valid_values
 from .limits import layer_problem
-from .lora import PREFIX, Names, bias_name, bias_of, factor_name
+from .lora import PREFIX, FactorNames, bias_name, bias_of, factor_name
 from .options import REFUSED, config_from_json
 from .template import Place, Template, template_of
 
-USUAL_RANKS = 256  # up to here a file's rank may be above all sides of the network's matrices
-MOST_CONFIGS = 16  # kept: the stages of a set have one, mostly
+ALWAYS_ALLOWED_RANK = 256  # a file may have a rank up to this, even if the network's matrices are smaller
+MAX_CONFIGS = 16  # in the cache; the stages of a set mostly have the same config
 
 
 def readers_of(base: nn.Module, stage_map: StageMap) -> dict[tuple[str, str], Reader]:
-    """What reads the files of each denoiser, by its group's name and its module: one for all that are alike."""
+    """Return the reader of each denoiser's files, by (group, module); identical denoisers share one."""
     found: dict[tuple[str, str], Reader] = {}
     for group in stage_map.groups:
-        different: list[Reader] = []
+        distinct: list[Reader] = []
         for site in group.sites:
             reader = Reader(base, group, site)
-            alike = next((other for other in different if other.slots == reader.slots), None)
+            alike = next((other for other in distinct if other.slots == reader.slots), None)
             if alike is None:
-                different.append(reader)
+                distinct.append(reader)
             found[group.name, site.module] = alike or reader
     return found
 
 
 class Reader:
-    """Reads the files of a group's denoisers; what they have in common is worked out once.
+    """Reads the files of a group's denoisers, and caches what they have in common.
 
     Attributes:
-        slots: what a file may hold: by name, the shape and dtype.
-        highest: the highest rank that a file may have: above a tensor's limit, as PEFT allows it, but within reason.
-        num_bytes: the most bytes that a file may have.
+        slots: the shape and dtype of each tensor that a file may hold, by name.
+        highest: the highest rank that a file may have. PEFT allows ranks above the size of a matrix.
+        num_bytes: the maximum size of a file.
     """
 
     def __init__(self, base: nn.Module, group: Group, site: Site) -> None:
         self.base, self.group = base, group
-        denoiser = base.get_submodule(site.module)  # its tensors are those of all
-        self._names = [(spec, Names(denoiser, spec)) for spec in group.tensors if not spec.common]
+        denoiser = base.get_submodule(site.module)
+        self._names = [(spec, FactorNames(denoiser, spec)) for spec in group.tensors if not spec.common]
         self._adaptable = {spec.name for spec, _ in self._names if spec.adaptable}
         self._own = {spec.name for spec, _ in self._names}
         self._templates: dict[tuple[bytes, bytes, int], tuple[Template, dict[str, str]]] = {}
@@ -71,37 +71,42 @@ class Reader:
                     self.slots[names.bias] = Slot((spec.shape[0],), spec.dtype)
                 for kind in other_kinds():
                     self.slots |= {f"{PREFIX}{spec.name}.{part}": slot for part, slot in kind.file_slots(spec).items()}
-        self.highest = max([USUAL_RANKS, *(max(spec.matrix) for spec in group.tensors if spec.adaptable)])
+        self.highest = max([ALWAYS_ALLOWED_RANK, *(max(spec.matrix) for spec in group.tensors if spec.adaptable)])
         self.num_bytes = file_limit(self.slots, self.highest)
 
     def read(
         self, config: bytes, content: bytes, site: Site, where: Sequence[str]
     ) -> tuple[StageAdapter, LoraConfig, dict[str, str]]:
-        """The adapter for the denoiser at ``site``, its config, and the metadata of its tensors.
+        """Read the adapter of the denoiser at ``site``.
 
         Args:
-            config, content: the bytes of the two files.
-            where: what these are called.
+            config: the bytes of ``adapter_config.json``.
+            content: the bytes of the safetensors file.
+            site: the position of the denoiser.
+            where: the paths of the two files, for error messages.
+
+        Returns:
+            The adapter, its config, and the metadata of the safetensors file.
 
         Raises:
-            LoRunError: damage, or what is not for this denoiser; see :meth:`adapter`.
+            LoRunError: damaged files, or an adapter for another denoiser; see :meth:`adapter`.
         """
-        wanted = self._file_config(config, where[0])
+        file_config = self._file_config(config, where[0])
         length = int.from_bytes(content[:8], "little")
         key = config, content[: 8 + length], len(content)
         if (known := self._templates.get(key)) is not None:
             filled, names = known[0].filled(content), [name.replace("/", ".") for name in known[0].adapter._modules]
-            if filled is not None and self._problem(names, wanted, site) is None:
-                return filled, wanted.lora_config, known[1]
+            if filled is not None and self._problem(names, file_config, site) is None:
+                return filled, file_config.lora_config, known[1]
         tensors, metadata = parse_tensors(content, self.slots, where[1], self.highest)
-        adapter = self.adapter(tensors, wanted, site, where[1])
+        adapter = self.adapter(tensors, file_config, site, where[1])
         template = template_of(content, tensors, self._places(), adapter)
-        if template is not None and len(self._templates) < MOST_CONFIGS:
+        if template is not None and len(self._templates) < MAX_CONFIGS:
             self._templates[key] = template, metadata
-        return adapter, wanted.lora_config, metadata
+        return adapter, file_config.lora_config, metadata
 
     def _places(self) -> dict[str, Place]:
-        """Where the tensors of a file go that need nothing done to them."""
+        """Return where the tensors of a file go in an adapter if they can be copied unchanged."""
         found: dict[str, Place] = {}
         for spec, names in self._names:
             factors = list(TERMS[LORA].file_slots(spec))  # the names of A and B in a term
@@ -110,32 +115,38 @@ class Reader:
         return found
 
     def _file_config(self, content: bytes, where: str) -> FileConfig:
-        """What the bytes of a config say.
+        """Parse a config.
 
         Raises:
             LoRunError: as :func:`config_from_json`.
         """
-        if (known := self._configs.get(content)) is not None:  # other threads may load too
+        if (known := self._configs.get(content)) is not None:  # not `in`: another thread may clear the cache
             return known
         options = parse_json(content, where)
         found = FileConfig(config_from_json(options, where, len(self.group.tensors)))
-        if not options.get("lora_dropout"):  # which is warned of each time
-            if len(self._configs) >= MOST_CONFIGS:
+        if not options.get("lora_dropout"):  # parsing a config with dropout must warn each time
+            if len(self._configs) >= MAX_CONFIGS:
                 self._configs.clear()
             self._configs[content] = found
         return found
 
-    def adapter(self, tensors: Mapping[str, Tensor], wanted: FileConfig, site: Site, where: str) -> StageAdapter:
-        """The adapter that ``tensors``, which fit ``slots``, hold for the denoiser at ``site``.
+    def adapter(self, tensors: Mapping[str, Tensor], file_config: FileConfig, site: Site, where: str) -> StageAdapter:
+        """Make the adapter of the denoiser at ``site`` from the tensors of a file.
 
-        What an adapter of PEFT's own neither targets nor saves stays as in the base. A rank above a tensor's
-        limit is brought down to it, with a warning; the product stays the same.
+        Tensors that an adapter of PEFT neither targets nor saves are those of the base. A rank above a tensor's limit
+        is reduced to the limit, with a warning; the product stays the same.
+
+        Args:
+            tensors: the tensors of the file, which have been checked to match ``slots``.
+            file_config: the config of the file.
+            site: the position of the denoiser.
+            where: the path of the file, for error messages.
 
         Raises:
-            LoRunError: a missing or an extra tensor, a rank that the config doesn't say, NaN or Inf; a
-                denoiser to which PEFT's layers do something else than their factors to its weights.
+            LoRunError: a missing or an extra tensor, a rank that differs from the config, NaN or Inf; a denoiser for
+                which PEFT's layers compute something else than the adapter would.
         """
-        left = dict(tensors)
+        remaining = dict(tensors)
         terms: dict[str, Term] = {}
         private: dict[str, Tensor] = {}
 
@@ -150,60 +161,65 @@ class Reader:
             assert base is not None
             pair = []
             if spec.name in self._adaptable:
-                pair = [left.pop(name) for name in (names.a, names.b) if name in left]
+                pair = [remaining.pop(name) for name in (names.a, names.b) if name in remaining]
             if len(pair) == 1:
                 raise fail(f"both factors of {spec.name!r}", "one")
-            if (other := self._other_term(spec, left)) is not None:
+            if (other := self._other_term(spec, remaining)) is not None:
                 terms[spec.name] = other
                 continue
-            # Where a file has factors and the whole tensor, one is PEFT's way of seeing the other.
-            if pair and (wanted.saved(spec) or PREFIX + spec.name not in left):
-                left.pop(PREFIX + spec.name, None)
-                rank = wanted.rank(names.key)
+            # If a file has both the factors and the whole tensor, they are two forms of the same tensor for PEFT.
+            if pair and (file_config.saved(spec) or PREFIX + spec.name not in remaining):
+                remaining.pop(PREFIX + spec.name, None)
+                rank = file_config.rank(names.key)
                 found = [factor.shape[side.index(None)] for factor, side in zip(pair, (names.a_shape, names.b_shape))]
                 if found != [rank, rank]:
-                    raise fail(f"factors of rank {rank} for {spec.name!r}, as its config says", f"ranks {found}")
-                terms[spec.name] = _term(spec, pair, wanted.scaling(names.key, rank), base, where)
-                lacking = names.bias if names.layer is not None and f"{names.key}.bias" not in self._own else None
-                if lacking in left and bool(left.pop(lacking).any()):
-                    raise fail(f"no bias for {names.key!r}, which has none of its own", "one")
+                    raise fail(f"factors of rank {rank} for {spec.name!r}, as in its config", f"ranks {found}")
+                terms[spec.name] = _term(spec, pair, file_config.scaling(names.key, rank), base, where)
+                no_bias = names.bias if names.layer is not None and f"{names.key}.bias" not in self._own else None
+                if no_bias in remaining and bool(remaining.pop(no_bias).any()):
+                    raise fail(f"no bias for {names.key!r}, which has none in the network", "one")
                 continue
-            if names.layer is not None and not pair and wanted.targets(names.key) and not wanted.saved(spec):
+            if names.layer is not None and not pair and file_config.targets(names.key) and not file_config.saved(spec):
                 raise fail(f"the factors of {spec.name!r}, which the config targets", "none")
-            value = left.pop(PREFIX + spec.name, None)
+            value = remaining.pop(PREFIX + spec.name, None)
             layer = spec.name.removesuffix(".bias")
             if layer != spec.name and factor_name(layer) in tensors:
-                difference = left.pop(bias_name(layer), None)
+                difference = remaining.pop(bias_name(layer), None)
                 if value is None and difference is not None:
-                    value = bias_of(base.detach(), difference, wanted.scaling(layer, wanted.rank(layer)))
-                if value is None and wanted.lora_bias:
-                    raise fail(f"the bias of {layer!r}, since the config says lora_bias", "none")
-            if value is None and (wanted.everything or wanted.saved(spec)):
+                    value = bias_of(base.detach(), difference, file_config.scaling(layer, file_config.rank(layer)))
+                if value is None and file_config.lora_bias:
+                    raise fail(f"the bias of {layer!r}, since the config has lora_bias", "none")
+            if value is None and (file_config.requires_all or file_config.saved(spec)):
                 raise fail(f"the tensor {spec.name!r}", "none")
             private[spec.name] = base.detach().clone() if value is None else value.to(base)
-        if left:
-            raise fail(f"the tensors that the config says of {self.group.name!r}", f"{sorted(left)[0]!r} beside them")
-        problem = self._problem(terms, wanted, site)
+        if remaining:
+            raise fail(
+                f"only the tensors of {self.group.name!r} that the config names", f"{sorted(remaining)[0]!r} as well"
+            )
+        problem = self._problem(terms, file_config, site)
         if problem is not None:
-            raise fail(f"a denoiser to which PEFT's layers do what is done here ({problem})", "an adapter of PEFT's")
+            raise LoRunError(
+                f"cannot load the adapter in {where}, since PEFT would compute something else with it ({problem}): "
+                "convert the network with another config, or fine-tune a set here"
+            )
         if (name := _invalid(terms, private, {spec.name for spec, _ in self._names if spec.buffer})) is not None:
             raise LoRunError(
-                f"{name!r} holds NaN or Inf, or its scaling does, in {where}: download it again, or save it with "
-                "weights from before training diverged"
+                f"{name!r} or its scaling has NaN or Inf in {where}: download it again, or save weights from before "
+                "training diverged"
             )
         return make_adapter(self.group, terms, private)
 
-    def _other_term(self, spec: TensorSpec, left: dict[str, Tensor]) -> Term | None:
-        """The term of another kind than LoRA's that a file has for a tensor; its tensors are removed from ``left``."""
+    def _other_term(self, spec: TensorSpec, remaining: dict[str, Tensor]) -> Term | None:
+        """Return a tensor's term if it is of another kind than LoRA; remove its tensors from ``remaining``."""
         for kind in other_kinds() if spec.adaptable else ():
             names = {part: f"{PREFIX}{spec.name}.{part}" for part in kind.file_slots(spec)}
-            if all(name in left for name in names.values()):
-                return kind.from_file({part: left.pop(name) for part, name in names.items()})
+            if all(name in remaining for name in names.values()):
+                return kind.from_file({part: remaining.pop(name) for part, name in names.items()})
         return None
 
-    def _problem(self, terms: Iterable[str], wanted: FileConfig, site: Site) -> str | None:
-        """Why PEFT's layers would do something else than is done here, where the file is PEFT's as well."""
-        if wanted.everything:
+    def _problem(self, terms: Iterable[str], file_config: FileConfig, site: Site) -> str | None:
+        """Return the reason why PEFT would compute something else; None if it would not, or cannot load the file."""
+        if file_config.requires_all:
             return None
         key = site.module, frozenset(terms)
         if key not in self._problems:
@@ -211,17 +227,17 @@ class Reader:
             denoiser, first = (self.base.get_submodule(s.module) for s in (site, self.group.sites[0]))
             self._problems[key] = layer_problem(denoiser, first, layers)
         for spec, _ in self._names:
-            if len(spec.aliases) > 1 and (spec.name in terms or wanted.saved(spec)):
+            if len(spec.aliases) > 1 and (spec.name in terms or file_config.saved(spec)):
                 return f"{spec.name!r} is tied"
         return self._problems[key]
 
 
 def _invalid(terms: Mapping[str, Term], private: Mapping[str, Tensor], buffers: Collection[str]) -> str | None:
-    """The first tensor with values that a trained network can't have."""
+    """Return the name of the first tensor with invalid values; None if all are valid."""
     tensors = [(name, t, False) for name, term in terms.items() for t in (*term.parameters(), *term.buffers())]
     tensors += [(name, tensor, name in buffers) for name, tensor in private.items()]
-    # All at once first, since one by one takes longer than reading the file: of NaN, Inf, and huge numbers, the sum is
-    # not finite.
+    # Check the sum of all tensors first, which is finite only if all values are: checking each tensor takes longer than
+    # reading the file.
     floats = [tensor.detach().flatten() for _, tensor, _ in tensors if tensor.is_floating_point()]
     if len(floats) == len(tensors) > 0 and math.isfinite(torch.cat(floats).sum().item()):
         return None
@@ -229,13 +245,13 @@ def _invalid(terms: Mapping[str, Term], private: Mapping[str, Tensor], buffers: 
 
 
 def _term(spec: TensorSpec, pair: Sequence[Tensor], scaling: float, base: Tensor, where: str) -> Term:
-    """The term of a file's factors A and B, at the tensor's highest rank at most."""
+    """Return the term with a file's factors A and B, with the rank reduced to the tensor's limit."""
     rows, columns = spec.matrix
     a, b = pair[0].reshape(-1, columns), pair[1].reshape(rows, -1)
     limit = min(rows, columns)
     if len(a) > limit:
         warnings.warn(
-            f"rank {len(a)} is above the limit of {spec.name!r} in {where}: {limit} is used, for the same product",
+            f"rank {len(a)} is above the limit of {spec.name!r} in {where}: {limit} is used, with the same product",
             stacklevel=2,
         )
         exact = torch.complex128 if base.is_complex() else torch.float64
@@ -245,22 +261,22 @@ def _term(spec: TensorSpec, pair: Sequence[Tensor], scaling: float, base: Tensor
 
 
 class FileConfig:
-    """What a file must hold, by its config, and the numbers that the config has for each tensor.
+    """A file's config: the tensors that the file must hold, and their ranks and scalings.
 
     Attributes:
-        everything: whether it must hold all of the stage's tensors, as ours do that PEFT refuses.
-        lora_config: the config as it was read.
+        requires_all: whether the file must hold all tensors of the stage, as the files that PEFT refuses do.
+        lora_config: the config as read.
     """
 
     def __init__(self, config: LoraConfig) -> None:
         ranks = config.rank_pattern or {}
-        self.everything = ranks.get(REFUSED) == 0
+        self.requires_all = ranks.get(REFUSED) == 0
         self.lora_config, self.config = config, copy.copy(config)
         self._ranks: dict[str, int] = {key: rank for key, rank in ranks.items() if (key, rank) != (REFUSED, 0)}
         self._alphas: dict[str, float] = config.alpha_pattern or {}
         self.config.rank_pattern = self._ranks
         self.lora_bias = config.lora_bias
-        # Asked again for each stage, and slow, since they match patterns.
+        # Cached, since matching patterns is slow and every stage asks again.
         self.rank, self.scaling = functools.cache(self._rank), functools.cache(self._scaling)
         self.targets, self.saved = functools.cache(self._targets), functools.cache(self._saved)
 
@@ -275,7 +291,7 @@ class FileConfig:
         return self.config.target_modules is not None and bool(check_target_module_exists(self.config, module))
 
     def _saved(self, spec: TensorSpec) -> bool:
-        """Whether modules_to_save names a module with the tensor, by PEFT's rule: the module's name ends with it."""
+        """Whether ``modules_to_save`` covers a tensor; by PEFT's rule, a module's name must end with an entry."""
         for alias in spec.aliases:
             parts = alias.split(".")[:-1]
             for end in range(1, len(parts) + 1):

@@ -1,8 +1,7 @@
-"""Write one denoiser's adapter as the tensors and the ``LoraConfig`` that PEFT reads.
+"""Write the adapter of one denoiser as the tensors and the ``LoraConfig`` that PEFT reads.
 
-Where PEFT can represent the stage, ``PeftModel.from_pretrained(base_denoiser, folder)`` gives that stage's denoiser.
-Where it can't, the config carries a rank of 0, at which PEFT raises: no folder loads there as something else than it
-is.
+If PEFT can represent the stage, ``PeftModel.from_pretrained(base_denoiser, folder)`` returns that stage's denoiser. If
+not, the config has a rank of 0, so that PEFT raises an error instead of loading something else.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from ..terms.registry import LORA, TERMS
 from ..terms.term import LoraFactors
 from ..util.modules import tensor_of
 from .limits import PeftView, peft_view
-from .lora import PREFIX, Names, bias_name, bias_of
+from .lora import PREFIX, FactorNames, bias_name, bias_of
 from .options import REFUSED
 
 
 @dataclass(frozen=True)
-class Written:
-    """What goes into a stage's folder.
+class StageFiles:
+    """The contents of a stage's folder.
 
     Attributes:
         tensors: by their names in the file.
-        exact: tensors that must keep their dtype, since another tensor in the file says the same.
-        config: PEFT's.
-        problem: why PEFT can't represent the stage; None if it can.
+        exact: names of the tensors that must keep their dtype, because the file holds them in a second form.
+        config: PEFT's config.
+        problem: the reason why PEFT cannot represent the stage; None if it can.
     """
 
     tensors: dict[str, Tensor]
@@ -47,13 +46,16 @@ class Written:
 
 def write(
     denoiser: nn.Module, first: nn.Module, group: Group, adapter: StageAdapter, dtype: torch.dtype | None
-) -> Written:
-    """The adapter by PEFT's names.
+) -> StageFiles:
+    """Return the adapter in PEFT's format.
 
     Args:
-        denoiser: the stage's, with the base's values: PEFT keeps a bias as what is added to the base's.
-        first: the one that PEFT gets as the base.
-        dtype: what floating-point tensors will be stored as. What is said in two ways is said of the rounded ones.
+        denoiser: the stage's denoiser in the base; biases are stored as differences from its biases.
+        first: the denoiser that PEFT uses as the base.
+        group: the denoiser's group.
+        adapter: the adapter to write.
+        dtype: the dtype in which floating-point tensors will be stored. Tensors that the file holds in two forms are
+            computed from the values rounded to it.
     """
     view = peft_view(denoiser, first, group, adapter)
 
@@ -63,21 +65,21 @@ def write(
 
     private, terms = private_tensors(adapter), terms_of(adapter)
     specs = {spec.name: spec for spec in group.tensors}
-    names: dict[str, Names] = {}
-    factors: dict[str, LoraFactors] = {}  # by layer or tensor, as a file names them
+    names: dict[str, FactorNames] = {}
+    factors: dict[str, LoraFactors] = {}  # by layer or tensor, as in a file
     tensors: dict[str, Tensor] = {}
     for name in [name for name in specs if name in terms]:
         lora = terms[name].as_lora()
         if lora is None:
             tensors |= {f"{PREFIX}{name}.{part}": value for part, value in terms[name].file_tensors().items()}
             continue
-        names[name] = Names(denoiser, specs[name])
+        names[name] = FactorNames(denoiser, specs[name])
         factors[names[name].key] = LoraFactors(rounded(lora.a), rounded(lora.b), lora.scaling)
     rest, exact = dict(private), set()
     for layer in view.full:
         spec = specs[f"{layer}.weight"]
         base = rounded(tensor_of(denoiser, spec.name))
-        names[spec.name] = Names(denoiser, spec)
+        names[spec.name] = FactorNames(denoiser, spec)
         factors[layer] = _full_rank(spec, rounded(private[spec.name] - base))
         if dtype is not None:
             rest[spec.name] = _product(factors[layer], base)
@@ -92,28 +94,28 @@ def write(
     with_bias = any(f"{key}.bias" in private for key in view.targets)
     for key in view.targets if with_bias else ():
         lora, of_base = factors[key], denoiser.get_submodule(key).bias
-        if not isinstance(of_base, Tensor) or f"{key}.bias" not in private:  # lora_bias is for all layers or none
+        if not isinstance(of_base, Tensor) or f"{key}.bias" not in private:  # lora_bias applies to all layers or none
             tensors[bias_name(key)] = lora.b.new_zeros(lora.b.shape[0])
             continue
         of_base, value = rounded(of_base), private[f"{key}.bias"]
         difference = tensors[bias_name(key)] = rounded((value - of_base) / lora.scaling)
         if dtype is not None or torch.equal(bias_of(of_base, difference, lora.scaling), value):
-            del rest[f"{key}.bias"]  # else kept as well, to the bit: PEFT passes over it
+            del rest[f"{key}.bias"]  # otherwise also stored exactly, since the sum is rounded; PEFT ignores it
     for name in terms.keys() & {f"{key}.weight" for key in view.whole}:
         rest[name] = _product(factors[names[name].key], rounded(tensor_of(denoiser, name)))
         exact.add(PREFIX + name)
     tensors.update({PREFIX + name: value for name, value in rest.items()})
     detached = {name: tensor.detach() for name, tensor in tensors.items()}
-    return Written(detached, frozenset(exact), _config(factors, view, with_bias), view.problem)
+    return StageFiles(detached, frozenset(exact), _config(factors, view, with_bias), view.problem)
 
 
 def _product(factors: LoraFactors, base: Tensor) -> Tensor:
-    """The stage's tensor."""
+    """Return the stage's tensor."""
     return TERMS[LORA].from_lora(factors)(base)
 
 
 def _full_rank(spec: TensorSpec, difference: Tensor) -> LoraFactors:
-    """A difference from the base as factors of full rank."""
+    """Return a difference from the base as factors of full rank."""
     (rows, columns), matrix = spec.matrix, difference.reshape(spec.matrix)
     if rows <= columns:
         return LoraFactors(matrix, torch.eye(rows).to(matrix))
@@ -129,7 +131,7 @@ def _config(factors: Mapping[str, LoraFactors], view: PeftView, with_bias: bool)
         ranks = {REFUSED: 0, **ranks}
     return LoraConfig(
         r=rank,
-        lora_alpha=cast(int, alpha),  # PEFT divides it, and takes any number
+        lora_alpha=cast(int, alpha),  # PEFT declares an int but accepts any number
         rank_pattern=ranks,
         alpha_pattern=alphas,
         lora_bias=with_bias,
@@ -140,7 +142,7 @@ def _config(factors: Mapping[str, LoraFactors], view: PeftView, with_bias: bool)
 
 
 def _alpha(factors: LoraFactors) -> int | float:
-    """The alpha that gives the scaling back, to the bit, when it is divided by the rank."""
+    """Return the alpha that, divided by the rank, gives exactly the scaling."""
     rank = len(factors.a)
     alpha = rank * factors.scaling
     for candidate in (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf)):

@@ -51,7 +51,7 @@ class Distillation(nn.Module):
         """Run both networks on a batch with the same random numbers.
 
         Args:
-            drawn: returns the batch. It is a function because DDP would copy a tuple of tensors.
+            drawn: returns the batch. It is a function because DDP takes apart the containers it knows.
             seed: seed of the random numbers of both networks.
 
         Returns:

@@ -22,7 +22,7 @@ from .distill import Distillation, Loss, check_teacher
 from .duration import Duration
 from .fit import ready_to_train
 from .supervised import Supervised
-from .trained import training_base
+from .trained import trainable_base
 from .trainer import Trainer
 
 DAMPINGS = (0.01, 0.1, 1.0)  # all are tried: small values suit small residuals, large values large residuals
@@ -65,11 +65,11 @@ def recover(
     check_teacher(teacher, converted.base)
     first = calibration.first
     with (
-        training_base(converted, network) as trained,
+        trainable_base(converted, network) as trained,
         ready_to_train(network, converted.stage_map, first, loss, teacher, seed) as (distillation, stop),
     ):
         if resume_from is None or not resume_from.exists():
-            choose_start(distillation, converted, teacher, calibration, seed, stop)
+            choose_initial_weights(distillation, converted, teacher, calibration, seed, stop)
         else:
             probes(calibration)  # drawn to keep the order of batches as in the run that is resumed
         trainer = Trainer(
@@ -88,7 +88,7 @@ def recover(
     return finished
 
 
-def choose_start(
+def choose_initial_weights(
     distillation: Distillation | Supervised,
     converted: Converted,
     teacher: nn.Module,

@@ -57,11 +57,11 @@ def check_not_empty(trained: list[TrainedTensor]) -> None:
         LoRunError: ``trained`` is empty.
     """
     if not trained:
-        raise LoRunError("there is nothing to train: the original network trains no parameter of its stages")
+        raise LoRunError("there is nothing to train: the stages have no trainable parameters")
 
 
 @contextmanager
-def training_base(converted: Converted, network: nn.Module) -> Iterator[list[TrainedTensor]]:
+def trainable_base(converted: Converted, network: nn.Module) -> Iterator[list[TrainedTensor]]:
     """Within the ``with`` block, make the base trainable; yield the tensors that recovery trains.
 
     These are the tensors of all sets, and the parameters of the base that the assembled network uses.

@@ -92,7 +92,7 @@ def test_recovery_on_the_command_line(task_file, weights, images, tmp_path, caps
 def test_mistakes_in_training_options(task_file, weights, images, tmp_path, capsys, monkeypatch) -> None:
     given = ("convert", task_file, "--weights", weights, "--out", tmp_path / "out")
     for arguments, message in (
-        (("--minutes", 3), "without --calibration"),
+        (("--minutes", 3), "need --calibration"),
         (("--calibration", images), "neither"),
         (("--calibration", images, "--minutes", 3, "--steps", 3), "both"),
         (("--calibration", images, "--minutes", -3), "above 0"),

@@ -210,7 +210,7 @@ def test_cards(made, capsys, monkeypatch) -> None:
     lorun = lorun_adapt.from_pretrained(made / "out", load_task(str(made / "my_task.py")).build())
     lorun.save_pretrained(made / "alone", adapters_only=True)
     text = (made / "alone/README.md").read_text()
-    assert "The base is elsewhere" in text and "load_adapter" in text
+    assert "This folder has no base" in text and "load_adapter" in text
 
 
 def test_images_that_cannot_be_judged_do_not_cost_the_training(made, capsys, monkeypatch) -> None:

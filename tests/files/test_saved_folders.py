@@ -212,7 +212,7 @@ def test_without_an_exchange_a_kill_between_two_renames_loses_nothing(
 
 REFUSED = "|".join(
     ["expected .*found", "cannot read .*; ", "not valid JSON: ", "no lorun_config.json in .*: ", "has an invalid .*: "]
-    + ["another hash.*: "]
+    + ["wrong hash.*: "]
 )
 
 

@@ -135,7 +135,7 @@ def set_site(key: str, value: object) -> Callable[[dict[str, Any]], None]:
 # What is done to a folder; whether its hashes are made right again; what the sentence says.
 HURT: dict[str, tuple[Callable[[Path], object], bool, str]] = {
     "truncated": (rewrite(TENSORS, lambda c: c[:-9]), True, "safetensors file, found damage"),
-    "flipped": (rewrite(TENSORS, lambda c: c[:-9] + bytes([c[-9] ^ 4]) + c[-8:]), False, "another hash"),
+    "flipped": (rewrite(TENSORS, lambda c: c[:-9] + bytes([c[-9] ^ 4]) + c[-8:]), False, "has the wrong hash"),
     "flipped_header": (rewrite(TENSORS, lambda c: c[:9] + bytes([c[9] ^ 1]) + c[10:]), True, "JSON"),
     "empty": (rewrite(TENSORS, lambda c: b""), True, "found 0 bytes"),
     "few_bytes": (rewrite(TENSORS, lambda c: c[:7]), True, "found 7 bytes"),
@@ -180,8 +180,8 @@ HURT: dict[str, tuple[Callable[[Path], object], bool, str]] = {
         True,
         r"\(rank, 8, 3, 3\)",
     ),
-    "nan": (tensors(lambda t: t[BODY].view(-1)[3].fill_(float("nan"))), True, "holds NaN or Inf"),
-    "inf_private": (tensors(lambda t: t["base_model.model.step"].fill_(float("inf"))), True, "holds NaN or Inf"),
+    "nan": (tensors(lambda t: t[BODY].view(-1)[3].fill_(float("nan"))), True, "has NaN or Inf"),
+    "inf_private": (tensors(lambda t: t["base_model.model.step"].fill_(float("inf"))), True, "has NaN or Inf"),
     "no_config": (lambda f: (f / CONFIG).unlink(), False, "adapter_config.json: No such file"),
     "config_no_json": (rewrite(CONFIG, lambda c: b"\x80\x04K\x01."), True, "not valid JSON"),
     "config_nested": (rewrite(CONFIG, lambda c: b'{"r":' * 9000 + b"1" + b"}" * 9000), True, "not valid JSON"),
@@ -216,7 +216,11 @@ HURT: dict[str, tuple[Callable[[Path], object], bool, str]] = {
     "description_a_list": (rewrite("lorun_config.json", lambda c: b"[1]"), False, "invalid 'format'"),
     "description_huge": (rewrite("lorun_config.json", lambda c: c + b" " * 2**24), False, "expected at most"),
     "edited_by_hand": (description(lambda d: d.update(network="Other")), False, "invalid 'sha256'"),
-    "newer": (description(lambda d: d.update(format=2)), False, "has the format 2, and this version reads 1: update"),
+    "newer": (
+        description(lambda d: d.update(format=2)),
+        False,
+        "has format 2, but this version reads format 1",
+    ),
     "format_true": (description(lambda d: d.update(format=True)), True, "invalid 'format'"),
     "another_class": (description(lambda d: d.update(network="Other")), True, "the class Other, found ListOfBlocks"),
     "set_elsewhere": (description(lambda d: d.update(adapters=["../../evil"])), True, "invalid 'adapters'"),
@@ -273,7 +277,7 @@ HURT_BASE: dict[str, tuple[Callable[[Path], object], bool, str]] = {
     "base_flipped": (
         rewrite("base.safetensors", lambda c: c[:-9] + bytes([c[-9] ^ 4]) + c[-8:]),
         False,
-        "another hash",
+        "has the wrong hash",
     ),
     "base_missing": (lambda f: (f / "base.safetensors").unlink(), False, "No such file"),
     "base_tensor_missing": (
@@ -290,7 +294,7 @@ HURT_BASE: dict[str, tuple[Callable[[Path], object], bool, str]] = {
     "base_nan": (
         tensors(lambda t: t["blocks.0.step"].fill_(float("nan")), "base.safetensors"),
         True,
-        "holds NaN or Inf",
+        "has NaN or Inf",
     ),
     "base_pickle": (lambda f: torch_file(f, "base.safetensors"), True, "found a pickle"),
     "base_link_out": (lambda f: link_out(f, "base.safetensors"), True, "leads out of"),
@@ -502,7 +506,7 @@ def test_no_property_of_the_network_is_run(saved: Path) -> None:
     Trap.__name__ = "ListOfBlocks"
     edit_json(saved / "lorun_config.json", set_site("module", "boom"))
     rehash(saved)
-    with pytest.raises(LoRunError, match="found no 'boom'"):
+    with pytest.raises(LoRunError, match="has no 'boom'"):
         lorun_adapt.from_pretrained(saved, Trap([Block(Denoiser()) for _ in range(4)]))
 
 

@@ -78,7 +78,7 @@ def test_noise_that_a_task_estimates() -> None:
 
 @pytest.mark.parametrize(("sigma", "arguments"), [(-1, ()), ("x", ()), (None, ()), (25, (1,))])
 def test_what_is_no_noise_level(sigma, arguments) -> None:
-    with pytest.raises(LoRunError, match="expected a sigma|are for 'auto' only"):
+    with pytest.raises(LoRunError, match="expected a sigma|takes no further arguments, only 'auto' does"):
         levels(10).select_adapter(sigma, *arguments)
 
 

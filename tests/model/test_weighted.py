@@ -100,7 +100,7 @@ def test_a_set_may_be_replaced_by_its_own_sum(lorun: LoRunModel) -> None:
         ("ab", [1, 1], "as many weights as adapters"),
         (["a", "b"], [1, float("nan")], "finite numbers"),
         (["a", "b"], [1, "2"], "finite numbers"),
-        (["a", "b"], [1e300, 1e300], "make NaN or Inf of"),
+        (["a", "b"], [1e300, 1e300], "give NaN or Inf in"),
     ],
 )
 def test_what_cannot_be_summed(lorun: LoRunModel, names, weights, message: str) -> None:
@@ -128,7 +128,7 @@ def test_whole_numbers_that_differ(tmp_path) -> None:
     counts = [lorun.adapter_of(group, site, "same").count.item() for site in group.sites]
     assert counts == [0, 1, 2, 3]
     lorun.adapter_of(group, group.sites[1], "b").count.fill_(9)
-    with pytest.raises(LoRunError, match="their whole numbers differ in 'count'"):
+    with pytest.raises(LoRunError, match="'count' holds whole numbers that differ"):
         lorun.add_weighted_adapter(["a", "b"], [0.5, 0.5], "new")
 
 

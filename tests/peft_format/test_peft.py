@@ -194,10 +194,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "grouped": (ZOO["grouped"], "2 groups"),
     "depthwise": (ZOO["depthwise"], "8 groups"),
     "list_of_raw_kernels": (ZOO["list_of_raw_kernels"], "of RawKernels"),
-    "list_of_blocks": (ZOO["list_of_blocks"], "own step"),
+    "list_of_blocks": (ZOO["list_of_blocks"], "private tensor step"),
     "attention": (ZOO["attention"], "MultiheadAttention|of Attention"),
-    "nothing_adapted": (lambda: network(lambda: Layers(nn.Linear(8, 2), nn.Linear(2, 8))), "adapts nothing"),
-    "one_layer": (lambda: network(lambda: nn.Conv2d(1, 1, 7, padding=3)), "that one layer"),
+    "nothing_adapted": (lambda: network(lambda: Layers(nn.Linear(8, 2), nn.Linear(2, 8))), "no adapted tensor"),
+    "one_layer": (lambda: network(lambda: nn.Conv2d(1, 1, 7, padding=3)), "a single layer"),
 }
 
 

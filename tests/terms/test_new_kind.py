@@ -58,6 +58,6 @@ def test_convert_swap_save_load_sum_and_merge(monkeypatch, tmp_path):
     assert torch.allclose(lorun(*y), other, atol=1e-6)
     lorun.save_pretrained(tmp_path / "saved")
     assert torch.equal(lorun_adapt.from_pretrained(tmp_path / "saved", net)(*y), lorun(*y))
-    assert "adapted by a ChannelScale, which PEFT has no form for" in (tmp_path / "saved" / "README.md").read_text()
+    assert "adapted by a ChannelScale, which PEFT cannot represent" in (tmp_path / "saved" / "README.md").read_text()
     with pytest.raises(ValueError, match="Target modules"):
         PeftModel.from_pretrained(lorun.base_denoiser(), str(tmp_path / "saved/adapters/other/stage_01"))

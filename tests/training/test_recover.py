@@ -393,7 +393,7 @@ def test_bad_arguments() -> None:
             lorun.recover(net, batches, **options)
         with pytest.raises(LoRunError, match="minutes|steps"):
             lorun_adapt.convert(net, calibration=batches, **options)
-    with pytest.raises(LoRunError, match="are for recovery: pass calibration"):
+    with pytest.raises(LoRunError, match="need calibration: pass it"):
         lorun_adapt.convert(net, rank=1, minutes=3)
     with pytest.raises(LoRunError, match="teacher"):
         lorun.recover(teacher(stages=4), batches, steps=1)
