@@ -159,6 +159,7 @@ def _loading_example(converted: Converted, adapters_only: bool) -> list[str]:
     return [
         "```python",
         "import lorun_adapt",
+        "",
         f"net = ...  # your {network}, with any weights",
         *load,
         f'lorun.set_adapter("{name}")',
@@ -174,7 +175,7 @@ def _peft_example(converted: Converted) -> list[str]:
         "To load one stage with PEFT:",
         "",
         "```python",
-        f"denoiser = lorun.base_denoiser({group!r})" if several else "denoiser = lorun.base_denoiser()",
+        f'denoiser = lorun.base_denoiser("{group}")' if several else "denoiser = lorun.base_denoiser()",
         f'PeftModel.from_pretrained(denoiser, "adapters/{first}/stage_00{"/" + group if several else ""}")',
         "```",
     ]

@@ -44,6 +44,10 @@ def find_stages(
             loop is seen.
         calls: ``{"p": 8}`` says that module ``p`` is called eight times, once in each stage.
 
+    Returns:
+        The stages, numbered from 0 in the order of the network, in one group for each repeated denoiser, with the
+        names, shapes and dtypes of their tensors.
+
     Raises:
         LoRunError: there is no repeated stage; a pattern or name matches no module; the stages named by hand differ
             in shape; the network fails on ``example_inputs``.
