@@ -165,7 +165,7 @@ class Pruning:
 
 
 def places(stage_map: StageMap, rank: int | None = None) -> list[tuple[Any, list[str]]]:
-    """Each tensor of the denoisers and its name at each stage; with a rank, only what its factors would make smaller."""
+    """Each tensor of the denoisers, and its names at the stages; with a rank, only what its factors make smaller."""
     return [
         (spec, [f"{site.module}.{spec.name}" for site in group.sites])
         for group in stage_map.groups
