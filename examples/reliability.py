@@ -354,7 +354,7 @@ def mutate_and_load(network: str, count: int, seed: int) -> tuple[Counter[tuple[
         shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}
         before = 0
         for index in range(count):
-            if index == 20:  # by then everything that a load needs is in memory
+            if index == min(20, count - 1):  # by then everything that a load needs is in memory
                 before = peak_memory()
             kind, files = _mutated(original, rng)
             if rng.random() < 0.75:

@@ -30,9 +30,7 @@ def read_images(folder: Path) -> list[Tensor]:
     images = [torch.from_numpy(np.array(Image.open(p).convert("L")))[None] / 255 for p in files]
     images = [image for image in images if min(image.shape[-2:]) >= task.patch]
     if not images:
-        raise SystemExit(
-            f"no image of {task.patch} or more pixels a side in {folder}: give a folder with larger images"
-        )
+        raise SystemExit(f"no image of {task.patch} or more pixels a side in {folder}: give larger images")
     return images
 
 
