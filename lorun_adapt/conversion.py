@@ -62,7 +62,8 @@ def convert(
         config: a PEFT ``LoraConfig`` with names relative to the denoiser. These fields are used: ``r``,
             ``lora_alpha``, ``use_rslora``, ``rank_pattern``, ``alpha_pattern``, ``target_modules``,
             ``exclude_modules``, ``target_parameters`` and ``modules_to_save`` (modules that each stage keeps as its
-            own). Another ``peft_type`` selects another kind of adapter, see ``lorun_adapt/terms``.
+            own). ``lora_bias`` is accepted without effect, since each stage has its own biases. Another ``peft_type``
+            selects another kind of adapter, see ``lorun_adapt/terms``.
         rank: instead of ``config``, the rank of all adapters; 8 by default.
         energy: instead of ``config``, the share of the residuals' energy to keep, 0 to 1. Each tensor gets the lowest
             rank that keeps it.
@@ -72,7 +73,8 @@ def convert(
         stages, example_inputs, calls: as in :func:`find_stages`.
         calibration, minutes, steps, loss, resume_from: recover the quality afterwards, as in
             :meth:`LoRunModel.recover`.
-        seed: seed of all random numbers.
+        seed: seed of the random numbers of measuring sensitivities and of recovery. Without ``calibration`` it has no
+            effect: a conversion alone is the same each time.
 
     Returns:
         The converted network with one adapter set, ``default``, in the train/eval mode of ``dun``.
@@ -162,7 +164,7 @@ def collapse(
         config = config_for_rank(DEFAULT_RANK if rank is None else rank)
     plans, kind = plan(dun, stage_map, config), kind_of(config.peft_type)
     # A tensor without a term is private to each stage, so dropping its base would save nothing.
-    stage_map = stage_map.dropping_bases({name: set(without_base) & p.terms.keys() for name, p in plans.items()})
+    stage_map = stage_map.dropping_bases({name: set(without_base) & p.settings.keys() for name, p in plans.items()})
 
     base = copy_network(dun)
     factorised = {group.name: factorise_group(dun, group, plans[group.name], kind) for group in stage_map.groups}
@@ -171,7 +173,7 @@ def collapse(
         share(base, group, factorised[group.name].base)
         for site, adapter in zip(group.sites, factorised[group.name].adapters):
             adapters[site.stage][group.name] = adapter
-    ranks = {name: {tensor: term.rank for tensor, term in planned.terms.items()} for name, planned in plans.items()}
+    ranks = {name: {tensor: setting.rank for tensor, setting in p.settings.items()} for name, p in plans.items()}
     return Converted(
         base,
         dataclasses.replace(stage_map, ranks=ranks),

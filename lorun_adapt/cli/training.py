@@ -239,7 +239,7 @@ def _compare_sets(
     for which in (other, name):
         lorun.set_adapter(which)
         with seeded(seed), lorun.assume_noise(sigma):
-            result = evaluate(spec, files, None, lorun.eval(), sigma=sigma, doing=f"restoring with {which}")
+            result = evaluate(spec, files, None, lorun.eval(), sigma=sigma, description=f"restoring with {which}")
         mean = result.mean()
         rows.append((which, f"{mean['psnr_converted']:.2f}", f"{mean['ssim_converted']:.4f}"))
     lorun.note_quality(result.quality(f"{images.resolve().name}, held out", sigma))

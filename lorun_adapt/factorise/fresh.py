@@ -37,7 +37,7 @@ def untrained_set(base: nn.Module, stage_map: StageMap, config: LoraConfig) -> A
                 if spec.common:
                     continue
                 value = tensor_of(denoiser, spec.name).detach()
-                setting = plans[group.name].terms.get(spec.name)
+                setting = plans[group.name].settings.get(spec.name)
                 if setting is None:
                     private[spec.name] = value.clone()
                 else:

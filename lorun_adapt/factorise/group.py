@@ -50,7 +50,7 @@ def factorise_group(dun: nn.Module, group: Group, planned: Plan, kind: type[Term
     if not all(bool((stack == stack[0]).all()) for stack in stacks.values()):
         denoisers = [dun.get_submodule(site.module) for site in group.sites]
         with_base = {spec.name for spec in group.tensors if not spec.without_base}
-        settings = {name: setting for name, setting in planned.terms.items() if name in with_base}
+        settings = {name: setting for name, setting in planned.settings.items() if name in with_base}
         stacks = align(group, denoisers, stacks, settings, kind, planned.kept)
     base: dict[str, Tensor] = {}
     residuals: dict[str, list[tuple[float, float]]] = {}
@@ -61,12 +61,12 @@ def factorise_group(dun: nn.Module, group: Group, planned: Plan, kind: type[Term
         if spec.common:
             continue
         stack = stacks[spec.name]
-        if spec.name not in planned.terms:
+        if spec.name not in planned.settings:
             base[spec.name] = _mean(stack)
             for own, value in zip(private, stack):
                 own[spec.name] = value.clone()
             continue
-        fitted = kind.fit(stack, spec, planned.terms[spec.name], generator=generator)
+        fitted = kind.fit(stack, spec, planned.settings[spec.name], generator=generator)
         base[spec.name] = fitted.base
         matrices = stack.reshape(len(stack), *spec.matrix)
         norms = torch.linalg.matrix_norm(matrices.to(torch.complex128 if stack.is_complex() else torch.float64))

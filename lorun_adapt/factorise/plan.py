@@ -25,11 +25,11 @@ class Plan:
     """The plan for the tensors of a group.
 
     Attributes:
-        terms: by name, the tensors that get a low-rank term.
+        settings: by name, the rank and scaling of each tensor that gets a term.
         kept: the tensors that ``modules_to_save`` keeps as they are. All others are private to each stage as well.
     """
 
-    terms: dict[str, Setting]
+    settings: dict[str, Setting]
     kept: frozenset[str]
 
 
@@ -43,7 +43,7 @@ def plan(dun: nn.Module, stage_map: StageMap, config: LoraConfig) -> dict[str, P
     >>> net = nn.Module()
     >>> net.stages = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)) for _ in range(3))
     >>> plans = plan(net, find_stages(net), LoraConfig(r=2, lora_alpha=4, target_modules=["1"]))
-    >>> next(iter(plans.values())).terms
+    >>> next(iter(plans.values())).settings
     {'1.weight': Setting(rank=2, scaling=2.0)}
 
     Returns:
@@ -65,12 +65,12 @@ def plan(dun: nn.Module, stage_map: StageMap, config: LoraConfig) -> dict[str, P
             for alias in spec.aliases
             if any(alias.startswith(f"{n}.") for n in saved)
         }
-        terms = {
-            spec.name: term
+        settings = {
+            spec.name: setting
             for spec in group.tensors
-            if spec.name not in kept and (term := matches.term(spec)) is not None
+            if spec.name not in kept and (setting := matches.setting(spec)) is not None
         }
-        plans[group.name] = Plan(terms, frozenset(kept))
+        plans[group.name] = Plan(settings, frozenset(kept))
     matches.check_all_used()
     return plans
 
@@ -96,17 +96,17 @@ class _Matches:
         self.met_saved |= met
         return bool(met)
 
-    def term(self, spec: TensorSpec) -> Setting | None:
-        """The setting of a tensor's term; None if it gets none."""
+    def setting(self, spec: TensorSpec) -> Setting | None:
+        """The setting of a tensor's term; None if the tensor gets no term."""
         for alias in spec.aliases:
             module, _, attribute = alias.rpartition(".")
             if self._parameter(alias):
                 return self._named(spec, alias)
             if check_target_module_exists(self.targets, module):
                 if not self.by_name:
-                    term = self._term(module if issubclass(spec.owner, LAYERS) else alias)
-                    smaller = spec.adaptable and self.kind.size(spec, term.rank) < spec.numel
-                    return term if smaller else None
+                    setting = self._setting(module if issubclass(spec.owner, LAYERS) else alias)
+                    smaller = spec.adaptable and self.kind.size(spec, setting.rank) < spec.numel
+                    return setting if smaller else None
                 if spec.adaptable and (not self.linear_only or issubclass(spec.owner, nn.Linear)):
                     return self._named(spec, module)
         return None
@@ -116,23 +116,25 @@ class _Matches:
         return any(name == target or name.endswith("." + target) for target in self.config.target_parameters or ())
 
     def _named(self, spec: TensorSpec, key: str) -> Setting:
-        """The term of a tensor that the config names; it gets one even if that is larger than the tensor."""
+        """The setting of a tensor that the config names; it gets a term even if that is larger than the tensor."""
         if not spec.adaptable:
             raise LoRunError(
                 f"expected a target with two dimensions or more, found {spec.name!r} of shape {spec.shape}"
                 f"{' in a recurrent layer' if issubclass(spec.owner, nn.RNNBase) else ''}: leave it out of the targets"
             )
         self.met_target = True
-        term = self._term(key)
+        setting = self._setting(key)
         limit = self.kind.highest_rank(spec)
-        if limit is not None and term.rank > limit:
-            warnings.warn(f"rank {term.rank} is above the limit of {spec.name!r}: {limit} is used", stacklevel=2)
-            term = Setting(limit, term.scaling)
-        elif self.kind.size(spec, term.rank) > spec.numel:
-            warnings.warn(f"the rank-{term.rank} term of {spec.name!r} is larger than the tensor itself", stacklevel=2)
-        return term
+        if limit is not None and setting.rank > limit:
+            warnings.warn(f"rank {setting.rank} is above the limit of {spec.name!r}: {limit} is used", stacklevel=2)
+            setting = Setting(limit, setting.scaling)
+        elif self.kind.size(spec, setting.rank) > spec.numel:
+            warnings.warn(
+                f"the rank-{setting.rank} term of {spec.name!r} is larger than the tensor itself", stacklevel=2
+            )
+        return setting
 
-    def _term(self, key: str) -> Setting:
+    def _setting(self, key: str) -> Setting:
         config = self.config
         ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
         rank = ranks.get(get_pattern_key(list(ranks), key), config.r)

@@ -362,6 +362,7 @@ class LoRunModel(nn.Module):
 
         Raises:
             LoRunError: an unknown set.
+            KeyError: a set without an adapter for the stage.
 
         >>> import lorun_adapt
         >>> from lorun_adapt.util.toy import ToyUnfoldingNet

@@ -80,6 +80,7 @@ class Report:
     relative_error: float
 
     def tables(self) -> list[Table]:
+        """Return the report as one table: a row for each stage, the shared base, all denoisers, the whole network."""
         columns = ("stage", "modules", "parameters before>", "after>", "bytes before>", "after>", "largest residual>")
         rows: list[tuple[object, ...]] = []
         for item in self.stages:

@@ -24,8 +24,8 @@ class TensorSpec:
         buffer: whether it is a persistent buffer, not a parameter.
         aliases: all its names within the denoiser, ``name`` first.
         owner: the class of the module that holds it.
-        frozen: the authors do not train it, in a network of which they train something else.
-        common: the authors tie it, or it is a constant: there is one for all stages, which is never adapted.
+        frozen: it has ``requires_grad=False`` although the network has parameters that train. It is never adapted.
+        common: all stages have the same tensor, tied or constant. It is never adapted.
         without_base: it has no base (the base is zero): each stage's low-rank term is the whole tensor.
     """
 
@@ -159,7 +159,7 @@ class StageMap:
         return {spec.name: DEFAULT_RANK for spec in group.tensors if spec.smaller(DEFAULT_RANK)}
 
     def tables(self) -> list[Table]:
-        """Return a table of the stages and, where modules are not taken, one of these."""
+        """Return a table of the stages and, if modules were skipped, a table of them."""
         rows = []
         for stage in range(len(self)):
             for group in self.groups:

@@ -23,7 +23,7 @@ BATCH_PIXELS = 16 * 33 * 33  # enough to steady a step, few enough to take many 
 
 
 def held_out_of(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Split image files into those to judge by, a fifth but at most 20, and those to train on.
+    """Split image files into held-out images (a fifth, at most 20) and images to train on.
 
     Raises:
         LoRunError: there are fewer than two images.
@@ -62,8 +62,8 @@ class Crops:
 
     Args:
         task: gives the side of a crop (``patch``), reads the images and measures the crops.
-        files: the images. Those smaller than a crop are left out, or where all are, crops are as large as fits the
-            largest.
+        files: the images. Those smaller than a crop are left out; if all are, the crop shrinks to fit the largest
+            image.
         sigma: noise on the measurements (0..255).
         seed: of the choice of crops.
         size: how many crops are in a batch; by default as many as make 17,000 pixels.

@@ -101,7 +101,7 @@ def evaluate(
     sigma: float = 0.0,
     num_parameters: int = 0,
     num_parameters_converted: int | None = None,
-    doing: str = "restoring",
+    description: str = "restoring",
 ) -> Evaluation:
     """Restore each image with both networks, from the same measurements, and score the results.
 
@@ -111,7 +111,7 @@ def evaluate(
         original, converted: the networks; None leaves one out.
         sigma: noise on the measurements (0..255).
         num_parameters, num_parameters_converted: sizes of the networks, for the report.
-        doing: what the progress bar says.
+        description: what the progress bar says.
 
     Raises:
         LoRunError: an image cannot be read or is too small for SSIM, or a function of the task fails.
@@ -128,7 +128,7 @@ def evaluate(
     20.0
     """
     scores = []
-    for path in progress(files, doing, "image", delay=2, leave=False):
+    for path in progress(files, description, "image", delay=2, leave=False):
         images = task.read(path)[None]
         check_size(images, task.border, path)
         arguments = task.measure(images, sigma)

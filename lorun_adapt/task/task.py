@@ -50,7 +50,7 @@ class Task:
         channels: the number of image channels.
         patch: the side, in pixels, of the crops to train on, and of the image that ``inspect`` runs on.
         border: how many pixels at each side the metrics leave out.
-        weights: the original network's weights, where none are given.
+        weights: the original network's weights, used when none are given.
         license: the license that the model card names.
         base_model: the repository of the Hub that holds the original network, for the model card.
 

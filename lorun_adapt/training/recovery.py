@@ -66,14 +66,14 @@ def recover(
     first = calibration.first
     with (
         trainable_base(converted, network) as trained,
-        ready_to_train(network, converted.stage_map, first, loss, teacher, seed) as (distillation, stop),
+        ready_to_train(network, converted.stage_map, first, loss, teacher, seed) as (objective, stop),
     ):
         if resume_from is None or not resume_from.exists():
-            choose_initial_weights(distillation, converted, teacher, calibration, seed, stop)
+            choose_initial_weights(objective, converted, teacher, calibration, seed, stop)
         else:
             probes(calibration)  # drawn to keep the order of batches as in the run that is resumed
         trainer = Trainer(
-            distillation,
+            objective,
             trained,
             calibration,
             duration,
@@ -89,7 +89,7 @@ def recover(
 
 
 def choose_initial_weights(
-    distillation: Distillation | Supervised,
+    objective: Distillation | Supervised,
     converted: Converted,
     teacher: nn.Module,
     calibration: Batches,
@@ -97,18 +97,18 @@ def choose_initial_weights(
     stop: threading.Event,
 ) -> None:
     """Set the weights nearest to the teacher: the current ones, or those from :func:`refit`."""
-    tensors = list(distillation.student.state_dict().values())  # they share memory with the network's tensors
+    tensors = list(objective.student.state_dict().values())  # they share memory with the network's tensors
     best, nearest = [tensor.clone() for tensor in tensors], math.inf
     try:
         batches = probes(calibration)
-        known = sensitivity_on(batches, teacher, converted.stage_map, distillation.observer, seed)
+        known = sensitivity_on(batches, teacher, converted.stage_map, objective.observer, seed)
         for damping in (None, *DAMPINGS) if known else ():
             if stop.is_set():
                 break
             if damping is not None:
                 refit(converted, teacher, known, damping)
             with torch.no_grad():
-                distance = sum(float(distillation(lambda b=batch: b, seed)[1]) for batch in batches[:2])
+                distance = sum(float(objective(lambda b=batch: b, seed)[1]) for batch in batches[:2])
             if distance < nearest:
                 best, nearest = [tensor.clone() for tensor in tensors], distance
     except KeyboardInterrupt:

@@ -23,13 +23,13 @@ MARGIN = 5.0
 
 
 @contextmanager
-def channels_last(distillation: Distillation | Supervised, batch: Batch, seed: int) -> Iterator[None]:
+def channels_last(objective: Distillation | Supervised, batch: Batch, seed: int) -> Iterator[None]:
     """Within the block, hold the convolutions' weights channels last if the networks run so on ``batch``.
 
     Afterwards the parameters are back in their original storage, with the values they have then.
     """
     kernels = {
-        id(p): p for network in distillation.networks for p in network.parameters() if p.ndim == 4 and p.is_contiguous()
+        id(p): p for network in objective.networks for p in network.parameters() if p.ndim == 4 and p.is_contiguous()
     }
     uses = Counter(p.data_ptr() for p in kernels.values())
     moved = {
@@ -47,7 +47,7 @@ def channels_last(distillation: Distillation | Supervised, batch: Batch, seed: i
     try:
         for parameter, before in moved.items():
             parameter.data = before.contiguous(memory_format=torch.channels_last)
-        if moved and not _runs(distillation, batch, seed):
+        if moved and not _runs(objective, batch, seed):
             move_back()
         yield
     finally:
@@ -59,23 +59,23 @@ def bfloat16(enabled: bool) -> AbstractContextManager[None]:
     return torch.autocast("cpu", dtype=torch.bfloat16) if enabled else nullcontext()
 
 
-def runs_in_bfloat16(distillation: Distillation | Supervised, batch: Batch, seed: int) -> bool:
+def runs_in_bfloat16(objective: Distillation | Supervised, batch: Batch, seed: int) -> bool:
     """Whether this CPU multiplies faster in bfloat16, and the networks run in it.
 
     False under ``accelerate launch``, whose own option sets the precision.
     """
-    parameters = [p for network in distillation.networks for p in network.parameters()]
+    parameters = [p for network in objective.networks for p in network.parameters()]
     if launched() or not _multiplies_in_bfloat16() or any(p.device.type != "cpu" for p in parameters):
         return False
     if any(p.dtype in (torch.float64, torch.complex128) for p in parameters):
         return False
     with bfloat16(True):
-        return _runs(distillation, batch, seed)
+        return _runs(objective, batch, seed)
 
 
-def rounding_psnr(distillation: Distillation | Supervised, batch: Batch, seed: int) -> float:
+def rounding_psnr(objective: Distillation | Supervised, batch: Batch, seed: int) -> float:
     """PSNR in dB of the reference's output in bfloat16 to its output in its own precision."""
-    observer, reference = distillation.observer, distillation.reference
+    observer, reference = objective.observer, objective.reference
     with torch.no_grad():
         target = observer.run(reference, batch, seed).final
         with bfloat16(True):
@@ -83,14 +83,14 @@ def rounding_psnr(distillation: Distillation | Supervised, batch: Batch, seed: i
     return float(psnr_to(rounded, target))
 
 
-def _runs(distillation: Distillation | Supervised, batch: Batch, seed: int) -> bool:
+def _runs(objective: Distillation | Supervised, batch: Batch, seed: int) -> bool:
     """Whether a forward and a backward succeed in the current memory format and precision."""
     try:
-        distillation(lambda: batch, seed)[0].backward()
+        objective(lambda: batch, seed)[0].backward()
     except Exception:  # an operation that doesn't support them may raise anything
         return False
     finally:
-        for parameter in distillation.student.parameters():
+        for parameter in objective.student.parameters():
             parameter.grad = None
     return True
 

@@ -56,7 +56,7 @@ class Trainer:
     """Trains some tensors of a network in place, and leaves the best of them that it saw.
 
     Args:
-        distillation: the loss to minimise.
+        objective: the loss to minimise.
         trained: the tensors to train, in an order that is the same in each run.
         calibration: the batches to train on.
         duration: how long to train.
@@ -77,7 +77,7 @@ class Trainer:
 
     def __init__(
         self,
-        distillation: Distillation | Supervised,
+        objective: Distillation | Supervised,
         trained: Sequence[TrainedTensor],
         calibration: Batches,
         duration: Duration,
@@ -93,7 +93,7 @@ class Trainer:
     ) -> None:
         self.restored = restored
         self.held_out, self.patience, self.label = list(held_out), patience, label
-        self.distillation, self.trained, self.calibration = distillation, trained, calibration
+        self.objective, self.trained, self.calibration = objective, trained, calibration
         self.duration, self.seed, self.resume_from = duration, seed, resume_from
         self.accelerator = make_accelerator()
         shapes = [tuple(item.parameter.shape) for item in trained]
@@ -105,7 +105,7 @@ class Trainer:
                     f"expected tensors of 32 bits or more to train, found {item.parameter.dtype}: convert in float32, "
                     "and save with save_pretrained(path, dtype=torch.float16) afterwards"
                 )
-        self.loss_of = self.accelerator.prepare(distillation)
+        self.loss_of = self.accelerator.prepare(objective)
         # SOAP does not support complex tensors: it trains views of them as pairs of real numbers.
         self.tensors = [_real(item.parameter) for item in trained]
         self.rates = [item.rate * max(_rms(item.parameter), MIN_RMS) for item in trained]
@@ -157,9 +157,9 @@ class Trainer:
         started = time.monotonic() - run.seconds
         with self._bar() as bar:
             if not run.step:
-                run.bfloat16 = runs_in_bfloat16(self.distillation, held_out[0], self.seed)
+                run.bfloat16 = runs_in_bfloat16(self.objective, held_out[0], self.seed)
             if run.bfloat16:
-                self._rounding = rounding_psnr(self.distillation, held_out[0], self.seed)
+                self._rounding = rounding_psnr(self.objective, held_out[0], self.seed)
             if not run.step:
                 self._check(held_out, bar)
                 if not math.isfinite(run.best):
@@ -241,7 +241,7 @@ class Trainer:
     def _check(self, held_out: Sequence[Batch], bar: tqdm) -> None:
         """Keep a copy of the tensors if they are the best so far on the held-out batches."""
         with torch.no_grad():
-            scores = [self.distillation(lambda b=batch: b, self.seed + i)[1:] for i, batch in enumerate(held_out)]
+            scores = [self.objective(lambda b=batch: b, self.seed + i)[1:] for i, batch in enumerate(held_out)]
         value, psnr = (self._mean_over_processes(sum(map(float, column)) / len(scores)) for column in zip(*scores))
         if not math.isfinite(value):
             if self.run.step:
@@ -323,7 +323,7 @@ class Trainer:
     def _restored_tensors(self) -> list[Tensor]:
         """What the start of a run may change but no step does: buffers, and tensors that the authors don't train."""
         trained = {item.parameter.data_ptr() for item in self.trained}
-        tensors = self.distillation.student.state_dict().values() if self.restored is None else self.restored
+        tensors = self.objective.student.state_dict().values() if self.restored is None else self.restored
         return [tensor for tensor in tensors if tensor.data_ptr() not in trained]
 
     def _resume(self, path: Path) -> None:

@@ -30,7 +30,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, set[bool]]]:
     step = Trainer._step
 
     def watched(self: Trainer, batch: tuple[Tensor, ...], done: float) -> float:
-        networks = self.distillation.networks
+        networks = self.objective.networks
         kernels = [p for net in networks for p in net.parameters() if p.ndim == 4 and min(p.shape[:2]) > 1]
         order = {p.is_contiguous(memory_format=torch.channels_last) for p in kernels}
         seen.append((self.run.bfloat16, order))
