@@ -71,7 +71,8 @@ def allocate(
     before = sum(parameter.numel() for parameter in dun.parameters())
     if not is_number(budget) or not 0 < budget < float("inf") or (budget >= 1 and budget != int(budget)):
         raise LoRunError(
-            f"expected a budget in parameters, or a share of them between 0 and 1, found {budget!r}: choose another"
+            f"expected a whole number of parameters, or a share between 0 and 1, found the budget {budget!r}: give "
+            "90_000 or 0.3, for example"
         )
     limit = int(budget) if budget >= 1 else int(budget * before)
     options = _options(dun, stage_map, sensitivity)
@@ -80,9 +81,10 @@ def allocate(
     without_base = {name: option for name, (_, option) in options.items()}  # the cheapest
     least = private + sum(option.base_cost + option.rank_cost for option in without_base.values())
     if limit < least:
+        hint = ", or give a share below 1: numbers of 1 and more are parameters" if 1 <= budget <= 100 else ""
         raise LoRunError(
             f"expected a budget of at least {least:,} parameters, which the network takes at rank 1, found {limit:,}: "
-            "raise it"
+            f"raise it{hint}"
         )
     with_base = {name: option for name, (option, _) in options.items()}
     chosen = max((without_base, with_base), key=lambda choice: _fill(choice, left)[0])

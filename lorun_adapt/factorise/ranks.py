@@ -25,8 +25,8 @@ def config_for_rank(rank: int) -> LoraConfig:
     4
     """
     if isinstance(rank, bool) or not hasattr(rank, "__index__") or rank < 1:
-        hint = "give the share of energy to keep as energy" if is_number(rank) and 0 < rank < 1 else "choose another"
-        raise LoRunError(f"expected a whole number of ranks of 1 or more, found {rank!r}: {hint}")
+        hint = "pass a share of energy as energy=" if is_number(rank) and 0 < rank < 1 else "give 8, for example"
+        raise LoRunError(f"expected a rank that is a whole number of 1 or more, found {rank!r}: {hint}")
     return LoraConfig(r=int(rank), lora_alpha=int(rank))
 
 

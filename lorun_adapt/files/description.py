@@ -94,7 +94,10 @@ def read_description(folder: Path, num_tensors: int | None = None) -> dict[str, 
 def description_bytes(folder: Path, num_tensors: int | None = None) -> bytes:
     """Return the bytes of the description in ``folder``; see :func:`read_description`."""
     if not os.path.isfile(folder / CONFIG_FILE):
-        raise LoRunError(f"no {CONFIG_FILE} in {folder}: give a folder that save_pretrained wrote")
+        raise LoRunError(
+            f"no {CONFIG_FILE} in {folder}: give a folder that save_pretrained wrote, or a repository of the Hub as "
+            "user/name"
+        )
     return read_file(folder, CONFIG_FILE, MAX_BYTES if num_tensors is None else 1_000_000 + 1000 * num_tensors)
 
 

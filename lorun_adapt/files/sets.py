@@ -80,7 +80,10 @@ class SetReader:
                     "the folder of the stage"
                 )
         if not os.path.isdir(path):
-            raise LoRunError(f"no folder at {path}: give a saved folder or the folder of a set")
+            raise LoRunError(
+                f"no folder at {path}: give a saved folder, the folder of a set, or a repository of the Hub as "
+                "user/name"
+            )
         saved, key = self._locate(path)
         if saved.description is not None and key == "":
             key = f"{ADAPTERS_FOLDER}/{select_set(saved.description, name, path)}"
@@ -109,8 +112,8 @@ class SetReader:
         extra = [name for name in saved.folders(key) if re.fullmatch(r"stage_\d+", name) and name not in stages]
         if extra:
             raise LoRunError(
-                f"expected {len(stage_map)} stages, found {extra[-1]} in {saved.folder / key}: it is for another "
-                "network"
+                f"expected {len(stage_map)} stages, found {extra[-1]} in {saved.folder / key}: load it on the "
+                "network that it was made for"
             )
         if saved.description is not None:
             depth = len(key.split("/"))
@@ -142,7 +145,9 @@ class SetReader:
         try:
             path = Path(os.path.abspath(path))
         except OSError as error:
-            raise LoRunError(f"cannot resolve {path}: the current directory no longer exists") from error
+            raise LoRunError(
+                f"cannot resolve {path}: the current directory no longer exists; change to an existing folder"
+            ) from error
         for root in (path, *path.parents[1:4]):  # adapters/<set>, adapters/<set>/stage_00, or a denoiser's folder in it
             key = "" if root == path else path.relative_to(root).as_posix()
             may_be_within = f"{key}/".startswith(("/", f"{ADAPTERS_FOLDER}/"))

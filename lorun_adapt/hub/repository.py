@@ -104,7 +104,8 @@ class Repository:
         for name in needed(description, key):
             if not NAMES.fullmatch(name) or name not in description["files"]:
                 raise LoRunError(
-                    f"{self.repo_id} lists {name[:100]!r}, which is not a file of a conversion: do not trust it"
+                    f"{self.repo_id} lists {name[:100]!r}, which is not a file of a conversion: use another "
+                    "repository, as this one is damaged or forged"
                 )
             digest = description["files"][name]
             self._verified(f"{root}/{name}".lstrip("/"), commit, functools.partial(_has_digest, digest))
@@ -178,7 +179,9 @@ class Repository:
                 f"no repository {name}, or it is private: check the name, and log in or pass token="
             ) from error
         except RevisionNotFoundError as error:
-            raise LoRunError(f"no revision {self.revision!r} of {self.repo_id}: name another one") from error
+            raise LoRunError(
+                f"no revision {self.revision!r} of {self.repo_id}: name a branch, tag or commit of it"
+            ) from error
         except LocalEntryNotFoundError as error:
             reason = f" ({_first_line(error.__cause__)})" if error.__cause__ is not None else ""
             raise LoRunError(
@@ -194,7 +197,10 @@ class Repository:
                 "and try again"
             ) from error
         except ValueError as error:  # huggingface_hub or the Hub refuses an argument or the card
-            raise LoRunError(f"the Hub refuses a value for {name} ({_one_line(error)}): change it") from error
+            raise LoRunError(
+                f"the Hub refuses a value for {name} ({_one_line(error)}): correct this argument, or this field "
+                "of the card"
+            ) from error
 
 
 def _commit(path: Path, name: str) -> str:

@@ -40,10 +40,14 @@ class NoiseChoice:
         """
         if sigma == "auto":
             noise_level = getattr(self.task, "noise_level", None)
-            if noise_level is None or not arguments:
-                missing = "a task with noise_level(args)" if noise_level is None else "the arguments of a forward"
+            if noise_level is None:
                 raise LoRunError(
-                    f"cannot estimate the noise without {missing}: set lorun.task, and call "
+                    "cannot estimate the noise without noise_level(args) of a task: set lorun.task to a task that has "
+                    "it, or give sigma as a number"
+                )
+            if not arguments:
+                raise LoRunError(
+                    "cannot estimate the noise without the arguments of a forward: call "
                     'select_adapter("auto", *arguments)'
                 )
             sigma = float(noise_level(tuple(arguments)))

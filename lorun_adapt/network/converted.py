@@ -153,7 +153,9 @@ class Converted:
         for stage in range(len(self.stage_map)):
             name = self.active.get(stage)
             if name is None or name not in self.sets or stage not in self.sets[name].adapters:
-                raise LoRunError(f"stage {stage} has no adapter in the set {name!r}: set another one for this stage")
+                raise LoRunError(
+                    f"stage {stage} has no adapter in the set {name!r}: activate another set in this stage"
+                )
 
     @property
     def fingerprint(self) -> str:

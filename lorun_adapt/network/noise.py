@@ -53,9 +53,10 @@ def noise_of(sigma: float | None, noise_schedule: Sequence[float] | None, num_st
         return None
     noise = as_noise(sigma if noise_schedule is None else noise_schedule, num_stages)
     if isinstance(noise, float) != (noise_schedule is None):
+        given, other = ("sigma", "noise_schedule") if noise_schedule is None else ("noise_schedule", "sigma")
         raise LoRunError(
             f"expected one number as sigma, or a sequence of {num_stages} as noise_schedule, found {noise!r} as "
-            f"{'sigma' if noise_schedule is None else 'noise_schedule'}: give it as the other"
+            f"{given}: pass it as {other}="
         )
     return noise
 

@@ -45,10 +45,10 @@ def check_config(config: LoraConfig) -> None:
     >>> check_config(LoraConfig(r=4, lora_alpha=8, target_modules=["conv1"]))
     >>> check_config(LoraConfig(lora_dropout=0.1))
     Traceback (most recent call last):
-    lorun_adapt.errors.LoRunError: lora_dropout=0.1 has no meaning in an unfolding network: leave it out
+    lorun_adapt.errors.LoRunError: convert and add_adapter do not support lora_dropout=0.1: leave it out
 
     Raises:
-        LoRunError: another kind of config, an option that has no meaning here, or a bad rank or alpha.
+        LoRunError: another kind of config, an option that is not supported, or a rank or alpha out of range.
     """
     other_kind = isinstance(config, LoraConfig) and config.peft_type in TERMS
     if type(config) is not LoraConfig and not other_kind:
@@ -59,7 +59,7 @@ def check_config(config: LoraConfig) -> None:
     for option in dataclasses.fields(LoraConfig):
         value = getattr(config, option.name)
         if option.name not in READ | LABELS and value != getattr(default, option.name):
-            raise LoRunError(f"{option.name}={value!r} has no meaning in an unfolding network: leave it out")
+            raise LoRunError(f"convert and add_adapter do not support {option.name}={value!r}: leave it out")
     for where, rank in (("r", config.r), *(config.rank_pattern or {}).items()):
         if not _is_rank(rank):
             raise LoRunError(f"expected a rank of 1 or more for {where}, found {rank!r}: choose a positive integer")

@@ -152,7 +152,7 @@ def check_size(images: Tensor, border: int, path: Path) -> None:
     if min(images.shape[-2:]) - 2 * border < WINDOW:
         raise LoRunError(
             f"expected images of at least {WINDOW + 2 * border} pixels a side, found {tuple(images.shape[-2:])} in "
-            f"{path}: remove the image"
+            f"{path}: remove the image or use a larger one"
         )
 
 

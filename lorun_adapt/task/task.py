@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from ..errors import LoRunError
 from ..util.numbers import is_whole_number
-from ..util.text import is_short
+from ..util.text import SHORT, is_short
 from .images import IMAGE_SUFFIXES, read_image
 from .weights import read_state_dict
 
@@ -254,6 +254,8 @@ def load_task(name: str) -> Task:
     except LoRunError:
         raise
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise LoRunError(f"no task module {name} ({error}): check the name, or give a .py file") from error
         raise LoRunError(
             f"cannot load the task {name}: {type(error).__name__}: {error}; see {_line_of(error)}"
         ) from error
@@ -266,7 +268,8 @@ def load_task(name: str) -> Task:
         if value is not None:
             if not is_whole_number(value, least):
                 raise LoRunError(
-                    f"expected {option} in {name} to be a whole number of at least {least}, found {value!r}: change it"
+                    f"expected {option} in {name} to be a whole number of at least {least}, found {value!r}: correct "
+                    "it in the task file"
                 )
             options[option] = value
     for option in ("license", "base_model"):
@@ -274,7 +277,8 @@ def load_task(name: str) -> Task:
         if value is not None:
             if not is_short(value):
                 raise LoRunError(
-                    f"expected {option} in {name} to be a name in one line, found {str(value)[:300]!r}: change it"
+                    f"expected {option} in {name} to be one line of at most {SHORT} characters, found "
+                    f"{str(value)[:300]!r}: correct it in the task file"
                 )
             options[option] = value
     weights = getattr(module, "weights", None)

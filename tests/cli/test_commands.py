@@ -120,7 +120,7 @@ def test_the_same_seed_the_same_noise(task_file, weights, images, capsys, monkey
     "arguments, message",
     [
         (["inspect", "nothing.py"], "no task file at nothing.py"),
-        (["inspect", "no.such.module"], "ModuleNotFoundError"),
+        (["inspect", "no.such.module"], "no task module no.such.module (No module named 'no'): check the name"),
         (["inspect", "{task}", "--weights", "nothing.pth"], "no weights file at nothing.pth"),
         (["inspect", "{task}", "--stages", "fcs.*"], "matches 'fcs.*'"),
         (["convert", "{task}", "--out", "x"], "no weights for"),

@@ -250,7 +250,10 @@ def test_what_the_hub_or_its_client_does_not_take(hub: HubServer, lorun: LoRunMo
     known = [(method, pattern, f) for method, pattern, f in ROUTES if "validate-yaml" not in pattern.pattern]
     pattern = next(pattern for _, pattern, _ in ROUTES if "validate-yaml" in pattern.pattern)
     monkeypatch.setattr(hub_server, "ROUTES", [*known, ("POST", pattern, refuse)])
-    with pytest.raises(LoRunError, match='the Hub refuses .*"license" must be one of.*or other.: change it') as caught:
+    with pytest.raises(
+        LoRunError,
+        match='the Hub refuses .*"license" must be one of.*or other.: correct this argument, or this field of the card',
+    ) as caught:
         lorun.push_to_hub("alice/net", token="alice-token")
     assert "\n" not in str(caught.value)
 

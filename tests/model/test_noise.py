@@ -63,7 +63,7 @@ def test_the_set_for_a_noise_level() -> None:
 def test_noise_that_a_task_estimates() -> None:
     lorun = levels(10, 50)
     for arguments in ((), BATCH):
-        with pytest.raises(LoRunError, match="a task with noise_level"):
+        with pytest.raises(LoRunError, match=r"noise_level\(args\) of a task: set lorun.task"):
             lorun.select_adapter("auto", *arguments)
     lorun.task = SimpleNamespace(noise_level=lambda args: 50 * float(args[0].max() > 1))
     with pytest.raises(LoRunError, match="the arguments of a forward"):

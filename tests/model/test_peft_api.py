@@ -69,7 +69,7 @@ def test_an_added_adapter_adds_nothing_until_it_trains(name: str) -> None:
     assert not torch.equal(lorun(*case.inputs), base)
     with pytest.raises(LoRunError, match="'new' already"):
         lorun.add_adapter("new", LoraConfig())
-    with pytest.raises(LoRunError, match="no meaning"):
+    with pytest.raises(LoRunError, match="do not support lora_dropout=0.5"):
         lorun.add_adapter("other", LoraConfig(lora_dropout=0.5))
     assert lorun.adapter_names == ["default", "new"]
 
