@@ -1,9 +1,9 @@
-"""How long a conversion takes, what low-rank terms cost at inference, and how fast adapter sets are swapped.
+"""Measure how long a conversion takes, what low-rank terms cost at inference, and how fast adapter sets are swapped.
 
     python examples/benchmark.py
 
-Times are medians of runs that alternate between the plain and the converted network; only their
-ratios carry over to another machine.
+Times are medians of runs that alternate between the original and the converted network. Only their ratios carry over
+to another machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorun_adapt import convert
 
 
 class Stage(nn.Module):
-    """An ISTA iteration as in the reference network, for masked images of any size and with more layers at will."""
+    """An ISTA iteration as in the reference network, for masked images of any size, with any number of layers."""
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def main() -> None:
         y = mask * torch.rand(1, 1, size, size)
         with torch.inference_mode():
             plain, converted = medians([partial(net, y, mask), partial(lorun, y, mask)], repeats)
-        ratio = f"{converted / plain:.3f} times the plain network ({1000 * plain:.1f} ms)"
+        ratio = f"{converted / plain:.3f} times the original network ({1000 * plain:.1f} ms)"
         print(f"inference at 64 channels, {size}x{size}, {torch.get_num_threads()} threads: {ratio}")
 
 

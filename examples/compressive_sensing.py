@@ -7,11 +7,11 @@ iterative shrinkage-thresholding algorithm) for
 
 where A measures each 33x33 block with the same 272 random vectors. Its stages follow ISTA-Net+
 (Zhang and Ghanem, arXiv:1706.07929, equations 10 to 13): a gradient step, then soft-thresholding
-between two learned transforms. Other than there, the transforms see the whole image and not one
+between two learned transforms. Unlike there, the transforms see the whole image instead of one
 block at a time, so that block borders are restored with their surroundings.
 
-Use it with ``lorun-adapt inspect examples/compressive_sensing.py``; what a task file must hold is
-in ``lorun_adapt/guides/your_network.md``.
+Try it with ``lorun-adapt inspect examples/compressive_sensing.py``. What a task file must define is
+described in ``lorun_adapt/guides/your_network.md``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BLOCK = 33
 RATIO = 0.25
 STAGES = 9
 CHANNELS = 32
-QUIET = 100  # of the 272 measurements, turned so that there is little but noise in these
+QUIET = 100  # directions, of 272, in which measurements hold little but noise
 
 channels = 1
 patch = 3 * BLOCK
@@ -40,8 +40,8 @@ license = "apache-2.0"
 def sampling_matrix() -> Tensor:
     """The 272 orthonormal measurement vectors as rows, shape (272, 1089).
 
-    Made, not stored: numpy promises that ``RandomState`` never changes its stream, and the signs
-    that a QR decomposition leaves open are fixed.
+    They are computed, not stored: numpy promises that ``RandomState`` never changes its stream, and
+    the signs that a QR decomposition leaves open are fixed here.
     """
     pixels = BLOCK * BLOCK
     gaussian = np.random.RandomState(0).standard_normal((pixels, int(RATIO * pixels)))
@@ -50,8 +50,7 @@ def sampling_matrix() -> Tensor:
 
 
 def covariance(correlation: float = 0.9) -> Tensor:
-    """Of the pixels of a block, (1089, 1089): neighbours correlate as in a first-order Markov process, and the mean
-    is unknown."""
+    """The covariance of a block's pixels, (1089, 1089): a first-order Markov process of unknown mean."""
     line = correlation ** (torch.arange(BLOCK)[:, None] - torch.arange(BLOCK)).abs().double()
     return torch.kron(line, line) + 10.0
 
@@ -100,7 +99,7 @@ class Stage(nn.Module):
 
 
 class UnfoldedISTA(nn.Module):
-    """Nine stages, each with weights of its own.
+    """Nine stages, each with its own weights.
 
     ``forward(y)`` takes measurements of shape (B, 272, H / 33, W / 33) and returns images of
     shape (B, 1, H, W) with values around [0, 1].

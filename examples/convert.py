@@ -1,4 +1,4 @@
-"""Convert the reference network to one base and an adapter for each stage, and recover its quality.
+"""Convert the reference network into one base and an adapter per stage, recover its quality, and save it.
 
 python examples/convert.py IMAGES --minutes 6 --out my-net-lorun
 """
@@ -9,21 +9,19 @@ import argparse
 from pathlib import Path
 
 import lorun_adapt
-from lorun_adapt.task.crops import Crops
-from lorun_adapt.task.task import load_task
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("images", type=Path, help="folder of images to measure; there is no need of others")
-parser.add_argument("--minutes", type=float, default=6.0)
-parser.add_argument("--out", type=Path, required=True)
+parser.add_argument("images", type=Path, help="folder of images to measure")
+parser.add_argument("--minutes", type=float, default=6.0, help="how long to recover")
+parser.add_argument("--out", type=Path, required=True, help="folder to save to")
 args = parser.parse_args()
 
-task = load_task(str(Path(__file__).with_name("compressive_sensing.py")))
+task = lorun_adapt.load_task(str(Path(__file__).with_name("compressive_sensing.py")))
 net = task.build()
 task.load_weights(net, None)
 print(lorun_adapt.find_stages(net))
 
-measurements = Crops(task, task.images(args.images))  # or any iterable of the forward's arguments
+measurements = lorun_adapt.Crops(task, task.images(args.images))  # or any iterable of the forward's arguments
 lorun = lorun_adapt.convert(net, rank=8, calibration=measurements, minutes=args.minutes)
 print(lorun.report())
 lorun.save_pretrained(args.out)  # lorun.push_to_hub("user/name") shares it

@@ -1,4 +1,4 @@
-"""Download a conversion of the reference network from the Hub, and restore a photograph with each of its sets.
+"""Download a conversion of the reference network from the Hub, and restore a photograph with each adapter set.
 
 python examples/download.py user/name
 """
@@ -12,15 +12,13 @@ import torch
 from skimage.data import camera
 
 import lorun_adapt
-from lorun_adapt.task.evaluate import psnr
-from lorun_adapt.task.task import load_task
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("repository", help="of the Hub, as user/name; or a folder")
+parser.add_argument("repository", help="repository on the Hub, as user/name, or a folder")
 parser.add_argument("--revision", help="branch, tag or commit")
 args = parser.parse_args()
 
-task = load_task(str(Path(__file__).with_name("compressive_sensing.py")))
+task = lorun_adapt.load_task(str(Path(__file__).with_name("compressive_sensing.py")))
 lorun = lorun_adapt.from_pretrained(args.repository, task.build(), revision=args.revision).eval()
 
 image = torch.from_numpy(camera())[None, None, 100:300, 150:350] / 255
@@ -28,4 +26,4 @@ measurements = task.measure(image)
 for name in lorun.adapter_names:
     lorun.set_adapter(name)
     restored = task.run(lorun, measurements, image)
-    print(f"{name}: {psnr(restored[0], image[0]):.2f} dB, for a sigma of {lorun.adapter_info[name].sigma}")
+    print(f"{name}: {lorun_adapt.psnr(restored[0], image[0]):.2f} dB, for a sigma of {lorun.adapter_info[name].sigma}")

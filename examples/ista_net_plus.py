@@ -1,12 +1,12 @@
 """Task file for the published ISTA-Net+ (Zhang and Ghanem, arXiv:1706.07929).
 
-The weights and matrices are the authors'. Put them into one folder and name it in the environment:
+The weights and matrices are the authors'. Put them into one folder, and set the environment variable to it:
 
     export ISTA_NET_PLUS=.../cs25      # net_params_200.pkl, phi_0_25_1089.mat, Initialization_Matrix_25.mat
     lorun-adapt inspect examples/ista_net_plus.py
 
-The network restores blocks of 33x33 pixels, each by itself. It holds its kernels as parameters,
-without a single convolution layer, and was saved through ``nn.DataParallel``.
+The network restores each block of 33x33 pixels by itself. Its kernels are plain parameters, not convolution
+layers, and its checkpoint was saved through ``nn.DataParallel``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class BasicBlock(nn.Module):
         code = F.conv2d(F.relu(F.conv2d(d, self.conv1_forward, padding=1)), self.conv2_forward, padding=1)
         sparse = code.sign() * F.relu(code.abs() - self.soft_thr)
         restored = r + F.conv2d(self._backward(sparse), self.conv_G, padding=1)
-        # The symmetry loss is for training alone, and would cost half as much again.
+        # The symmetry loss is needed only in training, and would make a forward half as long again.
         return restored.view(-1, BLOCK * BLOCK), self._backward(code) - d if self.training else None
 
     def _backward(self, code: Tensor) -> Tensor:

@@ -1,72 +1,45 @@
-"""Adapters for noisy measurements against fine-tuning the whole network for them, as Markdown tables.
+"""Compare adapters for noisy measurements with fine-tuning the whole network, as Markdown tables.
 
     python examples/noise_levels.py examples/ista_net_plus.py IMAGES --converted DIR --judge OTHERS --minutes 5
 
-For each noise level the original network, as a whole, and adapters of its conversion in DIR, on the frozen
-base, train in equal time on the same crops of IMAGES, with the same optimiser, schedule, loss and held-out images,
-and are judged on OTHERS. Then the set for the middle level is left out, and what stands between those for the
-lowest and the highest is judged in its place.
+For each noise level, the original network trains as a whole, and a new adapter set of its conversion in DIR trains on
+the frozen base: for the same time, on the same crops of IMAGES, with the same optimiser, schedule, loss and held-out
+images. Both are judged on OTHERS. Then the set for the middle level is left out, and the set that select_adapter
+interpolates between the lowest and the highest is judged in its place.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import lorun_adapt
-from lorun_adapt.network.batches import Batches
-from lorun_adapt.network.observe import Observer
-from lorun_adapt.task.crops import Crops, held_out_of
-from lorun_adapt.task.evaluate import evaluate
-from lorun_adapt.task.task import Task, load_task
-from lorun_adapt.training.duration import Duration
-from lorun_adapt.training.finetune import PATIENCE
-from lorun_adapt.training.speed import channels_last
-from lorun_adapt.training.supervised import Supervised
-from lorun_adapt.training.trained import PRIVATE, TrainedTensor
-from lorun_adapt.training.trainer import Trainer, interruptible
-from lorun_adapt.util.modules import copy_network
-from lorun_adapt.util.seeds import seeded
+from lorun_adapt import Crops, LoRunModel, Task, evaluate, fit, from_pretrained, held_out_of, load_task
 
-DENSE = 0.02  # learning rate of the original's kernels, relative to their size, as that of the factors
+KERNEL, SMALL = 0.02, 0.01  # learning rates relative to the size of a tensor's values, as finetune has them
+PATIENCE = 10  # checks without a better one, as in finetune
 
 
 def train_whole(net: nn.Module, crops: Crops, judged: Crops, minutes: float) -> nn.Module:
-    """All of the original network, as ``finetune`` trains adapters."""
-    net = copy_network(net).eval().requires_grad_(True)
-    rates = [TrainedTensor(p, DENSE if p.ndim > 1 and p.numel() > 1000 else PRIVATE) for p in net.parameters()]
-    with seeded(0), interruptible() as stop:
-        batches = Batches(crops)
-        supervised = Supervised(net, Observer(net, lorun_adapt.find_stages(net), batches.first), crops.loss)
-        with channels_last(supervised, batches.first, 0):
-            trainer = Trainer(
-                supervised,
-                rates,
-                batches,
-                Duration(minutes),
-                seed=0,
-                resume_from=None,
-                run_id="",
-                held_out=judged.some(),
-                patience=PATIENCE,
-                label="fine-tuning the original",
-            )
-            if not trainer.train(stop):
-                raise KeyboardInterrupt
+    """Train all of the original network, as ``finetune`` trains adapters."""
+    net = copy.deepcopy(net).requires_grad_(True)
+    rates = [(p, KERNEL if p.ndim > 1 and p.numel() > 1000 else SMALL) for p in net.parameters()]
+    if not fit(net, crops, rates, loss=crops.loss, minutes=minutes, held_out=judged.some(), patience=PATIENCE):
+        raise KeyboardInterrupt
     return net
 
 
 def psnr(task: Task, files: list[Path], net: nn.Module, sigma: float) -> float:
-    with seeded(0):  # the same noise for all
-        return evaluate(task, files, net.eval(), None, sigma=sigma).mean()["psnr"]
+    torch.manual_seed(0)  # the same noise for all
+    return evaluate(task, files, net.eval(), None, sigma=sigma).mean()["psnr"]
 
 
-def set_bytes(lorun: lorun_adapt.LoRunModel, name: str) -> int:
-    """Of the set's tensors as files, in float16."""
+def set_bytes(lorun: LoRunModel, name: str) -> int:
+    """The size of the set's files in float16."""
     with tempfile.TemporaryDirectory() as folder:
         lorun.save_pretrained(folder, dtype=torch.float16)
         return sum(file.stat().st_size for file in Path(folder, "adapters", name).rglob("*.safetensors"))
@@ -87,7 +60,7 @@ def main() -> None:
     task = load_task(args.task)
     net = task.build()
     task.load_weights(net, args.weights)
-    lorun = lorun_adapt.from_pretrained(args.converted, net)
+    lorun = from_pretrained(args.converted, net)
     files, (kept, trained) = task.images(args.judge), held_out_of(task.images(args.images))
 
     starts, ends = {}, {}
@@ -96,9 +69,7 @@ def main() -> None:
         starts[sigma] = psnr(task, files, lorun, sigma)
         crops, judged = (Crops(task, part, sigma=sigma) for part in (trained, kept))
         name = f"sigma{sigma:g}"
-        if not lorun.finetune(
-            crops, name, noise_schedule=sigma, minutes=args.minutes, loss=crops.loss, held_out=judged.some()
-        ):
+        if not lorun.finetune(crops, name, sigma=sigma, minutes=args.minutes, loss=crops.loss, held_out=judged.some()):
             raise KeyboardInterrupt
         ends[sigma] = psnr(task, files, lorun, sigma)
     if args.out is not None:

@@ -1,10 +1,10 @@
-"""What damaged and hostile folders, and killed processes, do to a converted network: nothing.
+"""Show that damaged and hostile folders, and killed processes, do no harm to a converted network.
 
     python examples/reliability.py [--mutations 10000] [--kills 200] [--seed 0]
 
-makes mutated folders from real ones and loads each, then kills saves and loads at random moments,
-and prints the tables of examples/README.md. It ends with exit code 1 if anything but a load or a
-``LoRunError`` came of a folder, or anything but a whole folder of a kill.
+The script mutates saved folders and loads each, then kills saves and loads at random moments, and prints the tables of
+examples/README.md. Its exit code is 1 if a mutated folder did anything but load or raise a ``LoRunError``, or if a
+killed save or load left anything but a whole folder.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import struct
@@ -33,14 +34,11 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from lorun_adapt import LoRunError, LoRunModel, convert, from_pretrained
-from lorun_adapt.cli.demo import shipped
-from lorun_adapt.files.description import as_text
-from lorun_adapt.files.layout import CONFIG_FILE
-from lorun_adapt.network.assemble import dense_tensors
-from lorun_adapt.task.task import load_task
+from lorun_adapt import LoRunError, LoRunModel, convert, from_pretrained, load_task
 
+CONFIG_FILE = "lorun_config.json"  # holds the hash of every file, and one of itself
 MEMORY = 128 * 2**20  # bytes that no folder may make a process grow by
+SENTENCE = re.compile(r"[^\n]+[:;] [^\n]+")  # one line: what is wrong and where, then what to do
 Files = dict[str, "bytes | None"]  # None: no such file
 
 
@@ -48,7 +46,7 @@ Files = dict[str, "bytes | None"]  # None: no such file
 
 
 class Norms(nn.Module):
-    """A stage of convolutions, norms and a linear layer: most kinds of tensor that a folder holds."""
+    """A stage of convolutions, norms and a linear layer, with most kinds of tensor that a folder can hold."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +74,7 @@ class Unfolded(nn.Module):
 
 def reference() -> tuple[nn.Module, tuple[Any, ...]]:
     """The first three stages of the reference network."""
-    task = load_task(str(shipped("examples/compressive_sensing.py")))
+    task = load_task(str(Path(__file__).with_name("compressive_sensing.py")))
     whole = task.build()
     task.load_weights(whole, None)
     net = task.module.UnfoldedISTA(stages=3)
@@ -102,7 +100,7 @@ HOSTILE: list[Any] = [
 
 
 def _part(value: Any, rng: random.Random) -> tuple[Any, Any]:
-    """A place within a JSON value: (what holds it, its key)."""
+    """A random place within a JSON value: (its container, its key)."""
     holder, key = [value], 0
     while True:
         held = holder[key]
@@ -275,29 +273,35 @@ MUTATIONS: dict[str, Callable[[Files, random.Random], None]] = {
 
 
 def _mutated(original: Files, rng: random.Random) -> tuple[str, Files]:
-    """A kind of mutation, and what it has made of the original."""
+    """A random kind of mutation, and the mutated files."""
     kind, files = rng.choice(sorted(MUTATIONS)), dict(original)
     while files == original:
         for _ in range(rng.choice((1, 1, 1, 2))):
             try:
                 MUTATIONS[kind](files, rng)
             except Exception:
-                pass  # what the first one has made can't be taken apart for a second
+                pass  # the first mutation may leave nothing that a second one can parse
             files = {name: content for name, content in files.items() if content is not None}
     return kind, files
 
 
+def digest(description: dict[str, Any]) -> str:
+    """The hash of a description without its own."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
 def rehash(files: Files, original: Files) -> None:
-    """Make the hashes right again, as whoever means harm would, so that the checks behind them are met."""
+    """Correct the hashes, as an attacker would, so that loading gets past them to the checks behind."""
     try:
         description = json.loads(files[CONFIG_FILE] or b"")
         description.pop("sha256", None)
         for name, content in files.items():
             if content is not None and content is not original.get(name) and name in description["files"]:
                 description["files"][name] = hashlib.sha256(content).hexdigest()
-        files[CONFIG_FILE] = as_text(description).encode()
+        description["sha256"] = digest(description)
+        files[CONFIG_FILE] = json.dumps(description, indent=2).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass  # the description itself is not to be read
+        pass  # the description cannot be parsed
 
 
 # --- loading -------------------------------------------------------------------------------------
@@ -308,27 +312,21 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def check_loaded(folder: Path, loaded: LoRunModel, shapes: dict[str, torch.Size], whole: bool) -> str | None:
-    """What is wrong with something that loaded: None."""
+    """Say what is wrong with a conversion that loaded, or None."""
     description = json.loads((folder / CONFIG_FILE).read_text())
-    for name, digest in description["files"].items():
+    for name, expected in description["files"].items():
         needed = name.endswith((".safetensors", ".json")) and (whole or name != "base.safetensors")
-        if needed and hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+        if needed and hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
             return f"{name} has another hash"
-    rest = {key: value for key, value in description.items() if key != "sha256"}
-    if hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest() != description["sha256"]:
+    if description.pop("sha256") != digest(description):
         return "the description has another hash"
-    for group in loaded.stage_map.groups:
-        for site in group.sites:
-            denoiser = loaded.base.get_submodule(site.module)
-            adapter = loaded.adapter_of(group, site, None if whole else "other")
-            for name, tensor in dense_tensors(denoiser, group, adapter).items():
-                if tensor.shape != shapes[f"{site.module}.{name}"]:
-                    return f"{name} of shape {tuple(tensor.shape)}"
-    return None
+    merged = loaded.merge_and_unload() if whole else loaded.merge_and_unload(adapter_names=["other"])
+    found = {name: tensor.shape for name, tensor in merged.state_dict().items()}
+    return None if found == shapes else f"tensors of other shapes: {set(found.items()) ^ set(shapes.items())}"
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held so far."""
+    """The peak memory of this process so far, in bytes."""
     try:
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.partition("VmHWM:")[2].split()[0])
@@ -337,7 +335,7 @@ def peak_memory() -> int:
 
 
 def mutate_and_load(network: str, count: int, seed: int) -> tuple[Counter[tuple[str, str]], list[str], int]:
-    """Outcomes by kind, what went wrong, and by how many bytes the process grew."""
+    """Outcomes by kind of mutation, what went wrong, and by how many bytes the process grew."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rng = random.Random(f"{network} {seed}")
@@ -356,7 +354,7 @@ def mutate_and_load(network: str, count: int, seed: int) -> tuple[Counter[tuple[
         shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}
         before = 0
         for index in range(count):
-            if index == 20:  # by then all that a load needs is there
+            if index == min(20, count - 1):  # by then everything that a load needs is in memory
                 before = peak_memory()
             kind, files = _mutated(original, rng)
             if rng.random() < 0.75:
@@ -378,7 +376,7 @@ def mutate_and_load(network: str, count: int, seed: int) -> tuple[Counter[tuple[
                     lorun.delete_adapter("other")
             except LoRunError as error:
                 outcomes[kind, "refused"] += 1
-                if not str(error).startswith("expected ") or ", found " not in str(error) or "\n" in str(error):
+                if not SENTENCE.fullmatch(str(error)):
                     wrong.append(f"seed {seed}, {index}, {kind}: no sentence: {error}")
             except BaseException as error:
                 outcomes[kind, "crashed"] += 1
@@ -395,7 +393,7 @@ def mutate_and_load(network: str, count: int, seed: int) -> tuple[Counter[tuple[
 def _put(path: Path, content: bytes | None) -> None:
     if content is None:
         path.unlink(missing_ok=True)
-        while not any(path.parent.iterdir()):  # a folder that only a mutation needed
+        while not any(path.parent.iterdir()):  # a folder that only the mutation had made
             path = path.parent
             path.rmdir()
     else:
@@ -407,7 +405,7 @@ def _put(path: Path, content: bytes | None) -> None:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """How long ``work`` takes in another process, as it does in :func:`_killed`."""
+    """The median time that ``work`` takes in another process, as in :func:`_killed`."""
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -421,7 +419,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _killed(work: Callable[[], object], seconds: float, rng: random.Random) -> bool:
-    """Do ``work`` in another process and kill it at a random moment; whether it was killed in time."""
+    """Do ``work`` in another process, kill it at a random moment, and return whether that was before it ended."""
     child = os.fork()
     if child == 0:
         try:
@@ -434,7 +432,7 @@ def _killed(work: Callable[[], object], seconds: float, rng: random.Random) -> b
 
 
 def kill(count: int, seed: int) -> tuple[Counter[str], list[str]]:
-    """Kill ``count`` saves over an existing folder, and as many loads of it."""
+    """Kill ``count`` saves over an existing folder, and as many loads of it; return counts, and what went wrong."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rng = random.Random(seed)
@@ -479,7 +477,7 @@ def kill(count: int, seed: int) -> tuple[Counter[str], list[str]]:
 
 
 def measure(mutations: int, kills: int, seed: int) -> tuple[Counter[tuple[str, str]], int, Counter[str], list[str]]:
-    """Outcomes by kind of mutation, bytes that a process grew by, what became of kills, and what went wrong."""
+    """Outcomes by kind of mutation, bytes that a process grew by, results of the kills, and what went wrong."""
     tenth = -(-mutations // 10)
     jobs = [("reference", tenth, seed), ("norms", 4 * tenth, seed), ("norms", 5 * tenth, seed + 1)]
     outcomes: Counter[tuple[str, str]] = Counter()

@@ -1,4 +1,4 @@
-"""What conversion alone costs: rank, size, error and quality of a network, as a Markdown table.
+"""Print what conversion alone costs, as a Markdown table: size, error and quality of a network at several ranks.
 
 python examples/table_of_ranks.py examples/ista_net_plus.py IMAGES
 """
@@ -9,10 +9,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from lorun_adapt import convert
-from lorun_adapt.disk.folder import tensor_bytes
-from lorun_adapt.task.evaluate import evaluate
-from lorun_adapt.task.task import load_task
+from lorun_adapt import convert, evaluate, load_task
 
 
 def main() -> None:
@@ -37,7 +34,7 @@ def main() -> None:
         report = lorun.report()
         with tempfile.TemporaryDirectory() as folder:
             lorun.save_pretrained(folder)
-            size = tensor_bytes(Path(folder))
+            size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
         psnr = evaluate(task, files, None, lorun).mean()["psnr_converted"]
         print(
             f"| {rank} | {report.network_after.num_parameters:,} | {size:,} "

@@ -2,9 +2,9 @@
 
     python examples/train_compressive_sensing.py IMAGES --minutes 60 --bf16
 
-The weights beside the script were made this way on two CPU cores, from the 400 grey images of the
-Berkeley segmentation set that DnCNN was trained on. The run keeps a checkpoint beside its output
-and goes on from there when it is started again.
+The weights beside the script were trained this way on two CPU cores, on the 400 grey images of the
+Berkeley segmentation set that DnCNN was trained on. The script keeps a checkpoint beside its output
+and resumes from it when it is started again.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def read_images(folder: Path) -> list[Tensor]:
     images = [torch.from_numpy(np.array(Image.open(p).convert("L")))[None] / 255 for p in files]
     images = [image for image in images if min(image.shape[-2:]) >= task.patch]
     if not images:
-        raise SystemExit(f"expected images of at least {task.patch} pixels a side in {folder}")
+        raise SystemExit(f"no image of {task.patch} or more pixels a side in {folder}: give larger images")
     return images
 
 
 def random_patches(images: list[Tensor], count: int) -> Tensor:
-    """Crops of (count, 1, 99, 99), turned and mirrored at random."""
+    """Random crops (count, 1, 99, 99), rotated and mirrored at random."""
     patches = []
     for _ in range(count):
         image = images[torch.randint(len(images), ()).item()]

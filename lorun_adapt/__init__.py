@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .task.crops import Crops, held_out_of
     from .task.evaluate import evaluate, psnr, ssim
     from .task.task import Task, load_task
+    from .training.fit import fit
 
 __all__ = [
     "AdapterInfo",
@@ -37,6 +38,7 @@ __all__ = [
     "convert",
     "evaluate",
     "find_stages",
+    "fit",
     "from_pretrained",
     "held_out_of",
     "load_task",
@@ -58,6 +60,7 @@ _MODULES = {
     "convert": "conversion",
     "evaluate": "task.evaluate",
     "find_stages": "stages.find",
+    "fit": "training.fit",
     "from_pretrained": "model.pretrained",
     "held_out_of": "task.crops",
     "load_task": "task.task",

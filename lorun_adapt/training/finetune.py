@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import operator
 import time
 import warnings
 from collections.abc import Iterable, Sequence, Sized
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import LoRunError
-from ..network.batches import Batches, is_finite
+from ..network.batches import Batches
 from ..network.converted import AdapterSet, Converted
-from ..network.observe import Observer
 from ..stages.stage_map import StageMap
 from ..stages.tensors import outside_parameters
 from ..util.fingerprint import fingerprint_of
-from ..util.modules import evaluating
 from ..util.seeds import seeded
-from .distill import Distillation, Loss, check_teacher
+from .distill import Loss, check_teacher
 from .duration import Duration
-from .speed import channels_last
-from .supervised import Supervised
+from .fit import check_target, finite_batches, ready_to_train
 from .trained import check_not_empty, tensors_to_train
-from .trainer import HELD_OUT, Trainer, interruptible
+from .trainer import HELD_OUT, Trainer
 
 TERM_RATE = 0.02  # relative learning rate of terms; lower than for recovery, since they start from a trained set
 PATIENCE = 10  # training ends after this many checks of the held-out batches (of 25) without improvement
@@ -64,32 +59,18 @@ def finetune(
         True if training finished, False if Ctrl-C stopped it.
     """
     started = time.monotonic()
-    if loss is None and teacher is None:
-        raise LoRunError("there is nothing to minimise: give loss= for batches with ground truth, or teacher=")
+    check_target(loss, teacher)
     with seeded(seed):
         kept, stream = _split(batches) if held_out is None else (held_out, batches)
         training = Batches(stream)
-        count = operator.length_hint(kept, HELD_OUT)
-        judged = [batch for batch in itertools.islice(Batches(kept), count) if is_finite(batch)]
-    if not judged:
-        raise LoRunError("all held-out batches have NaN or Inf: pass others")
+        judged = finite_batches(kept)
     held = converted.sets[adapter_name]
     trained = tensors_to_train(held, TERM_RATE)
     check_not_empty(trained)
     initial = _tensors_of(held)
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(network))
-        objective: Distillation | Supervised
-        if teacher is not None:
-            check_teacher(teacher, converted.base)
-            stack.enter_context(evaluating(teacher))
-            objective = Distillation(network, teacher, Observer(teacher, converted.stage_map, training.first), loss)
-        else:
-            assert loss is not None
-            objective = Supervised(network, Observer(network, converted.stage_map, training.first), loss)
-        stop = stack.enter_context(interruptible())
-        stack.enter_context(channels_last(objective, training.first, seed))
-        stack.enter_context(seeded(seed))
+    if teacher is not None:
+        check_teacher(teacher, converted.base)
+    with ready_to_train(network, converted.stage_map, training.first, loss, teacher, seed) as (objective, stop):
         trainer = Trainer(
             objective,
             trained,

@@ -16,15 +16,14 @@ from ..factorise.refit import refit
 from ..factorise.weigh import probes, sensitivity_on
 from ..network.batches import Batches
 from ..network.converted import Converted
-from ..network.observe import Observer
 from ..util.fingerprint import fingerprint_of
-from ..util.modules import distinct_tensors, evaluating
-from ..util.seeds import seeded
+from ..util.modules import distinct_tensors
 from .distill import Distillation, Loss, check_teacher
 from .duration import Duration
-from .speed import channels_last
+from .fit import ready_to_train
+from .supervised import Supervised
 from .trained import trainable_base
-from .trainer import Trainer, interruptible
+from .trainer import Trainer
 
 DAMPINGS = (0.01, 0.1, 1.0)  # all are tried: small values suit small residuals, large values large residuals
 
@@ -64,32 +63,33 @@ def recover(
         )
     started = time.monotonic()
     check_teacher(teacher, converted.base)
-    with evaluating(teacher), evaluating(network), trainable_base(converted, network) as trained:
-        observer = Observer(teacher, converted.stage_map, calibration.first)
-        distillation = Distillation(network, teacher, observer, loss)
-        with interruptible() as stop, channels_last(distillation, calibration.first, seed), seeded(seed):
-            if resume_from is None or not resume_from.exists():
-                choose_initial_weights(distillation, converted, teacher, calibration, seed, stop)
-            else:
-                probes(calibration)  # drawn to keep the order of batches as in the run that is resumed
-            trainer = Trainer(
-                distillation,
-                trained,
-                calibration,
-                duration,
-                seed=seed,
-                resume_from=resume_from,
-                run_id=f"{converted.stage_map.network} {fingerprint_of(distinct_tensors(teacher))}",
-                spent=time.monotonic() - started,
-            )
-            finished = trainer.train(stop)
+    first = calibration.first
+    with (
+        trainable_base(converted, network) as trained,
+        ready_to_train(network, converted.stage_map, first, loss, teacher, seed) as (distillation, stop),
+    ):
+        if resume_from is None or not resume_from.exists():
+            choose_initial_weights(distillation, converted, teacher, calibration, seed, stop)
+        else:
+            probes(calibration)  # drawn to keep the order of batches as in the run that is resumed
+        trainer = Trainer(
+            distillation,
+            trained,
+            calibration,
+            duration,
+            seed=seed,
+            resume_from=resume_from,
+            run_id=f"{converted.stage_map.network} {fingerprint_of(distinct_tensors(teacher))}",
+            spent=time.monotonic() - started,
+        )
+        finished = trainer.train(stop)
     if not finished:
         warnings.warn("recovery was stopped: the best weights so far are kept", stacklevel=3)
     return finished
 
 
 def choose_initial_weights(
-    distillation: Distillation,
+    distillation: Distillation | Supervised,
     converted: Converted,
     teacher: nn.Module,
     calibration: Batches,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import runpy
@@ -150,17 +151,22 @@ def test_example_finetune(photographs, tmp_path, monkeypatch, capsys) -> None:
     assert lorun.adapter_names[:-1] == reference(shipped("adapters/compressive_sensing")).adapter_names
 
 
-def test_table_of_noise_levels(tmp_path, monkeypatch, capsys) -> None:
-    """On a small network and for no time."""
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A folder with a task file of a small network, its weights and a few images."""
     (tmp_path / "task.py").write_text(GREY_TASK)
-    task = load_task(str(tmp_path / "task.py"))
-    net = task.build()
-    torch.save(net.state_dict(), tmp_path / "net.pth")
-    lorun_adapt.convert(net, rank=2).save_pretrained(tmp_path / "net")
-    images = tmp_path / "images"
-    images.mkdir()
+    torch.save(load_task(str(tmp_path / "task.py")).build().state_dict(), tmp_path / "net.pth")
+    (tmp_path / "images").mkdir()
     for i in range(4):
-        Image.fromarray(camera()[40 * i : 40 * i + 40, 50 * i : 50 * i + 40]).save(images / f"{i}.png")
+        Image.fromarray(camera()[40 * i : 40 * i + 40, 50 * i : 50 * i + 40]).save(tmp_path / f"images/{i}.png")
+    return tmp_path
+
+
+def test_table_of_noise_levels(small, monkeypatch, capsys) -> None:
+    """On a small network and for no time."""
+    tmp_path, images = small, small / "images"
+    net = load_task(str(tmp_path / "task.py")).build()
+    lorun_adapt.convert(net, rank=2).save_pretrained(tmp_path / "net")
     out = run_example(
         "noise_levels.py", monkeypatch, capsys, tmp_path / "task.py", images, "--converted", tmp_path / "net",
         "--judge", images, "--weights", tmp_path / "net.pth", "--minutes", 0.02, "--out", tmp_path / "out",
@@ -168,6 +174,37 @@ def test_table_of_noise_levels(tmp_path, monkeypatch, capsys) -> None:
     assert [line.split()[1] for line in out.splitlines()[-3:]] == ["10", "25", "50"]
     assert "| between the sets for 10 and 50 |" in out and "bytes in float16" in out
     assert lorun_adapt.from_pretrained(tmp_path / "out", net).adapter_names[1:] == ["sigma10", "sigma25", "sigma50"]
+
+
+def test_comparison_of_methods(small, monkeypatch, capsys) -> None:
+    """On a small network and for no time: each way keeps to the bytes of the first."""
+    out = run_example(
+        "compare_methods.py", monkeypatch, capsys, small / "task.py", small / "images", "--judge", small / "images",
+        "--weights", small / "net.pth", "--budgets", 0.8, "--minutes", 0.01,
+    )  # fmt: skip
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| ")]
+    names = ["ranks", "magnitude", "each stage", "mean, rank", "one denoiser", "PEFT's"]
+    assert len(rows[2:]) == len(names) and all(row[0].startswith(name) for row, name in zip(rows[2:], names))
+    sizes = [int(row[1].replace(",", "")) for row in rows[2:]]
+    assert sizes[1] <= sizes[0] and sizes[4] < sizes[0] and all(0 < float(row[2]) < 100 for row in rows[2:])
+
+
+def test_table_of_ranks(small, monkeypatch, capsys) -> None:
+    arguments = (small / "task.py", small / "images", "--weights", small / "net.pth", "--ranks", 1, 2)
+    out = run_example("table_of_ranks.py", monkeypatch, capsys, *arguments)
+    assert [line.split("|")[1].strip() for line in out.splitlines()[2:]] == ["original", "1", "2"]
+
+
+def test_examples_import_only_what_is_exported() -> None:
+    for file in EXAMPLES.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lorun_adapt":
+                assert node.module == "lorun_adapt", file
+                assert {alias.name for alias in node.names} <= set(lorun_adapt.__all__), file
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("lorun_adapt.") for alias in node.names), file
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lorun_adapt":
+                assert node.attr in lorun_adapt.__all__, (file, node.attr)
 
 
 def test_noise_that_the_reference_network_estimates() -> None:
