@@ -71,6 +71,12 @@ class Reader:
                     self.slots[names.bias] = Slot((spec.shape[0],), spec.dtype)
                 for kind in other_kinds():
                     self.slots |= {f"{PREFIX}{spec.name}.{part}": slot for part, slot in kind.file_slots(spec).items()}
+        self._places: dict[str, Place] = {}  # where tensors go in an adapter if they can be copied unchanged
+        for spec, names in self._names:
+            factors, key = list(TERMS[LORA].file_slots(spec)), spec.name.replace(".", "/")
+            self._places[PREFIX + spec.name] = "", key
+            self._places |= {names.a: (key, factors[0]), names.b: (key, factors[1])}
+        self._buffers = {spec.name for spec, _ in self._names if spec.buffer}
         self.highest = max([ALWAYS_ALLOWED_RANK, *(max(spec.matrix) for spec in group.tensors if spec.adaptable)])
         self.num_bytes = file_limit(self.slots, self.highest)
 
@@ -100,19 +106,10 @@ class Reader:
                 return filled, file_config.lora_config, known[1]
         tensors, metadata = parse_tensors(content, self.slots, where[1], self.highest)
         adapter = self.adapter(tensors, file_config, site, where[1])
-        template = template_of(content, tensors, self._places(), adapter)
+        template = template_of(content, tensors, self._places, adapter)
         if template is not None and len(self._templates) < MAX_CONFIGS:
             self._templates[key] = template, metadata
         return adapter, file_config.lora_config, metadata
-
-    def _places(self) -> dict[str, Place]:
-        """Return where the tensors of a file go in an adapter if they can be copied unchanged."""
-        found: dict[str, Place] = {}
-        for spec, names in self._names:
-            factors = list(TERMS[LORA].file_slots(spec))  # the names of A and B in a term
-            key = spec.name.replace(".", "/")
-            found |= {PREFIX + spec.name: ("", key), names.a: (key, factors[0]), names.b: (key, factors[1])}
-        return found
 
     def _file_config(self, content: bytes, where: str) -> FileConfig:
         """Parse a config.
@@ -202,7 +199,7 @@ class Reader:
                 f"cannot load the adapter in {where}, since PEFT would compute something else with it ({problem}): "
                 "convert the network with another config, or fine-tune a set here"
             )
-        if (name := _invalid(terms, private, {spec.name for spec, _ in self._names if spec.buffer})) is not None:
+        if (name := _invalid(terms, private, self._buffers)) is not None:
             raise LoRunError(
                 f"{name!r} or its scaling has NaN or Inf in {where}: download it again, or save weights from before "
                 "training diverged"
@@ -234,7 +231,8 @@ class Reader:
 
 def _invalid(terms: Mapping[str, Term], private: Mapping[str, Tensor], buffers: Collection[str]) -> str | None:
     """Return the name of the first tensor with invalid values; None if all are valid."""
-    tensors = [(name, t, False) for name, term in terms.items() for t in (*term.parameters(), *term.buffers())]
+    held = [(name, tensors) for name, term in terms.items() for tensors in (term._parameters, term._buffers)]
+    tensors = [(name, tensor, False) for name, part in held for tensor in part.values() if tensor is not None]
     tensors += [(name, tensor, name in buffers) for name, tensor in private.items()]
     # Check the sum of all tensors first, which is finite only if all values are: checking each tensor takes longer than
     # reading the file.
