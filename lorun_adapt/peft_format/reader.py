@@ -62,6 +62,7 @@ class Reader:
         self._templates: dict[tuple[bytes, bytes, int], tuple[Template, dict[str, str]]] = {}
         self._configs: dict[bytes, FileConfig] = {}
         self._problems: dict[tuple[str, frozenset[str]], str | None] = {}
+        self._other_kinds = other_kinds()
         self.slots: dict[str, Slot] = {}
         for spec, names in self._names:
             self.slots[PREFIX + spec.name] = Slot(spec.shape, spec.dtype)
@@ -69,7 +70,7 @@ class Reader:
                 self.slots |= {names.a: Slot(names.a_shape, spec.dtype), names.b: Slot(names.b_shape, spec.dtype)}
                 if names.layer is not None:
                     self.slots[names.bias] = Slot((spec.shape[0],), spec.dtype)
-                for kind in other_kinds():
+                for kind in self._other_kinds:
                     self.slots |= {f"{PREFIX}{spec.name}.{part}": slot for part, slot in kind.file_slots(spec).items()}
         self._places: dict[str, Place] = {}  # where tensors go in an adapter if they can be copied unchanged
         for spec, names in self._names:
@@ -161,7 +162,7 @@ class Reader:
                 pair = [remaining.pop(name) for name in (names.a, names.b) if name in remaining]
             if len(pair) == 1:
                 raise fail(f"both factors of {spec.name!r}", "one")
-            if (other := self._other_term(spec, remaining)) is not None:
+            if self._other_kinds and (other := self._other_term(spec, remaining)) is not None:
                 terms[spec.name] = other
                 continue
             # If a file has both the factors and the whole tensor, they are two forms of the same tensor for PEFT.
@@ -208,7 +209,7 @@ class Reader:
 
     def _other_term(self, spec: TensorSpec, remaining: dict[str, Tensor]) -> Term | None:
         """Return a tensor's term if it is of another kind than LoRA; remove its tensors from ``remaining``."""
-        for kind in other_kinds() if spec.adaptable else ():
+        for kind in self._other_kinds if spec.adaptable else ():
             names = {part: f"{PREFIX}{spec.name}.{part}" for part in kind.file_slots(spec)}
             if all(name in remaining for name in names.values()):
                 return kind.from_file({part: remaining.pop(name) for part, name in names.items()})
