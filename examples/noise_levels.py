@@ -94,9 +94,10 @@ def main() -> None:
         before = psnr(task, files, net, sigma)
         after = psnr(task, files, train_whole(net, crops, judged, args.minutes), sigma)
         whole, own = after - before, ends[sigma] - starts[sigma]
+        share = f"{100 * own / whole:.0f} %" if whole > 0 else "-"
         print(
             f"| {sigma:g} | {before:.2f} | {after:.2f} | {whole:.2f} | {starts[sigma]:.2f} | {ends[sigma]:.2f} "
-            f"| {own:.2f} | {100 * own / whole:.0f} % |",
+            f"| {own:.2f} | {share} |",
             flush=True,
         )
 

@@ -210,7 +210,7 @@ def align(
     specs = {spec.name: spec for spec in group.tensors}
 
     def error(name: str, stack: Tensor) -> float:
-        return float(kind.fit(stack, specs[name], settings[name]).lost.sum()) if name in settings else 0.0
+        return float(kind.lost(stack, specs[name], settings[name]).sum()) if name in settings else 0.0
 
     errors: dict[str, float] = {}
     places = hidden_channels(denoisers[0])

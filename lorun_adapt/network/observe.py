@@ -21,6 +21,7 @@ from ..errors import LoRunError
 from ..stages.stage_map import StageMap
 from ..util.modules import copy_network
 from ..util.nested import device_of, tensors_in, to_device
+from ..util.numbers import is_numeric
 from ..util.seeds import seeded
 
 Edge = tuple[Any, int]  # a tensor in autograd's graph: (node, index of the node's output)
@@ -81,7 +82,7 @@ class Observer:
         """
         probe = copy_network(teacher)  # a copy, since every parameter must have a gradient to be traced
         for parameter in probe.parameters():
-            parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+            parameter.requires_grad_(is_numeric(parameter))
         with torch.enable_grad(), capturing(probe, self._groups) as captured, seeded(0):
             try:
                 final = tensors_in(probe(*to_device(batch[: self._num_arguments], device_of(probe))))

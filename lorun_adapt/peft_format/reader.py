@@ -62,6 +62,7 @@ class Reader:
         self._templates: dict[tuple[bytes, bytes, int], tuple[Template, dict[str, str]]] = {}
         self._configs: dict[bytes, FileConfig] = {}
         self._problems: dict[tuple[str, frozenset[str]], str | None] = {}
+        self._other_kinds = other_kinds()
         self.slots: dict[str, Slot] = {}
         for spec, names in self._names:
             self.slots[PREFIX + spec.name] = Slot(spec.shape, spec.dtype)
@@ -69,8 +70,14 @@ class Reader:
                 self.slots |= {names.a: Slot(names.a_shape, spec.dtype), names.b: Slot(names.b_shape, spec.dtype)}
                 if names.layer is not None:
                     self.slots[names.bias] = Slot((spec.shape[0],), spec.dtype)
-                for kind in other_kinds():
+                for kind in self._other_kinds:
                     self.slots |= {f"{PREFIX}{spec.name}.{part}": slot for part, slot in kind.file_slots(spec).items()}
+        self._places: dict[str, Place] = {}  # where tensors go in an adapter if they can be copied unchanged
+        for spec, names in self._names:
+            factors, key = list(TERMS[LORA].file_slots(spec)), spec.name.replace(".", "/")
+            self._places[PREFIX + spec.name] = "", key
+            self._places |= {names.a: (key, factors[0]), names.b: (key, factors[1])}
+        self._buffers = {spec.name for spec, _ in self._names if spec.buffer}
         self.highest = max([ALWAYS_ALLOWED_RANK, *(max(spec.matrix) for spec in group.tensors if spec.adaptable)])
         self.num_bytes = file_limit(self.slots, self.highest)
 
@@ -100,19 +107,10 @@ class Reader:
                 return filled, file_config.lora_config, known[1]
         tensors, metadata = parse_tensors(content, self.slots, where[1], self.highest)
         adapter = self.adapter(tensors, file_config, site, where[1])
-        template = template_of(content, tensors, self._places(), adapter)
+        template = template_of(content, tensors, self._places, adapter)
         if template is not None and len(self._templates) < MAX_CONFIGS:
             self._templates[key] = template, metadata
         return adapter, file_config.lora_config, metadata
-
-    def _places(self) -> dict[str, Place]:
-        """Return where the tensors of a file go in an adapter if they can be copied unchanged."""
-        found: dict[str, Place] = {}
-        for spec, names in self._names:
-            factors = list(TERMS[LORA].file_slots(spec))  # the names of A and B in a term
-            key = spec.name.replace(".", "/")
-            found |= {PREFIX + spec.name: ("", key), names.a: (key, factors[0]), names.b: (key, factors[1])}
-        return found
 
     def _file_config(self, content: bytes, where: str) -> FileConfig:
         """Parse a config.
@@ -164,7 +162,7 @@ class Reader:
                 pair = [remaining.pop(name) for name in (names.a, names.b) if name in remaining]
             if len(pair) == 1:
                 raise fail(f"both factors of {spec.name!r}", "one")
-            if (other := self._other_term(spec, remaining)) is not None:
+            if self._other_kinds and (other := self._other_term(spec, remaining)) is not None:
                 terms[spec.name] = other
                 continue
             # If a file has both the factors and the whole tensor, they are two forms of the same tensor for PEFT.
@@ -202,7 +200,7 @@ class Reader:
                 f"cannot load the adapter in {where}, since PEFT would compute something else with it ({problem}): "
                 "convert the network with another config, or fine-tune a set here"
             )
-        if (name := _invalid(terms, private, {spec.name for spec, _ in self._names if spec.buffer})) is not None:
+        if (name := _invalid(terms, private, self._buffers)) is not None:
             raise LoRunError(
                 f"{name!r} or its scaling has NaN or Inf in {where}: download it again, or save weights from before "
                 "training diverged"
@@ -211,7 +209,7 @@ class Reader:
 
     def _other_term(self, spec: TensorSpec, remaining: dict[str, Tensor]) -> Term | None:
         """Return a tensor's term if it is of another kind than LoRA; remove its tensors from ``remaining``."""
-        for kind in other_kinds() if spec.adaptable else ():
+        for kind in self._other_kinds if spec.adaptable else ():
             names = {part: f"{PREFIX}{spec.name}.{part}" for part in kind.file_slots(spec)}
             if all(name in remaining for name in names.values()):
                 return kind.from_file({part: remaining.pop(name) for part, name in names.items()})
@@ -234,7 +232,8 @@ class Reader:
 
 def _invalid(terms: Mapping[str, Term], private: Mapping[str, Tensor], buffers: Collection[str]) -> str | None:
     """Return the name of the first tensor with invalid values; None if all are valid."""
-    tensors = [(name, t, False) for name, term in terms.items() for t in (*term.parameters(), *term.buffers())]
+    held = [(name, tensors) for name, term in terms.items() for tensors in (term._parameters, term._buffers)]
+    tensors = [(name, tensor, False) for name, part in held for tensor in part.values() if tensor is not None]
     tensors += [(name, tensor, name in buffers) for name, tensor in private.items()]
     # Check the sum of all tensors first, which is finite only if all values are: checking each tensor takes longer than
     # reading the file.

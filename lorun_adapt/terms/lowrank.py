@@ -84,6 +84,10 @@ class LowRank(Term):
         return Fitted(factors.base.to(stages.dtype).reshape(spec.shape), terms, factors.error)
 
     @classmethod
+    def lost(cls, stages: Tensor, spec: TensorSpec, setting: Setting) -> Tensor:
+        return factorise(stages.reshape(len(stages), *spec.matrix), setting.rank, spec.without_base).error
+
+    @classmethod
     def untrained(cls, spec: TensorSpec, setting: Setting, like: Tensor, generator: torch.Generator) -> LowRank:
         """Return a term with zero B and, as in PEFT, random A (Kaiming uniform)."""
         rows, columns = spec.matrix

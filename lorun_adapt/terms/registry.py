@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from ..errors import LoRunError
 from .lowrank import LowRank
 from .term import Term
@@ -32,6 +30,6 @@ def kind_of(peft_type: object) -> type[Term]:
     return TERMS[str(name)]
 
 
-def other_kinds() -> Iterable[type[Term]]:
+def other_kinds() -> list[type[Term]]:
     """Return the kinds that PEFT's file format cannot represent."""
     return [kind for name, kind in TERMS.items() if name != LORA]

@@ -115,6 +115,11 @@ class Term(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def lost(cls, stages: Tensor, spec: TensorSpec, setting: Setting) -> Tensor:
+        """Return what :meth:`fit` would lose, (N,) squared norms; a kind may compute it without making terms."""
+        return cls.fit(stages, spec, setting).lost
+
+    @classmethod
     def untrained(
         cls: type[AnyTerm], spec: TensorSpec, setting: Setting, like: Tensor, generator: torch.Generator
     ) -> AnyTerm:

@@ -165,7 +165,7 @@ def test_what_was_judged_is_shown_even_where_it_cannot_be_noted(made, capsys, mo
         capsys, monkeypatch, "eval", made / "my_task.py", "--converted", made / "net", "--images", made / "images",
         "--record",
     )  # fmt: skip
-    assert code == 2 and "mean" in out and "error: stages run with different sets" in err
+    assert code == 2 and "mean" in out and "error: the stages run different sets" in err
 
 
 def test_a_licence_that_no_card_can_hold(made, capsys, monkeypatch) -> None:
@@ -223,8 +223,8 @@ def test_images_that_cannot_be_judged_do_not_cost_the_training(made, capsys, mon
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--steps", 3, "--start-from", "default", "--start-from", "default"), "from once"),
-        (("--steps", 3, "--adapter-name", "default"), "a set 'default' already"),
+        (("--steps", 3, "--start-from", "default", "--start-from", "default"), "start_from lists a set twice"),
+        (("--steps", 3, "--adapter-name", "default"), "the set 'default' already exists"),
         (("--steps", 3, "--start-from", "nothing"), "no adapter set 'nothing'"),
         (("--steps", 3, "--also", "steps"), "outside the stages"),
         (("--steps", 3, "--minutes", 1), "both minutes and steps"),

@@ -38,10 +38,10 @@ def test_commands_end_with_2(hub: HubServer, lorun: LoRunModel, tmp_path: Path, 
     monkeypatch.setenv("HF_TOKEN", "alice-token")
     (tmp_path / "saved" / SET / "stage_01" / "adapter_config.json").write_text("{}")
     for arguments, message in (
-        (("push", tmp_path / "saved", "alice/net"), "is missing or was changed after it was saved"),
-        (("pull", "alice/none", "--out", tmp_path / "out"), "a repository alice/none, found none"),
-        (("list", tmp_path), "a saved conversion or user/name"),
-        (("list", tmp_path / "saved", "--revision", "v1"), "a saved conversion or user/name"),
+        (("push", tmp_path / "saved", "alice/net"), "is missing or has changed since it was saved"),
+        (("pull", "alice/none", "--out", tmp_path / "out"), "no repository alice/none, or it is private"),
+        (("list", tmp_path), "neither a saved conversion nor a repository user/name"),
+        (("list", tmp_path / "saved", "--revision", "v1"), "neither a saved conversion nor a repository user/name"),
     ):
         code, text = command(capsys, monkeypatch, *arguments)
         assert code == 2 and message in text

@@ -136,11 +136,11 @@ def test_example_download(hub, monkeypatch, capsys) -> None:
 
 def test_example_swap(monkeypatch, capsys) -> None:
     out = run_example("swap.py", monkeypatch, capsys)
-    rows = [line.split() for line in out.splitlines()[1:]]
+    rows = [line.split() for line in out.splitlines()[1:-1]]
     assert [int(row[0]) for row in rows] == [0, 10, 20, 30, 40, 45]
     gains = [float(row[3]) - float(row[1]) for row in rows]
     assert gains[0] > -0.3 and all(gain > 0.5 for gain in gains[2:]) and gains[-1] > 3
-    assert "interpolated" in out
+    assert "interpolated" in out and "8: 'sigma25'" in out.splitlines()[-1]
 
 
 def test_example_finetune(photographs, tmp_path, monkeypatch, capsys) -> None:

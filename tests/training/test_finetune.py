@@ -170,7 +170,7 @@ def test_a_stopped_set_is_gone_on_with(tmp_path) -> None:
     with pytest.warns(UserWarning, match="fine-tuning was stopped"):
         run(lorun, stopping())
     lorun.save_pretrained(tmp_path / "saved")
-    with pytest.raises(LoRunError, match="a set 'new' already"):
+    with pytest.raises(LoRunError, match="the set 'new' already exists"):
         lorun.finetune(noisy(), "new", steps=30, loss=to_truth)
     before = {name: tensor.clone() for name, tensor in lorun.state_dict().items()}
     with pytest.raises(LoRunError, match="no adapter set 'nothing'"):
@@ -185,16 +185,16 @@ def test_a_stopped_set_is_gone_on_with(tmp_path) -> None:
     ("arguments", "options", "message"),
     [
         ((noisy(), "new"), {"steps": 3}, "nothing to minimise: give loss="),
-        ((noisy(), "default"), {"steps": 3, "loss": to_truth}, "a set 'default' already"),
+        ((noisy(), "default"), {"steps": 3, "loss": to_truth}, "the set 'default' already exists"),
         ((noisy(), "new", "nothing"), {"steps": 3, "loss": to_truth}, "no adapter set 'nothing'"),
         ((noisy(), "new", ["default", "nothing"]), {"steps": 3, "loss": to_truth}, "no adapter set 'nothing'"),
-        ((noisy(), "default", []), {"steps": 3, "loss": to_truth}, "a set 'default' already"),
+        ((noisy(), "default", []), {"steps": 3, "loss": to_truth}, "the set 'default' already exists"),
         ((noisy(), "new", []), {"steps": 3, "loss": to_truth}, "as many weights as adapters"),
         ((noisy(), "a/b"), {"steps": 3, "loss": to_truth}, "cannot be called 'a/b'"),
         ((noisy(), "new"), {"loss": to_truth}, "neither minutes nor steps"),
         ((iter([]), "new"), {"steps": 3, "loss": to_truth}, "calibration has no batches"),
         ((iter([(torch.rand(2, 3),)]), "new"), {"steps": 3, "loss": to_truth}, "cannot run on the first batch"),
-        ((noisy(), "new"), {"steps": 3, "teacher": nn.Linear(2, 2)}, "that was converted as teacher"),
+        ((noisy(), "new"), {"steps": 3, "teacher": nn.Linear(2, 2)}, "the original network as teacher"),
         ((noisy(), "new"), {"steps": 3, "loss": lambda *_: torch.tensor(float("nan"))}, "the loss is NaN or Inf"),
     ],
 )

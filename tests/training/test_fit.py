@@ -70,7 +70,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
         lorun_adapt.fit(net, BATCHES, [(step, 0)], teacher=teacher, steps=1)
     with pytest.raises(LoRunError, match=r"Sequential has no module 'stages\.0', where stage_map has a stage"):
         lorun_adapt.fit(nn.Sequential(net), BATCHES, teacher=teacher, stage_map=lorun_adapt.find_stages(net), steps=1)
-    with pytest.raises(LoRunError, match="all held-out batches hold NaN or Inf"):
+    with pytest.raises(LoRunError, match="all held-out batches have NaN or Inf"):
         lorun_adapt.fit(net, BATCHES, teacher=teacher, held_out=[BATCHES[0] * torch.nan], steps=1)
     step.requires_grad_(False)
     with pytest.raises(LoRunError, match=r"of shape \(\) that is to be trained is frozen"):
