@@ -361,8 +361,7 @@ class LoRunModel(nn.Module):
             adapter_name: the set; by default, the stage's active set.
 
         Raises:
-            LoRunError: an unknown set.
-            KeyError: a set without an adapter for the stage.
+            LoRunError: an unknown set, or one without an adapter for the stage.
 
         >>> import lorun_adapt
         >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -373,6 +372,7 @@ class LoRunModel(nn.Module):
         """
         name = self._running.active[site.stage] if adapter_name is None else adapter_name
         self._store.check_known(name)
+        _check_holds(name, site.stage, self._store.stages(name))
         return self._store.adapters_at(name, site.stage)[group.name]
 
     def outside_of(self, adapter_name: str) -> Mapping[str, Tensor]:

@@ -47,18 +47,18 @@ class Distillation(nn.Module):
         """The network whose rounding error in bfloat16 limits the training: the teacher."""
         return self._others[0]
 
-    def forward(self, drawn: Callable[[], tuple[Any, ...]], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, draw: Callable[[], tuple[Any, ...]], seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Run both networks on a batch with the same random numbers.
 
         Args:
-            drawn: returns the batch. It is a function because DDP takes apart the containers it knows.
+            draw: returns the batch. It is a function because DDP takes apart the containers it knows.
             seed: seed of the random numbers of both networks.
 
         Returns:
             The loss to minimise; its part for the final output, detached; and the PSNR of the final output to the
             teacher's in dB, as in :func:`psnr_to`.
         """
-        (teacher, loss), batch = self._others, drawn()
+        (teacher, loss), batch = self._others, draw()
         with torch.no_grad():
             target = self.observer.run(teacher, batch, seed)
         own = self.observer.run(self.student, batch, seed)

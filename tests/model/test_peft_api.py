@@ -160,6 +160,18 @@ def test_attributes_of_the_original_are_reachable(lorun: LoRunModel) -> None:
         lorun.no_such_thing  # noqa: B018
 
 
+def test_adapters_by_group_and_site(lorun: LoRunModel, tmp_path: Path) -> None:
+    (group,) = lorun.stage_map.groups
+    lorun.save_pretrained(tmp_path / "saved")
+    lorun.load_adapter(tmp_path / "saved", "one", stage=2)
+    assert lorun.adapter_of(group, group.sites[2], "one") is lorun.adapters["one"]["stage_02"]["denoiser"]
+    assert lorun.adapter_of(group, group.sites[2]) is lorun.adapters["default"]["stage_02"]["denoiser"]
+    with pytest.raises(LoRunError, match="no adapter for stage 0, only for .2."):
+        lorun.adapter_of(group, group.sites[0], "one")
+    with pytest.raises(LoRunError, match="no adapter set 'nothing'"):
+        lorun.adapter_of(group, group.sites[0], "nothing")
+
+
 def test_rank_is_a_number_of_ranks(blocks: Case) -> None:
     with pytest.raises(LoRunError, match="as energy"):
         lorun_adapt.convert(blocks.net, rank=0.5)
