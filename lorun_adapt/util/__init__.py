@@ -1,4 +1,4 @@
-"""Helpers that know nothing of unfolding networks: modules, nested values, seeds, numbers, tables and text.
+"""Helpers that know nothing of conversion: modules, nested values, seeds, numbers, tables, text, a toy network.
 
 The lowest floor: it imports nothing of this package but ``errors``.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dun_zoo import Block, Denoiser, ListOfBlocks
+from dun_zoo import ZOO
 from peft import LoraConfig, PeftModel
 from torch import nn
 
@@ -30,9 +30,7 @@ class ChannelScale(Term):
         return Fitted(base, terms, torch.stack([(w - t(base)).square().sum() for w, t in zip(stages, terms)]).detach())
 
     untrained = classmethod(lambda cls, spec, setting, like, generator: cls(torch.zeros(spec.shape[0]).to(like)))
-    weighted_sum = classmethod(
-        lambda cls, terms, weights: cls(sum(w * t.scale for w, t in zip(weights, terms)).detach())
-    )
+    weighted_sum = classmethod(lambda cls, terms, w: cls(sum(x * t.scale.detach() for x, t in zip(w, terms))))
     size = classmethod(lambda cls, spec, rank: spec.shape[0])
     file_slots = classmethod(lambda cls, spec: {"scale": Slot((spec.shape[0],), spec.dtype)})
 
@@ -45,17 +43,16 @@ class ChannelScaleConfig(LoraConfig):
 
 def test_convert_swap_save_load_sum_and_merge(monkeypatch, tmp_path):
     monkeypatch.setitem(TERMS, "CHANNEL_SCALE", ChannelScale)
-    net, y = ListOfBlocks([Block(Denoiser()) for _ in range(3)]), (torch.rand(1, 1, 8, 8), torch.ones(1, 1, 8, 8))
+    net, y = (case := ZOO["list_of_blocks"]()).net, case.inputs
     lorun = lorun_adapt.convert(net, ChannelScaleConfig())
-    assert {type(module) for module in lorun.adapters.modules() if isinstance(module, Term)} == {ChannelScale}
+    assert {type(m) for m in lorun.adapters.modules() if isinstance(m, Term)} == {ChannelScale}
     lorun.copy_adapter("default", "other")
     nn.init.normal_(lorun.adapters["other"]["stage_01"]["denoiser"]._modules["denoiser/body/weight"].scale)
     before, _ = lorun(*y), lorun.set_adapter("other")
     assert not torch.equal(lorun(*y), before)
     assert torch.allclose(lorun.merge_and_unload()(*y), lorun(*y), atol=1e-6)
     lorun.add_weighted_adapter(["default", "other"], [0.0, 1.0], "sum")
-    other, _ = lorun(*y), lorun.set_adapter("sum")
-    assert torch.allclose(lorun(*y), other, atol=1e-6)
+    assert torch.allclose(lorun(*y), (lorun.set_adapter("sum"), lorun(*y))[1], atol=1e-6)
     lorun.save_pretrained(tmp_path / "saved")
     assert torch.equal(lorun_adapt.from_pretrained(tmp_path / "saved", net)(*y), lorun(*y))
     assert "adapted by a ChannelScale, which PEFT cannot represent" in (tmp_path / "saved" / "README.md").read_text()
