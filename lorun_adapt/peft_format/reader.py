@@ -162,7 +162,7 @@ class Reader:
                 pair = [remaining.pop(name) for name in (names.a, names.b) if name in remaining]
             if len(pair) == 1:
                 raise fail(f"both factors of {spec.name!r}", "one")
-            if self._other_kinds and (other := self._other_term(spec, remaining)) is not None:
+            if self._other_kinds and (other := self._other_term(spec, remaining, base.device)) is not None:
                 terms[spec.name] = other
                 continue
             # If a file has both the factors and the whole tensor, they are two forms of the same tensor for PEFT.
@@ -207,12 +207,15 @@ class Reader:
             )
         return make_adapter(self.group, terms, private)
 
-    def _other_term(self, spec: TensorSpec, remaining: dict[str, Tensor]) -> Term | None:
+    def _other_term(self, spec: TensorSpec, remaining: dict[str, Tensor], device: torch.device) -> Term | None:
         """Return a tensor's term if it is of another kind than LoRA; remove its tensors from ``remaining``."""
         for kind in self._other_kinds if spec.adaptable else ():
-            names = {part: f"{PREFIX}{spec.name}.{part}" for part in kind.file_slots(spec)}
-            if all(name in remaining for name in names.values()):
-                return kind.from_file({part: remaining.pop(name) for part, name in names.items()})
+            slots = {f"{PREFIX}{spec.name}.{part}": (part, slot) for part, slot in kind.file_slots(spec).items()}
+            if all(name in remaining for name in slots):
+                # A file may be in another dtype than the network.
+                return kind.from_file(
+                    {part: remaining.pop(name).to(device, slot.dtype) for name, (part, slot) in slots.items()}
+                )
         return None
 
     def _problem(self, terms: Iterable[str], file_config: FileConfig, site: Site) -> str | None:
