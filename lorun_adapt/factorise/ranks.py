@@ -11,7 +11,7 @@ from ..peft_format.options import config_of_ranks
 from ..stages.stage_map import Group, StageMap, TensorSpec
 from ..stages.tensors import stage_values
 from ..terms.factors import rank_for_energy
-from ..util.numbers import is_number
+from ..util.numbers import is_index, is_number
 
 
 def config_for_rank(rank: int) -> LoraConfig:
@@ -24,7 +24,7 @@ def config_for_rank(rank: int) -> LoraConfig:
     >>> config_for_rank(4).r
     4
     """
-    if isinstance(rank, bool) or not hasattr(rank, "__index__") or rank < 1:
+    if not is_index(rank) or rank < 1:
         hint = "pass a share of energy as energy=" if is_number(rank) and 0 < rank < 1 else "give 8, for example"
         raise LoRunError(f"expected a rank that is a whole number of 1 or more, found {rank!r}: {hint}")
     return LoraConfig(r=int(rank), lora_alpha=int(rank))

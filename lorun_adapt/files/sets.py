@@ -21,6 +21,7 @@ from ..peft_format.reader import Reader, readers_of
 from ..stages.stage_map import Site, StageMap, stage_key
 from ..stages.tensors import outside_parameters
 from ..util.modules import has_valid_values
+from ..util.numbers import is_index
 from .adapter_info import MAX_INFO_BYTES, read_adapter_info
 from .description import description_bytes, groups_of, parse_description, stage_map_of
 from .layout import ADAPTERS_FOLDER, CONFIG_FILE, OUTSIDE_FILE, PEFT_CONFIG_FILE, SET_CONFIG_FILE, TENSORS_FILE
@@ -36,8 +37,7 @@ def check_stage(stage: object, num_stages: int) -> None:
         LoRunError: not a whole number in 0..num_stages - 1.
     """
     if stage is not None:
-        number = hasattr(stage, "__index__") and not isinstance(stage, bool)
-        if not number or int(stage) not in range(num_stages):  # type: ignore[call-overload]
+        if not is_index(stage) or int(stage) not in range(num_stages):
             raise LoRunError(f"expected a stage in 0..{num_stages - 1}, found {stage!r}: see print(lorun.stage_map)")
 
 

@@ -178,9 +178,7 @@ class LoRunModel(nn.Module):
         """
         with self._lock:
             active = self._running.resolve(adapter)
-            for stage, name in active.items():
-                self._store.check_known(name)
-                _check_holds(name, stage, self._store.stages(name))
+            self._check_active(active)
             network = self._network_for(active)
             before = self._running.names
             self._running.active, self._running.inference_mode, self.network = active, inference_mode, network
@@ -371,8 +369,7 @@ class LoRunModel(nn.Module):
         True
         """
         name = self._running.active[site.stage] if adapter_name is None else adapter_name
-        self._store.check_known(name)
-        _check_holds(name, site.stage, self._store.stages(name))
+        self._check_active({site.stage: name})
         return self._store.adapters_at(name, site.stage)[group.name]
 
     def outside_of(self, adapter_name: str) -> Mapping[str, Tensor]:
@@ -425,8 +422,9 @@ class LoRunModel(nn.Module):
         25.0
         """
         with self._lock:
-            self._store.check_known(adapter_name)
-            self._set_noise(adapter_name, noise_of(sigma, noise_schedule, len(self.stage_map)))
+            held = self._store.get(adapter_name)
+            info = held.info.with_noise(noise_of(sigma, noise_schedule, len(self.stage_map)))
+            self._put(adapter_name, dataclasses.replace(held, info=info))
 
     @contextmanager
     def assume_noise(self, sigma: float) -> Iterator[None]:
@@ -769,9 +767,8 @@ class LoRunModel(nn.Module):
         else:
             names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
             actives = [self._running.resolve(name) for name in names]
-            for stage, name in [item for active in actives for item in active.items()]:
-                self._store.check_known(name)
-                _check_holds(name, stage, self._store.stages(name))
+            for active in actives:
+                self._check_active(active)
             if not actives:
                 raise LoRunError("no adapter set to merge: name one in adapter_names")
             choices, active = [self._choice(active) for active in actives], actives[0]
@@ -981,14 +978,15 @@ class LoRunModel(nn.Module):
             stages = [] if frozen else [stage for stage, active in running.active.items() if active == name]
             self._store.set_trainable(name, stages, outside=not frozen and running.common_set == name)
 
+    def _check_active(self, active: Mapping[int, str]) -> None:
+        for stage, name in active.items():
+            self._store.check_known(name)
+            _check_holds(name, stage, self._store.stages(name))
+
     def _check_new(self, name: str) -> None:
         check_adapter_name(name)
         if name in self._store:
             raise LoRunError(f"the set {name!r} already exists: choose another name, or delete it first")
-
-    def _set_noise(self, name: str, noise: Noise | None) -> None:
-        held = self._store.get(name)
-        self._put(name, dataclasses.replace(held, info=held.info.with_noise(noise)))
 
     def _weighted(self, names: Sequence[str], weights: Sequence[float]) -> AdapterSet:
         if isinstance(names, str) or len(names) == 0 or len(names) != len(weights):

@@ -24,11 +24,11 @@ def select_sets(converted: Converted, names: Sequence[str] | None = None) -> Con
     Raises:
         LoRunError: an unknown set or the interpolated one; a stage without an adapter in the selected sets.
     """
-    names = [name for name in converted.sets if name != INTERPOLATED] if names is None else list(names)
+    selectable = [name for name in converted.sets if name != INTERPOLATED]
+    names = selectable if names is None else list(names)
     for name in names:
-        if name not in converted.sets or name == INTERPOLATED:
-            saved = [name for name in converted.sets if name != INTERPOLATED]
-            raise LoRunError(f"cannot save the set {name!r}: choose selected_adapters from {saved}")
+        if name not in selectable:
+            raise LoRunError(f"cannot save the set {name!r}: choose selected_adapters from {selectable}")
     sets = {name: converted.sets[name] for name in converted.sets if name in names}
     active = {}
     for stage, name in converted.active.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import SupportsIndex, TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,6 +24,16 @@ def is_whole_number(value: object, least: int | None = None) -> bool:
     (True, False, False, False)
     """
     return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+
+
+def is_index(value: object) -> TypeGuard[SupportsIndex]:
+    """Whether ``value`` can stand for an int, as numpy's whole numbers can, and is no bool.
+
+    >>> import numpy
+    >>> is_index(2), is_index(numpy.int64(2)), is_index(2.0), is_index(True)
+    (True, True, False, False)
+    """
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool)
 
 
 def is_numeric(value: Tensor | torch.dtype) -> bool:
