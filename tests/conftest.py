@@ -62,6 +62,12 @@ def lorun(blocks: Case) -> lorun_adapt.LoRunModel:
 
 
 @pytest.fixture
+def saved(lorun: lorun_adapt.LoRunModel, tmp_path: Path) -> Path:
+    lorun.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.fixture
 def task_file(tmp_path: Path) -> Path:
     (tmp_path / "my_task.py").write_text(COLOUR_TASK)
     return tmp_path / "my_task.py"

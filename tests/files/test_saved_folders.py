@@ -22,19 +22,8 @@ from lorun_adapt.files import save as checkpoint
 
 
 @pytest.fixture
-def blocks() -> Case:
-    return ZOO["list_of_blocks"]()
-
-
-@pytest.fixture
 def lorun(blocks: Case) -> LoRunModel:
     return lorun_adapt.convert(blocks.net, rank=2)
-
-
-@pytest.fixture
-def saved(lorun: LoRunModel, tmp_path: Path) -> Path:
-    lorun.save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
 
 
 def files(path: Path) -> dict[str, bytes]:

@@ -8,26 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from dun_zoo import Block, Denoiser, ListOfBlocks, Looped
-from fine_tuning_runs import converted, noisy, to_truth
+from fine_tuning_runs import converted, levels, noisy, to_truth
 from torch import Tensor, nn
 
 import lorun_adapt
-from lorun_adapt import LoRunModel
 from lorun_adapt.files.layout import INTERPOLATED
 
 BATCH = noisy(1)[0][:2]
-
-
-def levels(*sigmas: float) -> LoRunModel:
-    """A set for each sigma, each a bit farther from the first."""
-    lorun, _ = converted()
-    for i, sigma in enumerate(sigmas):
-        lorun.copy_adapter("default", f"sigma{sigma:g}")
-        lorun.set_noise(f"sigma{sigma:g}", sigma=sigma)
-        with torch.no_grad():
-            for parameter in lorun.adapters[f"sigma{sigma:g}"].parameters():
-                parameter.mul_(1 + i)
-    return lorun
 
 
 class Told(nn.Module):

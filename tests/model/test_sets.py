@@ -19,12 +19,6 @@ def lorun(blocks: Case) -> LoRunModel:
 
 
 @pytest.fixture
-def saved(lorun: LoRunModel, tmp_path: Path) -> Path:
-    lorun.save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
-
-
-@pytest.fixture
 def two(lorun: LoRunModel, saved: Path, blocks: Case) -> tuple[LoRunModel, torch.Tensor, torch.Tensor]:
     """Two sets on one base, and the output of each; ``default`` is the trained one."""
     untrained = lorun(*blocks.inputs).detach()

@@ -20,6 +20,18 @@ def converted() -> tuple[LoRunModel, nn.Module]:
     return lorun_adapt.convert(net, rank=2), net
 
 
+def levels(*sigmas: float) -> LoRunModel:
+    """A set for each sigma, each a bit farther from the first."""
+    lorun, _ = converted()
+    for i, sigma in enumerate(sigmas):
+        lorun.copy_adapter("default", f"sigma{sigma:g}")
+        lorun.set_noise(f"sigma{sigma:g}", sigma=sigma)
+        with torch.no_grad():
+            for parameter in lorun.adapters[f"sigma{sigma:g}"].parameters():
+                parameter.mul_(1 + i)
+    return lorun
+
+
 def noisy(count: int = 8, seed: int = 2) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Measurements with noise, masks, and the truth."""
     generator = torch.Generator().manual_seed(seed)
