@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import TypeVar
 
@@ -19,12 +20,18 @@ def launched() -> bool:
 
 def process_state() -> PartialState:
     """Accelerate's view of this process: its number, its device, and how many processes there are."""
-    return PartialState(cpu=_on_cpus())
+    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    state = PartialState(cpu=_on_cpus())
+    if not initialized and state.num_processes > 1:
+        # Threads of a process group that is still open when Python exits can abort the process.
+        atexit.register(state.destroy_process_group)
+    return state
 
 
 def make_accelerator() -> Accelerator:
     """An accelerator that leaves modules and batches on the devices where they are."""
     # Some parameters, such as the base's own copy of private tensors, take part in no forward.
+    process_state()
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(device_placement=False, cpu=_on_cpus(), kwargs_handlers=[unused])
 
