@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -16,8 +16,12 @@ from .sensitivity import Sensitivity
 
 @torch.no_grad()
 def refit(
-    converted: Converted, source: nn.Module, sensitivity: Mapping[tuple[str, str], Sensitivity], damping: float
-) -> None:
+    converted: Converted,
+    source: nn.Module,
+    sensitivity: Mapping[tuple[str, str], Sensitivity],
+    damping: float,
+    time_left: Callable[[], bool] = lambda: True,
+) -> bool:
     """Fit the base and the active adapters of ``converted`` to the weights of ``source``, in place.
 
     Adapted tensors of unknown sensitivity do not change. Private tensors are copied from ``source``.
@@ -27,6 +31,10 @@ def refit(
         source: a network of the original class.
         sensitivity: by group and tensor, from :func:`~lorun_adapt.factorise.sensitivity.sensitivities`.
         damping: the fraction of the mean sensitivity that is added to every direction.
+        time_left: asked before each tensor; the tensors that are left when it says no do not change.
+
+    Returns:
+        Whether every tensor was fitted.
     """
     choice = converted.choice
     for group in converted.stage_map.groups:
@@ -40,6 +48,8 @@ def refit(
                 for adapter, value in zip(adapters, values):
                     private_tensors(adapter)[spec.name].copy_(value)
             elif (known := sensitivity.get((group.name, spec.name))) is not None:
+                if not time_left():
+                    return False
                 first = terms[0][spec.name]
                 stack = torch.stack([value.cpu() for value in values])
                 setting, weighting = Setting(first.rank, first.scaling), Weighting(known.rows, known.columns, damping)
@@ -48,3 +58,4 @@ def refit(
                 for own, new in zip(terms, fitted.terms):
                     for parameter, value in zip(own[spec.name].parameters(), new.parameters()):
                         parameter.copy_(value)
+    return True

@@ -6,7 +6,7 @@ import itertools
 
 from torch import nn
 
-from ..network.batches import Batch, Batches, is_finite
+from ..network.batches import Batches, is_finite
 from ..network.observe import Observer
 from ..stages.stage_map import StageMap
 from ..util.modules import evaluating
@@ -33,17 +33,6 @@ def measure_sensitivity(
     """
     with evaluating(teacher), seeded(seed):
         observer = Observer(teacher, stage_map, calibration.first)
-        return sensitivity_on(probes(calibration), teacher, stage_map, observer, seed)
-
-
-def sensitivity_on(
-    batches: list[Batch], teacher: nn.Module, stage_map: StageMap, observer: Observer, seed: int
-) -> dict[tuple[str, str], Sensitivity]:
-    """Measure the sensitivity on given batches, with a progress bar; see :func:`measure_sensitivity`."""
-    bar = progress(batches, "weighing tensors", "batch", delay=2, leave=False)
-    return sensitivities(teacher, stage_map, lambda *arguments: observer.run(*arguments).final, bar, seed)
-
-
-def probes(calibration: Batches) -> list[Batch]:
-    """Return the next batches of ``calibration`` to measure on, without those that have NaN or Inf."""
-    return [batch for batch in itertools.islice(calibration, PROBES) if is_finite(batch)]
+        batches = [batch for batch in itertools.islice(calibration, PROBES) if is_finite(batch)]
+        bar = progress(batches, "weighing tensors", "batch", delay=2, leave=False)
+        return sensitivities(teacher, stage_map, lambda *arguments: observer.run(*arguments).final, bar, seed)

@@ -517,6 +517,7 @@ class LoRunModel(nn.Module):
         minutes: float | None = None,
         steps: int | None = None,
         loss: Loss | None = None,
+        also: str | Iterable[str] = (),
         resume_from: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ) -> bool:
@@ -557,11 +558,12 @@ class LoRunModel(nn.Module):
 
         duration = Duration(minutes, steps)
         path = None if resume_from is None else as_path(resume_from)
+        names = [also] if isinstance(also, str) else list(also)
         with seeded(seed):
             batches = Batches(calibration)
         before = self._hashes()
         try:
-            return recover(self.converted(), self.network, teacher, batches, duration, loss, path, seed)
+            return recover(self.converted(), self.network, teacher, batches, duration, loss, names, path, seed)
         finally:
             self._drop_outdated(before)
 

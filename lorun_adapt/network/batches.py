@@ -14,6 +14,8 @@ from ..util.nested import tensors_in
 
 Batch = tuple[Any, ...]  # the arguments of a network's forward
 
+HELD_OUT = 2  # batches to judge by, unless the caller holds out others
+IN_A_ROW = 5  # batches with NaN or Inf that are tolerated one after another
 MAX_KEPT_BYTES = 1 << 30  # of the batches of an iterator, which are kept as it can't be started again
 
 
@@ -34,6 +36,7 @@ class Batches(Iterator[Batch]):
 
     Attributes:
         first: the first batch; it is drawn at once, so that a bad calibration is refused before any work.
+        drawn: how many batches have been drawn.
 
     Raises:
         LoRunError: the calibration is not iterable, is empty, or holds something else.
@@ -43,9 +46,17 @@ class Batches(Iterator[Batch]):
         stream = calibration if isinstance(calibration, Batches) else _endless(calibration)
         self.first = next(stream)
         self._stream = itertools.chain([self.first], stream)
+        self.drawn = 0
 
     def __next__(self) -> Batch:
-        return next(self._stream)
+        batch = next(self._stream)
+        self.drawn += 1
+        return batch
+
+    def skip_to(self, drawn: int) -> None:
+        """Draw batches until so many have been drawn."""
+        while self.drawn < drawn:
+            next(self)
 
 
 def _endless(calibration: Iterable[Any]) -> Iterator[Batch]:
@@ -88,3 +99,27 @@ def _as_batch(item: Any, index: int) -> Batch:
 def is_finite(batch: Batch) -> bool:
     """Whether no tensor of a batch has NaN or Inf."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors_in(batch))
+
+
+def finite_batches_of(calibration: Batches) -> list[Batch]:
+    """Return the next batches without NaN or Inf, to judge by.
+
+    Raises:
+        LoRunError: too many batches in a row have NaN or Inf.
+    """
+    return [next_finite(calibration) for _ in range(HELD_OUT)]
+
+
+def next_finite(calibration: Batches) -> Batch:
+    """Return the next batch that has no NaN or Inf.
+
+    Raises:
+        LoRunError: six batches in a row have NaN or Inf.
+    """
+    for _ in range(IN_A_ROW + 1):
+        if is_finite(batch := next(calibration)):
+            return batch
+    raise LoRunError(
+        f"{IN_A_ROW + 1} batches of calibration in a row have NaN or Inf: check how they are made, and remove such "
+        "batches"
+    )

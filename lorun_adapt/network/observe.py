@@ -57,6 +57,9 @@ class Observer:
         stage_map: the positions of the stages.
         batch: arguments of the forward; one forward on them shows which outputs matter.
 
+    Attributes:
+        passed_on: for each call of a stage in a forward, the indices of the output's tensors that later stages read.
+
     Raises:
         LoRunError: a batch that the network cannot run on, or an output without floating-point tensors.
     """
@@ -64,14 +67,14 @@ class Observer:
     def __init__(self, teacher: nn.Module, stage_map: StageMap, batch: tuple[Any, ...]) -> None:
         self._groups = {site.module: group.name for group in stage_map.groups for site in group.sites}
         self._num_arguments = num_positional_arguments(teacher)
-        self._final, self._passed_on = self._relevant(teacher, batch)
+        self._final, self.passed_on = self._relevant(teacher, batch)
 
     def run(self, network: nn.Module, batch: tuple[Any, ...], seed: int) -> Outputs:
         """Return the outputs of ``network`` for a copy of ``batch``; ``seed`` seeds its random numbers."""
         with capturing(network, self._groups) as captured, seeded(seed):
             output = network(*to_device(batch[: self._num_arguments], device_of(network)))
         final = tensors_in(output)
-        stages = [call.tensors[i] for call, kept in zip(captured, self._passed_on) for i in kept]
+        stages = [call.tensors[i] for call, kept in zip(captured, self.passed_on) for i in kept]
         return Outputs(output, [final[i] for i in self._final], stages)
 
     def _relevant(self, teacher: nn.Module, batch: tuple[Any, ...]) -> tuple[list[int], list[list[int]]]:

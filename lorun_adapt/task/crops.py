@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoRunError
-from ..training.distill import relative_error
+from ..util.energy import relative_error
 from ..util.nested import to_device
 from ..util.seeds import seeded
 from .task import Task

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoRunError
-from ..network.observe import Observer
+from ..network.observe import Observer, Outputs
+from ..util.energy import TINY, relative_error
 from ..util.modules import tensors_of
 from ..util.nested import device_of, to_device
 from ..util.seeds import seeded
 
 Loss = Callable[[Any, Any], Tensor]  # (output of the network, the batch) -> a number
-TINY = 1e-20  # lower limit of an energy, to avoid dividing by zero
 
 
 class Distillation(nn.Module):
@@ -36,6 +36,7 @@ class Distillation(nn.Module):
         super().__init__()
         self.student, self.observer = student, observer
         self._others = teacher, loss  # in a tuple, so that they are not registered, trained, moved or saved
+        self._targets: dict[int, tuple[tuple[Any, ...], int, Outputs]] = {}  # of batches to judge by
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
@@ -58,9 +59,8 @@ class Distillation(nn.Module):
             The loss to minimise; its part for the final output, detached; and the PSNR of the final output to the
             teacher's in dB, as in :func:`psnr_to`.
         """
-        (teacher, loss), batch = self._others, draw()
-        with torch.no_grad():
-            target = self.observer.run(teacher, batch, seed)
+        loss, batch = self._others[1], draw()
+        target = self._target(batch, seed)
         own = self.observer.run(self.student, batch, seed)
         if loss is None:
             final = torch.stack([relative_error(a, b) for a, b in zip(own.final, target.final)]).mean()
@@ -73,6 +73,19 @@ class Distillation(nn.Module):
             total = total + (between.sum() if loss is None else between.mean())
         return total, final.detach(), psnr_to(own.final, target.final)
 
+    def score(self, batch: tuple[Any, ...], seed: int) -> tuple[Tensor, Tensor]:
+        """Return the loss and the PSNR of the final output on a batch to judge by, whose target is kept."""
+        if id(batch) not in self._targets:
+            self._targets[id(batch)] = batch, seed, self._target(batch, seed)
+        return self(lambda: batch, seed)[1:]
+
+    def _target(self, batch: tuple[Any, ...], seed: int) -> Outputs:
+        kept = self._targets.get(id(batch))
+        if kept is not None and kept[0] is batch and kept[1] == seed:
+            return kept[2]
+        with torch.no_grad():
+            return self.observer.run(self._others[0], batch, seed)
+
 
 @torch.no_grad()
 def psnr_to(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
@@ -82,18 +95,6 @@ def psnr_to(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         crest = target.abs().square().max() / target.abs().square().mean().clamp_min(TINY)
         values.append(10 * torch.log10(crest / relative_error(output, target).clamp_min(TINY)))
     return torch.stack(values).mean()
-
-
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Return ||output - target||^2 / ||target||^2, computed in float32 or higher precision."""
-    target = target.detach()  # a forward that uses autograd internally returns a graph even under no_grad
-    difference = output.to(torch.promote_types(output.dtype, torch.float32)) - target
-    return _energy(difference) / _energy(target).clamp_min(TINY)
-
-
-def _energy(tensor: Tensor) -> Tensor:
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square().sum()
 
 
 def check_teacher(teacher: nn.Module, base: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 import time
 import warnings
@@ -12,8 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import LoRunError
-from ..network.batches import Batches
+from ..network.batches import HELD_OUT, Batches
 from ..network.converted import AdapterSet, Converted
 from ..stages.stage_map import StageMap
 from ..stages.tensors import outside_parameters
@@ -22,8 +20,8 @@ from ..util.seeds import seeded
 from .distill import Loss, check_teacher
 from .duration import Duration
 from .fit import check_target, finite_batches, ready_to_train
-from .trained import check_not_empty, tensors_to_train
-from .trainer import HELD_OUT, Trainer
+from .trained import check_not_empty, names_matching, tensors_to_train
+from .trainer import Phase, Trainer
 
 TERM_RATE = 0.02  # relative learning rate of terms; lower than for recovery, since they start from a trained set
 PATIENCE = 10  # training ends after this many checks of the held-out batches (of 25) without improvement
@@ -80,10 +78,9 @@ def finetune(
             resume_from=resume_from,
             run_id=f"{adapter_name} for {held.info.noise}, begun as {fingerprint_of(initial)}, "
             f"on {converted.fingerprint}",
-            spent=time.monotonic() - started,
+            started=started,
             held_out=judged,
-            patience=PATIENCE,
-            label=f"fine-tuning {adapter_name}",
+            phases=[Phase(f"fine-tuning {adapter_name}", patience=PATIENCE)],
             restored=list(initial.values()),
         )
         finished = trainer.train(stop)
@@ -124,13 +121,4 @@ def matching_parameters(base: nn.Module, stage_map: StageMap, patterns: Iterable
         LoRunError: a pattern that matches no parameter.
     """
     parameters = outside_parameters(base, stage_map)
-    copies = {}
-    for pattern in patterns:
-        names = fnmatch.filter(parameters, pattern)
-        if not names:
-            raise LoRunError(
-                f"no parameter outside the stages matches {pattern!r}: choose from {list(parameters)} (parameters of "
-                "the stages belong to every set)"
-            )
-        copies.update({name: parameters[name].detach().clone() for name in names})
-    return copies
+    return {name: parameters[name].detach().clone() for name in names_matching(parameters, patterns)}

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import LoRunError
-from ..network.batches import Batch, Batches, is_finite
+from ..network.batches import HELD_OUT, Batch, Batches, is_finite
 from ..network.observe import Observer
 from ..stages.stage_map import StageMap
 from ..util.modules import evaluating
@@ -25,7 +25,7 @@ from .duration import Duration
 from .speed import channels_last
 from .supervised import Supervised
 from .trained import TrainedTensor
-from .trainer import HELD_OUT, Trainer, interruptible
+from .trainer import Phase, Trainer, interruptible
 
 RATE = 0.02  # learning rate relative to the size of a tensor's values, unless the caller gives others
 
@@ -99,10 +99,9 @@ def fit(
             seed=seed,
             resume_from=None,
             run_id="",
-            spent=time.monotonic() - started,
+            started=started,
             held_out=judged,
-            patience=patience,
-            label="training",
+            phases=[Phase("training", patience=patience)],
         )
         finished = trainer.train(stop)
     if not finished:

@@ -1,31 +1,38 @@
-"""Recover the quality of a converted network by distillation from the original, without ground truth."""
+"""Recover the quality of a converted network by distillation from the original, without ground truth.
+
+Three phases share one budget. First the original's tensors are factorised again in closed form, weighted by their
+effect on the output of their stage. Then each stage trains by itself on the inputs that the original gives to its own
+stage (teacher forcing). Then the network trains end to end. Where stages cannot run alone, the weights are those of the
+effect on the network's output, and teacher forcing is skipped.
+"""
 
 from __future__ import annotations
 
-import math
-import threading
+import itertools
 import time
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from ..errors import LoRunError
-from ..factorise.refit import refit
-from ..factorise.weigh import probes, sensitivity_on
-from ..network.batches import Batches
+from ..network.batches import Batches, finite_batches_of, next_finite
 from ..network.converted import Converted
+from ..network.recording import Recorder
 from ..util.fingerprint import fingerprint_of
-from ..util.modules import distinct_tensors
-from .distill import Distillation, Loss, check_teacher
+from ..util.modules import distinct_tensors, unchanged
+from .closed_form import fit_in_closed_form
+from .distill import Loss, check_teacher
 from .duration import Duration
 from .fit import ready_to_train
-from .supervised import Supervised
+from .stagewise import Recordings, TeacherForcing
 from .trained import trainable_base
-from .trainer import Trainer
+from .trainer import Phase, Trainer
 
-DAMPINGS = (0.01, 0.1, 1.0)  # all are tried: small values suit small residuals, large values large residuals
+FORCING_UNTIL = 0.4  # the fraction of the budget at which teacher forcing ends
+END_STEPS = 800  # with fewer steps end to end, they are smaller
+PATIENCE = 4  # teacher forcing ends after so many checks without a better result
 
 
 def recover(
@@ -35,13 +42,11 @@ def recover(
     calibration: Batches,
     duration: Duration,
     loss: Loss | None = None,
+    also: Collection[str] = (),
     resume_from: Path | None = None,
     seed: int = 0,
 ) -> bool:
     """Train the base and the adapters in place; see :meth:`LoRunModel.recover`.
-
-    Training starts from the current weights, or from a new factorisation of the teacher's weights that is weighted by
-    the sensitivity of the output, whichever is nearer to the teacher.
 
     Args:
         converted: the network as data.
@@ -50,6 +55,7 @@ def recover(
         calibration: batches of arguments of the forward.
         duration: how long to train.
         loss: replaces the distance to the teacher's output.
+        also: glob patterns of parameters outside the stages to train as well.
         resume_from: the state file.
         seed: seed of all random numbers.
 
@@ -65,13 +71,15 @@ def recover(
     check_teacher(teacher, converted.base)
     first = calibration.first
     with (
-        trainable_base(converted, network) as trained,
+        trainable_base(converted, network, also) as trained,
+        unchanged((network, teacher), [item.parameter for item in trained]),
         ready_to_train(network, converted.stage_map, first, loss, teacher, seed) as (objective, stop),
     ):
-        if resume_from is None or not resume_from.exists():
-            choose_initial_weights(objective, converted, teacher, calibration, seed, stop)
-        else:
-            probes(calibration)  # drawn to keep the order of batches as in the run that is resumed
+        recorder = Recorder(teacher, converted.stage_map, objective.observer, first)
+        held_out = finite_batches_of(calibration)
+        batches = (next_finite(calibration) for _ in itertools.count())
+        recordings = Recordings(recorder, batches, seed)
+        forcing = TeacherForcing(network, recorder, recordings) if recorder.sites else None
         trainer = Trainer(
             objective,
             trained,
@@ -80,39 +88,23 @@ def recover(
             seed=seed,
             resume_from=resume_from,
             run_id=f"{converted.stage_map.network} {fingerprint_of(distinct_tensors(teacher))}",
-            spent=time.monotonic() - started,
+            phases=[
+                *([Phase("recovering, stage by stage", FORCING_UNTIL, PATIENCE, forcing)] if forcing else []),
+                Phase("recovering, end to end", steps=END_STEPS),
+            ],
+            started=started,
+            held_out=held_out,
         )
+        if resume_from is None or not resume_from.exists():
+            trainer.judge()
+            fit_in_closed_form(converted, teacher, objective, forcing, held_out, batches, duration, seed, stop)
         finished = trainer.train(stop)
     if not finished:
         warnings.warn("recovery was stopped: the best weights so far are kept", stacklevel=3)
+    elif not trainer.improved:
+        warnings.warn(
+            "recovery found nothing closer to the original than the weights it began with, and kept these: train for "
+            "longer, or on more images",
+            stacklevel=3,
+        )
     return finished
-
-
-def choose_initial_weights(
-    objective: Distillation | Supervised,
-    converted: Converted,
-    teacher: nn.Module,
-    calibration: Batches,
-    seed: int,
-    stop: threading.Event,
-) -> None:
-    """Set the weights nearest to the teacher: the current ones, or those from :func:`refit`."""
-    tensors = list(objective.student.state_dict().values())  # they share memory with the network's tensors
-    best, nearest = [tensor.clone() for tensor in tensors], math.inf
-    try:
-        batches = probes(calibration)
-        known = sensitivity_on(batches, teacher, converted.stage_map, objective.observer, seed)
-        for damping in (None, *DAMPINGS) if known else ():
-            if stop.is_set():
-                break
-            if damping is not None:
-                refit(converted, teacher, known, damping)
-            with torch.no_grad():
-                distance = sum(float(objective(lambda b=batch: b, seed)[1]) for batch in batches[:2])
-            if distance < nearest:
-                best, nearest = [tensor.clone() for tensor in tensors], distance
-    except KeyboardInterrupt:
-        stop.set()
-    finally:
-        for tensor, value in zip(tensors, best):
-            tensor.copy_(value)

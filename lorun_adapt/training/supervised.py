@@ -54,3 +54,7 @@ class Supervised(nn.Module):
         with seeded(seed):
             loss = self._loss[0](output, to_device(batch, device_of(self.student)))
         return loss, loss.detach(), torch.tensor(math.nan)
+
+    def score(self, batch: tuple[Any, ...], seed: int) -> tuple[Tensor, Tensor]:
+        """Return the loss, and NaN, on a batch to judge by."""
+        return self(lambda: batch, seed)[1:]

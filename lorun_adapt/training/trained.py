@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import fnmatch
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from ..errors import LoRunError
 from ..network.adapted import is_base
 from ..network.adapter import StageAdapter, terms_of
 from ..network.converted import AdapterSet, Converted
-from ..stages.tensors import base_tensors
+from ..stages.tensors import base_tensors, outside_parameters
 from ..util.numbers import is_numeric
 
 # Learning rates relative to the size of a tensor's values. The base moves more slowly than the terms because it affects
@@ -35,9 +36,30 @@ def tensors_to_train(held: AdapterSet, term_rate: float = TERM_RATE) -> list[Tra
         held: the set.
         term_rate: the relative learning rate of terms.
     """
+    return _of_adapters(held, term_rate) + [TrainedTensor(p, PRIVATE_RATE) for p in _trainable(held.outside.values())]
+
+
+def names_matching(parameters: Mapping[str, nn.Parameter], patterns: Iterable[str]) -> list[str]:
+    """Return the names of parameters outside the stages that match glob patterns.
+
+    Raises:
+        LoRunError: a pattern that matches no parameter.
+    """
+    names: dict[str, None] = {}
+    for pattern in patterns:
+        found = fnmatch.filter(parameters, pattern)
+        if not found:
+            raise LoRunError(
+                f"no parameter outside the stages matches {pattern!r}: choose from {list(parameters)} (parameters of "
+                "the stages belong to every set)"
+            )
+        names |= dict.fromkeys(found)
+    return list(names)
+
+
+def _of_adapters(held: AdapterSet, term_rate: float) -> list[TrainedTensor]:
     adapters = [adapter for _, stage in sorted(held.adapters.items()) for adapter in stage.values()]
-    tensors = [item for adapter in adapters for item in _of_adapter(adapter, term_rate)]
-    return tensors + [TrainedTensor(p, PRIVATE_RATE) for p in _trainable(held.outside.values())]
+    return [item for adapter in adapters for item in _of_adapter(adapter, term_rate)]
 
 
 def _of_adapter(adapter: StageAdapter, term_rate: float) -> Iterable[TrainedTensor]:
@@ -61,40 +83,44 @@ def check_not_empty(trained: list[TrainedTensor]) -> None:
 
 
 @contextmanager
-def trainable_base(converted: Converted, network: nn.Module) -> Iterator[list[TrainedTensor]]:
+def trainable_base(
+    converted: Converted, network: nn.Module, also: Collection[str] = ()
+) -> Iterator[list[TrainedTensor]]:
     """Within the ``with`` block, make the base trainable; yield the tensors that recovery trains.
 
-    These are the tensors of all sets, and the parameters of the base that the assembled network uses.
+    These are the adapters of all sets, the base of the stages that the assembled network uses, and the parameters
+    outside the stages that are named.
 
     Args:
         converted: the network as data.
         network: the same network assembled, with the same tensors.
+        also: glob patterns of parameters outside the stages.
+
+    Raises:
+        LoRunError: a pattern that matches no parameter; nothing to train.
     """
-    trained = [item for held in converted.sets.values() for item in tensors_to_train(held)]
-    of_sets = {id(tensor) for held in converted.sets.values() for tensor in _tensors_of(held)}
+    trained = [item for held in converted.sets.values() for item in _of_adapters(held, TERM_RATE)]
+    named = set(names_matching(outside_parameters(converted.base, converted.stage_map), also))
+    outside = {id(tensor) for held in converted.sets.values() for name, tensor in held.outside.items() if name in named}
+    outside |= {id(tensor) for name, tensor in converted.base.named_parameters() if name in named}
+    shared = {id(tensor) for tensor in base_tensors(converted.base, converted.stage_map).values()}
     names: dict[int, set[str]] = {}
     for name, parameter in converted.base.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
-    of_base = {id(tensor) for tensor in base_tensors(converted.base, converted.stage_map).values()} - of_sets
     authors_train = converted.trainable_names
-    base = []
+    frozen = []
     for name, parameter in network.named_parameters():
-        if id(parameter) in of_base and is_numeric(parameter):
-            if not authors_train or authors_train & names[id(parameter)]:
-                base.append(parameter)
-                trained.append(TrainedTensor(parameter, BASE_RATE if is_base(name) else OUTSIDE_RATE))
+        in_base, is_named = is_base(name) and id(parameter) in shared, id(parameter) in outside
+        wanted = not authors_train or id(parameter) not in names or bool(authors_train & names[id(parameter)])
+        if (in_base or is_named) and is_numeric(parameter) and wanted:
+            trained.append(TrainedTensor(parameter, BASE_RATE if in_base else OUTSIDE_RATE))
+            if not parameter.requires_grad:
+                frozen.append(parameter)
     check_not_empty(trained)
-    for parameter in base:
+    for parameter in frozen:
         parameter.requires_grad_(True)
     try:
         yield trained
     finally:
-        for parameter in base:
+        for parameter in frozen:
             parameter.requires_grad_(False)
-
-
-def _tensors_of(held: AdapterSet) -> Iterator[Tensor]:
-    yield from held.outside.values()
-    for stage in held.adapters.values():
-        for adapter in stage.values():
-            yield from adapter.parameters()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -30,6 +30,27 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def unchanged(networks: Iterable[nn.Module], but: Iterable[Tensor] = ()) -> Iterator[None]:
+    """After the block, give the parameters and buffers of ``networks``, but for some, their values before it.
+
+    >>> layer = nn.BatchNorm1d(2)
+    >>> with unchanged([layer], [layer.weight]):
+    ...     _ = layer(torch.rand(3, 2)), nn.init.zeros_(layer.weight)
+    >>> layer.running_mean, layer.weight.detach()
+    (tensor([0., 0.]), tensor([0., 0.]))
+    """
+    changing = {id(tensor) for tensor in but}
+    tensors = {id(t): t for network in networks for t in (*network.parameters(), *network.buffers())}
+    kept = [(tensor, tensor.detach().clone()) for key, tensor in tensors.items() if key not in changing]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in kept:
+                tensor.copy_(value)
 
 
 def buffer_names(network: nn.Module) -> set[str]:

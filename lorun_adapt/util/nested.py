@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,6 +46,26 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value.to(device) if hasattr(value, "to") and not isinstance(value, type) else value
 
 
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return ``value`` with ``function(tensor)`` in place of each tensor, within lists, tuples, dicts and dataclasses.
+
+    >>> map_tensors({"image": torch.zeros(1), "steps": [1, torch.ones(1)]}, lambda tensor: tensor + 1)
+    {'image': tensor([1.]), 'steps': [1, tensor([2.])]}
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(item, function) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(item, function) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(item, function) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value) if field.init]
+        return dataclasses.replace(value, **{name: map_tensors(getattr(value, name), function) for name in names})
+    return value
+
+
 def device_of(network: nn.Module) -> torch.device:
     """Return the device of the first parameter, or the CPU where ``network`` has none.
 
@@ -62,15 +82,4 @@ def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
     >>> replaced({"image": image, "steps": [1, 2]}, image, torch.ones(1))
     {'image': tensor([1.]), 'steps': [1, 2]}
     """
-    if value is old:
-        return new
-    if isinstance(value, Mapping):
-        return {key: replaced(item, old, new) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(replaced(item, old, new) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(replaced(item, old, new) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value) if field.init]
-        return dataclasses.replace(value, **{name: replaced(getattr(value, name), old, new) for name in names})
-    return value
+    return map_tensors(value, lambda tensor: new if tensor is old else tensor)

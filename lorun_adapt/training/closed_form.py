@@ -1,0 +1,139 @@
+"""Factorise the original's tensors again in closed form, weighted by what they do, within a part of the budget."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ..factorise.refit import refit
+from ..factorise.sensitivity import Sensitivity, sensitivities, sensitivities_of_stages
+from ..network.batches import Batch
+from ..network.converted import Converted
+from ..util.progress import progress
+from .distill import Distillation
+from .duration import Duration
+from .processes import broadcast
+from .stagewise import TeacherForcing
+from .supervised import Supervised
+
+DAMPINGS = (0.1, 0.01, 1.0)  # small values suit many batches and small residuals, large values few and large ones
+MAX_PROBES = 40  # batches to measure sensitivities on
+STEPS_PER_PROBE = 10  # in a run of so many steps
+FEW_STEPS = 30  # below so many steps, only the first damping is tried
+MEASURING, FITTING = 0.05, 0.1  # the fractions of a budget in minutes at which measuring and fitting end
+
+T = TypeVar("T")
+
+
+def fit_in_closed_form(
+    converted: Converted,
+    teacher: nn.Module,
+    objective: Distillation | Supervised,
+    forcing: TeacherForcing | None,
+    held_out: Sequence[Batch],
+    batches: Iterator[Batch],
+    duration: Duration,
+    seed: int,
+    stop: threading.Event,
+) -> None:
+    """Set the weights to the best of the current ones and new factorisations of the teacher's tensors.
+
+    The best are those with the least error of the stages on the teacher's inputs or, where stages cannot run alone,
+    of the network.
+
+    Args:
+        converted: the network as data; its tensors are set in place.
+        teacher: the original network.
+        objective: knows the network that has these tensors.
+        forcing: runs its stages alone; None if they can't.
+        held_out: batches to choose on.
+        batches: batches to measure sensitivities on, where stages cannot run alone.
+        duration: of the whole run. Of minutes, this takes a tenth, and one probe and one tensor more at most.
+        seed: seed of all random numbers.
+        stop: ends the work early.
+    """
+    tensors = list(objective.student.state_dict().values())  # they share memory with the network's tensors
+    error = _error_of_stages(forcing, held_out, seed) if forcing else _error_of_network(objective, held_out, seed)
+    time_left = _clock(duration, stop)
+    best, least = [tensor.clone() for tensor in tensors], error()
+    try:
+        known = _measure(converted, teacher, objective, forcing, batches, duration, seed, time_left)
+        for damping in DAMPINGS if duration.steps is None or duration.steps >= FEW_STEPS else DAMPINGS[:1]:
+            if not known or not time_left(FITTING):
+                break
+            complete = refit(converted, teacher, known, damping, lambda: time_left(FITTING))
+            if (found := error()) < least:
+                best, least = [tensor.clone() for tensor in tensors], found
+            if not complete:
+                break
+    except KeyboardInterrupt:
+        stop.set()
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, best):
+                tensor.copy_(value)
+
+
+def _clock(duration: Duration, stop: threading.Event) -> Callable[[float], bool]:
+    """A function that tells whether a fraction of the duration is still to come; the main process decides for all."""
+    started = time.monotonic()
+
+    def time_left(until: float) -> bool:
+        over = duration.minutes is not None and time.monotonic() - started > until * 60 * duration.minutes
+        return not broadcast(over or stop.is_set())
+
+    return time_left
+
+
+def _measure(
+    converted: Converted,
+    teacher: nn.Module,
+    objective: Distillation | Supervised,
+    forcing: TeacherForcing | None,
+    batches: Iterator[Batch],
+    duration: Duration,
+    seed: int,
+    time_left: Callable[[float], bool],
+) -> Mapping[tuple[str, str], Sensitivity]:
+    count = MAX_PROBES if duration.steps is None else min(MAX_PROBES, max(2, duration.steps // STEPS_PER_PROBE))
+    stage_map = converted.stage_map
+
+    def while_time_is_left(probes: Iterator[T]) -> Iterator[T]:
+        for number, probe in enumerate(itertools.islice(probes, count)):
+            if number and not time_left(MEASURING):
+                return
+            yield probe
+
+    if forcing is not None:
+        recordings = while_time_is_left(forcing.recordings[i] for i in itertools.count())
+        bar = progress(recordings, "weighing tensors, stage by stage", "batch", delay=2, leave=False)
+        return sensitivities_of_stages(forcing.recorder, teacher, stage_map, bar, seed)
+    bar = progress(while_time_is_left(batches), "weighing tensors", "batch", delay=2, leave=False)
+    observer = objective.observer
+    return sensitivities(teacher, stage_map, lambda *arguments: observer.run(*arguments).final, bar, seed)
+
+
+def _error_of_stages(forcing: TeacherForcing, held_out: Sequence[Batch], seed: int) -> Callable[[], float]:
+    recordings = [forcing.recorder.record(batch, seed + i) for i, batch in enumerate(held_out)]
+    return lambda: _or_inf(forcing.error(recordings))
+
+
+def _error_of_network(
+    objective: Distillation | Supervised, held_out: Sequence[Batch], seed: int
+) -> Callable[[], float]:
+    def error() -> float:
+        with torch.no_grad():
+            return _or_inf(sum(float(objective.score(batch, seed + i)[0]) for i, batch in enumerate(held_out)))
+
+    return error
+
+
+def _or_inf(value: float) -> float:
+    return value if math.isfinite(value) else math.inf

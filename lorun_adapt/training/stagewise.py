@@ -1,0 +1,114 @@
+"""Teacher forcing: train each stage by itself, on the inputs that the teacher gives to its own stage.
+
+A stage that is a little wrong gives the next one an input that no stage has seen; in many networks such errors grow
+until nothing can be learnt from the output. Here each stage of the student takes the teacher's input, and is to return
+what the teacher's stage returns, with an error that is small relative to what the stage changes. No gradient passes
+from one stage to another, so a step keeps one stage in memory, and stages can be spread over processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..network.batches import Batch
+from ..network.recording import Recorder, StageCall, num_bytes
+from ..util.energy import energy
+
+STEPS_PER_BATCH = 3  # recording the teacher takes a third of a step's time
+MAX_NUMBERS = 10 * 17_000  # in the outputs of the stages that a step trains
+MAX_BYTES = 1 << 30  # of recorded calls
+
+
+class Recordings:
+    """The recorded calls of the teacher on batches, a random one of those recorded so far for each step.
+
+    Every third step has a batch that no step before it had, until the recordings take 1 GiB.
+
+    Args:
+        recorder: records the teacher.
+        batches: the batches; they are drawn when they are needed.
+        seed: of the choice, and of the teacher's random numbers.
+    """
+
+    def __init__(self, recorder: Recorder, batches: Iterator[Batch], seed: int) -> None:
+        self._recorder, self._batches, self._seed = recorder, batches, seed
+        self._drawn: list[Batch] = []
+        self._calls: dict[int, list[StageCall]] = {}
+        self._most = 1 << 30
+
+    def __getitem__(self, index: int) -> list[StageCall]:
+        """Return the calls on the batch with this number, counted from 0."""
+        while len(self._drawn) <= index:
+            self._drawn.append(next(self._batches))
+        if index not in self._calls:
+            self._calls[index] = self._recorder.record(self._drawn[index], self._seed + index)
+            self._most = max(1, MAX_BYTES // max(1, num_bytes(self._calls[index])))
+        return self._calls[index]
+
+    def for_step(self, step: int) -> list[StageCall]:
+        """Return the calls to train on in a step; the same ones for the same step."""
+        self[0]  # how many there is room for
+        newest = step // STEPS_PER_BATCH
+        if step % STEPS_PER_BATCH == 0 and newest < self._most:
+            return self[newest]
+        return self[random.Random(self._seed + step).randrange(min(newest + 1, self._most))]
+
+
+class TeacherForcing:
+    """The gradients of the errors of a student's stages, each on the teacher's input to it.
+
+    Args:
+        student: the network to train.
+        recorder: runs single stages.
+        recordings: the teacher's calls.
+    """
+
+    def __init__(self, student: nn.Module, recorder: Recorder, recordings: Recordings) -> None:
+        self.student, self.recorder, self.recordings = student, recorder, recordings
+
+    def backward(self, step: int, backward: Callable[[Tensor], None], part: int = 0, parts: int = 1) -> float:
+        """Add the gradients of a step's mean error over the stages, one stage after another.
+
+        Args:
+            step: the step's number.
+            backward: computes the gradients of a loss.
+            part, parts: the stages are shared out over so many processes; compute those of process ``part``.
+
+        Returns:
+            The share of these stages in the mean error.
+        """
+        calls = self._chosen(self.recordings.for_step(step), step, parts)
+        total = 0.0
+        for call in itertools.islice(calls, (part + step) % parts, None, parts):
+            loss = stage_error(self.recorder.run(self.student, call), call) / len(calls)
+            if loss.requires_grad:
+                backward(loss)
+            total += float(loss.detach())
+        return total
+
+    def _chosen(self, calls: Sequence[StageCall], step: int, parts: int) -> Sequence[StageCall]:
+        """Return the calls, or some of them in turn where their outputs are large."""
+        size = sum(tensor.numel() for call in calls for tensor in call.outputs)
+        count = min(len(calls), max(parts, round(len(calls) * MAX_NUMBERS / max(1, size))))
+        start = step * count
+        return [calls[(start + i) % len(calls)] for i in range(count)]
+
+    @torch.no_grad()
+    def error(self, recordings: Sequence[Sequence[StageCall]]) -> float:
+        """Return the mean error of the stages over ``recordings``."""
+        errors = [stage_error(self.recorder.run(self.student, call), call) for calls in recordings for call in calls]
+        return float(torch.stack(errors).mean())
+
+
+def stage_error(outputs: Sequence[Tensor], call: StageCall) -> Tensor:
+    """Return the mean squared error of a stage's outputs to those of ``call``, relative to what the stage changes."""
+    errors = [
+        energy(output.to(torch.promote_types(output.dtype, torch.float32)) - target) / change
+        for output, target, change in zip(outputs, call.outputs, call.changes)
+    ]
+    return torch.stack(errors).mean()

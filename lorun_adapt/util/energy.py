@@ -1,0 +1,29 @@
+"""The energy of a tensor, and relative errors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TINY = 1e-20  # lower limit of an energy, to avoid dividing by zero
+
+
+def energy(tensor: Tensor) -> Tensor:
+    """Return the squared norm of a real or complex tensor, computed in float32 or higher precision.
+
+    >>> float(energy(torch.tensor([3 + 4j, 2])))
+    29.0
+    """
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square().sum()
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """Return ||output - target||^2 / ||target||^2, computed in float32 or higher precision.
+
+    >>> float(relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])))
+    0.5
+    """
+    target = target.detach()  # a forward that uses autograd internally returns a graph even under no_grad
+    difference = output.to(torch.promote_types(output.dtype, torch.float32)) - target
+    return energy(difference) / energy(target).clamp_min(TINY)
