@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from .network.adapter import StageAdapter
 from .network.assemble import share
 from .network.batches import Batches
 from .network.converted import AdapterSet, Converted
+from .network.divergence import warn_if_far
 from .peft_format.options import config_of_ranks
 from .stages.checks import check_dense, check_finite, check_parameters, check_reachable
 from .stages.find import find_stages
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
     import os
 
     from .training.distill import Loss
+
+WEIGHING = 0.05  # the fraction of the minutes of recovery that measuring sensitivities for a budget may take
+RECOVER = "recover it with calibration="
 
 
 def convert(
@@ -48,13 +54,16 @@ def convert(
     minutes: float | None = None,
     steps: int | None = None,
     loss: Loss | None = None,
+    also: str | Sequence[str] = (),
+    recompute: bool = False,
     resume_from: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> LoRunModel:
     """Collapse the repeated denoisers of ``dun`` into one base and a low-rank adapter per stage.
 
     The original network is not changed. Conversion alone reduces the quality, since the stages of a trained network
-    have little in common; recovery on ``calibration`` restores it. A module that is called in a loop is already
+    have little in common; recovery on ``calibration`` restores it. With ``example_inputs`` or ``calibration``, a
+    warning says if the result diverges. A module that is called in a loop is already
     shared, so its adapters start at zero.
 
     Args:
@@ -71,8 +80,8 @@ def convert(
             share of the original number. The ranks, and which tensors get no base, are chosen to keep as much energy
             of the weights as possible, weighted, with ``calibration``, by their effect on the output.
         stages, example_inputs, calls: as in :func:`find_stages`.
-        calibration, minutes, steps, loss, resume_from: recover the quality afterwards, as in
-            :meth:`LoRunModel.recover`.
+        calibration, minutes, steps, loss, also, recompute, resume_from: recover the quality afterwards, as in
+            :meth:`LoRunModel.recover`. Minutes include the conversion.
         seed: seed of the random numbers of measuring sensitivities and of recovery. Without ``calibration`` it has no
             effect: a conversion alone is the same each time.
 
@@ -91,13 +100,15 @@ def convert(
     >>> lorun(torch.rand(1, 1, 8, 8)).shape
     torch.Size([1, 1, 8, 8])
     """
-    batches = None
+    batches, duration, started = None, None, time.monotonic()
     if calibration is not None:
-        Duration(minutes, steps)
+        duration = Duration(minutes, steps)
         with seeded(seed):
             batches = Batches(calibration)
-    elif any(value is not None for value in (minutes, steps, loss, resume_from)):
-        raise LoRunError("minutes, steps, loss and resume_from need calibration: pass it as well, or leave them out")
+    elif any(value is not None for value in (minutes, steps, loss, resume_from)) or also or recompute:
+        raise LoRunError(
+            "minutes, steps, loss, also, recompute and resume_from need calibration: pass it as well, or leave them out"
+        )
     converted = collapse(
         dun,
         config,
@@ -108,11 +119,27 @@ def convert(
         example_inputs=example_inputs,
         calls=calls,
         calibration=batches,
+        duration=duration,
         seed=seed,
     )
     lorun = LoRunModel(converted)
     if batches is not None:
-        lorun.recover(dun, batches, minutes=minutes, steps=steps, loss=loss, resume_from=resume_from, seed=seed)
+        assert duration is not None
+        left = duration.after(time.monotonic() - started)
+        lorun.recover(
+            dun,
+            batches,
+            minutes=left.minutes,
+            steps=left.steps,
+            loss=loss,
+            also=also,
+            recompute=recompute,
+            resume_from=resume_from,
+            seed=seed,
+        )
+        warn_if_far(lorun.network, dun, batches.first, "train for longer, or choose a higher rank")
+    elif example_inputs is not None:
+        warn_if_far(lorun.network, dun, example_inputs, RECOVER)
     return lorun
 
 
@@ -127,6 +154,7 @@ def collapse(
     example_inputs: Sequence[object] | None = None,
     calls: Mapping[str, int] | None = None,
     calibration: Batches | None = None,
+    duration: Duration | None = None,
     seed: int = 0,
     without_base: Collection[str] = (),
 ) -> Converted:
@@ -134,6 +162,7 @@ def collapse(
 
     Args:
         calibration: batches to measure the sensitivity of the output on, which decides how a budget is divided.
+        duration: how long recovery takes afterwards; measuring takes a twentieth of the minutes at most.
         without_base: names of tensors that get no base; with a budget, they are chosen automatically.
     """
     named = {"config": config, "rank": rank, "energy": energy, "budget": budget}
@@ -151,7 +180,9 @@ def collapse(
         if calibration is not None:
             from .factorise.weigh import measure_sensitivity
 
-            sensitivity = measure_sensitivity(dun, stage_map, calibration, seed)
+            minutes = duration.minutes if duration is not None else None
+            seconds = math.inf if minutes is None else 60 * minutes * WEIGHING
+            sensitivity = measure_sensitivity(dun, stage_map, calibration, seed, seconds)
         allocation = allocate(dun, stage_map, budget, sensitivity)
         if calibration is not None:
             from .training.processes import broadcast  # imported here: training needs more libraries than conversion

@@ -164,7 +164,6 @@ def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     photograph = (torch.rand(33, 33) * 255).byte().numpy()  # small, as are the batches, so that a step is quick
     imsave(tmp_path / "photos/camera.png", photograph, check_contrast=False)
     monkeypatch.setattr("lorun_adapt.task.crops.BATCH_PIXELS", 33 * 33)
-    monkeypatch.setattr("lorun_adapt.training.recovery.DAMPINGS", (0.1,))
     monkeypatch.chdir(tmp_path)
     (block,) = blocks(ROOT / "README.md", "python")
     assert "minutes=6" in block

@@ -121,6 +121,15 @@ RESUME_FROM = click.option(
     metavar="FILE",
     help="State file: keeps the state of the run, and resumes from it if it exists.",
 )
+ALSO = click.option(
+    "--also",
+    multiple=True,
+    metavar="PATTERN",
+    help="Parameters outside the stages to train as well, such as 'steps.*'.",
+)
+RECOMPUTE = click.option(
+    "--recompute", is_flag=True, help="Save memory: run the stages again in the backward pass.  [a third slower]"
+)
 TRUTH = click.option("--truth", is_flag=True, help="Use the calibration images as ground truth as well.")
 
 
@@ -132,7 +141,7 @@ def calibration_options(required: bool) -> Callable[[Function], Function]:
             "--calibration", type=FILE, required=required, help="Folder of images on which to recover the quality."
         )
         noise = sigma_option(note="  [default: that of the adapter set, or 0]")
-        for option in reversed((folder, MINUTES, STEPS, TRUTH, BATCH, RESUME_FROM, noise)):
+        for option in reversed((folder, MINUTES, STEPS, TRUTH, BATCH, ALSO, RECOMPUTE, RESUME_FROM, noise)):
             command = option(command)
         return command
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .options import (
+    ALSO,
     BATCH,
     BUDGET,
     CONVERTED,
@@ -21,6 +23,7 @@ from .options import (
     MINUTES,
     OUT,
     RANK,
+    RECOMPUTE,
     RESUME_FROM,
     SEED,
     STAGES,
@@ -80,12 +83,17 @@ def convert_(
     from ..conversion import collapse
     from ..model.lorun_model import LoRunModel
     from ..network.batches import Batches
+    from ..network.divergence import warn_if_far
+    from ..training.duration import Duration
+
+    started = time.monotonic()
 
     if calibration is None and (given := [f"--{name}" for name, value in training.items() if value]):
         raise click.UsageError(f"{' and '.join(given)} need --calibration: give a folder of images")
     spec, net = trained_network(task, weights, seed)
     crops = None if calibration is None else _crops(spec, calibration, seed, training)
     weighed = None if crops is None or budget is None else Batches(crops)
+    inputs = example_inputs(spec, device)
     with working("converting") if weighed is None else contextlib.nullcontext():  # weighing shows its own progress bar
         converted = collapse(
             net.to(device),
@@ -93,11 +101,17 @@ def convert_(
             energy=energy,
             budget=budget,
             stages=stages or None,
-            example_inputs=example_inputs(spec, device),
+            example_inputs=inputs,
             calibration=weighed,
+            duration=None if crops is None else Duration(training["minutes"], training["steps"]),
             seed=seed,
         )
     lorun = LoRunModel(converted)
+    if crops is None:
+        warn_if_far(lorun.network, net, inputs, "recover it with --calibration")
+    else:
+        left = Duration(training["minutes"], training["steps"]).after(time.monotonic() - started)
+        training |= {"minutes": left.minutes, "steps": left.steps}
     finished = crops is None or _recover(lorun, spec, net, crops, seed, training)
     _save(lorun, spec, out, dtype, finished)
 
@@ -151,15 +165,14 @@ def recover(
     metavar="NAME",
     help="The set to start from; with several, their interpolation.  [default: default]",
 )
-@click.option(
-    "--also", multiple=True, metavar="PATTERN", help="Parameters outside the stages to train with the set, too."
-)
+@ALSO
 @click.option(
     "--images", type=FILE, required=True, help="Folder of images to train on; a fifth, at most 20, is held out."
 )
 @MINUTES
 @STEPS
 @BATCH
+@RECOMPUTE
 @RESUME_FROM
 @OUT
 @DTYPE
@@ -176,6 +189,7 @@ def finetune(
     minutes: float | None,
     steps: int | None,
     batch: int | None,
+    recompute: bool,
     resume_from: Path | None,
     out: Path,
     dtype: torch.dtype | None,
@@ -216,6 +230,7 @@ def finetune(
         steps=steps,
         loss=crops.loss,
         held_out=judged.some(),
+        recompute=recompute,
         resume_from=resume_from,
         seed=seed,
     )
@@ -271,6 +286,8 @@ def _recover(lorun: LoRunModel, spec: Task, net: nn.Module, crops: Crops, seed: 
         minutes=training["minutes"],
         steps=training["steps"],
         loss=crops.loss if training["truth"] else None,
+        also=training["also"],
+        recompute=training["recompute"],
         resume_from=training["resume_from"],
         seed=seed,
     )

@@ -131,11 +131,11 @@ class _Moments:
         tensors = [self.tensors[key][stage] for key, stage in places]
         if not projected.requires_grad:
             return
-        for (key, stage), gradient in zip(places, torch.autograd.grad(projected, tensors, allow_unused=True)):
-            if gradient is not None:
-                matrix = gradient.detach().cpu().reshape(self._matrices[key])
-                for moments, moment in ((self._rows, _moment(matrix)), (self._columns, _moment(matrix.mT))):
-                    moments[key, stage] = moments.get((key, stage), 0) + moment
+        gradients = torch.autograd.grad(projected, tensors, allow_unused=True, materialize_grads=True)
+        for (key, stage), gradient in zip(places, gradients):
+            matrix = gradient.detach().cpu().reshape(self._matrices[key])
+            for moments, moment in ((self._rows, _moment(matrix)), (self._columns, _moment(matrix.mT))):
+                moments[key, stage] = moments.get((key, stage), 0) + moment
 
     def sensitivities(self, count: int) -> dict[tuple[str, str], Sensitivity]:
         """Return the sensitivities after ``count`` random projections; empty if there are none."""

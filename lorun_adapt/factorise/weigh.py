@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from ..network.batches import Batches, is_finite
+from ..network.batches import Batch, Batches, is_finite
 from ..network.observe import Observer
 from ..stages.stage_map import StageMap
 from ..util.modules import evaluating
@@ -18,7 +21,7 @@ PROBES = 20  # batches to measure on
 
 
 def measure_sensitivity(
-    teacher: nn.Module, stage_map: StageMap, calibration: Batches, seed: int
+    teacher: nn.Module, stage_map: StageMap, calibration: Batches, seed: int, seconds: float = math.inf
 ) -> dict[tuple[str, str], Sensitivity]:
     """Measure the sensitivity of a network's output to its tensors on the next batches of ``calibration``.
 
@@ -27,6 +30,7 @@ def measure_sensitivity(
         stage_map: the positions of its stages.
         calibration: batches of arguments of the forward.
         seed: seed of the random numbers.
+        seconds: how long this may take; one batch is always measured on.
 
     Returns:
         The sensitivity by group and tensor.
@@ -34,5 +38,14 @@ def measure_sensitivity(
     with evaluating(teacher), seeded(seed):
         observer = Observer(teacher, stage_map, calibration.first)
         batches = [batch for batch in itertools.islice(calibration, PROBES) if is_finite(batch)]
-        bar = progress(batches, "weighing tensors", "batch", delay=2, leave=False)
+        bar = progress(_within(batches, seconds), "weighing tensors", "batch", delay=2, leave=False)
         return sensitivities(teacher, stage_map, lambda *arguments: observer.run(*arguments).final, bar, seed)
+
+
+def _within(batches: Sequence[Batch], seconds: float) -> Iterator[Batch]:
+    """The first of ``batches``, and more while there is time."""
+    started = time.monotonic()
+    for number, batch in enumerate(batches):
+        if number and time.monotonic() - started > seconds:
+            return
+        yield batch

@@ -517,16 +517,23 @@ class LoRunModel(nn.Module):
         minutes: float | None = None,
         steps: int | None = None,
         loss: Loss | None = None,
-        also: str | Iterable[str] = (),
+        also: str | Sequence[str] = (),
+        recompute: bool = False,
         resume_from: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ) -> bool:
         """Recover the quality of the original network by distillation.
 
-        This trains the base, the adapters, and the parameters outside the stages. Both networks run in ``eval()``
-        mode. Progress goes to standard error. The best weights, judged on the first two batches, are kept, also after
-        Ctrl-C. If the loss becomes NaN, training returns to the best weights and halves the learning rate. Under
-        ``accelerate launch``, each process draws its own batches.
+        This trains the base and the adapters. Parameters outside the stages, such as a sampling matrix, and all buffers
+        stay as they are, to the bit, unless ``also`` names them. Three phases share the time: a factorisation in closed
+        form; training of each stage by itself, on the inputs that the teacher gives to its own stage; training end to
+        end. A phase that does not apply to the network, or stops paying, is left out or ends early.
+
+        Both networks run in ``eval()`` mode. Progress goes to standard error. The best weights, judged on the first two
+        batches, are kept, also after Ctrl-C; a warning says so if these are the weights it began with. If the loss
+        grows much or becomes NaN, training returns to the best weights and halves the learning rate. Under
+        ``accelerate launch``, the processes share the stages while these train by themselves, and then draw batches of
+        their own.
 
         Args:
             teacher: the original network; it is not changed.
@@ -536,6 +543,9 @@ class LoRunModel(nn.Module):
             loss: with ground truth, a callable ``loss(output, batch)`` that replaces the distance to the teacher's
                 output. A batch may hold more than the positional arguments of the forward; only the loss sees the
                 rest.
+            also: glob patterns of parameters outside the stages to train as well.
+            recompute: run each stage again in the backward pass instead of keeping its intermediate results. This saves
+                memory, and makes a step about a third longer.
             resume_from: a state file. The run stores its state there, resumes from it if it exists, and deletes it
                 when finished.
             seed: seed of all random numbers. The same seed and ``steps`` give the same weights on a CPU.
@@ -545,13 +555,14 @@ class LoRunModel(nn.Module):
 
         Raises:
             LoRunError: a calibration that is empty, does not fit the network, or has only NaN or Inf; a teacher with
-                other tensors; several adapter sets; both or neither of minutes and steps.
+                other tensors; several adapter sets; a pattern that matches no parameter outside the stages; both or
+                neither of minutes and steps; with ``recompute``, a stage whose inputs are changed in place.
 
         >>> import lorun_adapt, torch
         >>> from lorun_adapt.util.toy import ToyUnfoldingNet
         >>> net = ToyUnfoldingNet()
         >>> lorun = lorun_adapt.convert(net, rank=1)
-        >>> lorun.recover(net, [torch.rand(2, 1, 8, 8)], steps=1)
+        >>> lorun.recover(net, [torch.rand(2, 1, 8, 8)], steps=20)
         True
         """
         from ..training.recovery import recover  # imported here: training needs libraries that inference does not
@@ -563,7 +574,9 @@ class LoRunModel(nn.Module):
             batches = Batches(calibration)
         before = self._hashes()
         try:
-            return recover(self.converted(), self.network, teacher, batches, duration, loss, names, path, seed)
+            return recover(
+                self.converted(), self.network, teacher, batches, duration, loss, names, recompute, path, seed
+            )
         finally:
             self._drop_outdated(before)
 
@@ -581,6 +594,7 @@ class LoRunModel(nn.Module):
         loss: Loss | None = None,
         teacher: nn.Module | None = None,
         held_out: Iterable[Any] | None = None,
+        recompute: bool = False,
         resume_from: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ) -> bool:
@@ -608,8 +622,8 @@ class LoRunModel(nn.Module):
             teacher: a network of the original class to distil from, instead of or in addition to ``loss``.
             held_out: batches to judge the weights by, from images that are not in ``batches``. By default the first
                 two of ``batches``; they are left out of training if ``batches`` is a list of more than three.
-            resume_from, seed: as in :meth:`recover`. If the state file exists, training of the set ``adapter_name``
-                continues.
+            recompute, resume_from, seed: as in :meth:`recover`. If the state file exists, training of the set
+                ``adapter_name`` continues.
 
         Returns:
             True if training finished, False if Ctrl-C stopped it.
@@ -656,6 +670,7 @@ class LoRunModel(nn.Module):
                 loss=loss,
                 teacher=teacher,
                 held_out=held_out,
+                recompute=recompute,
                 resume_from=path,
                 seed=seed,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -119,6 +120,7 @@ def next_finite(calibration: Batches) -> Batch:
     for _ in range(IN_A_ROW + 1):
         if is_finite(batch := next(calibration)):
             return batch
+        warnings.warn("NaN or Inf in a batch of calibration: the batch is skipped", stacklevel=2)
     raise LoRunError(
         f"{IN_A_ROW + 1} batches of calibration in a row have NaN or Inf: check how they are made, and remove such "
         "batches"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 MAX_ITERATIONS = 30
 TOLERANCE = 1e-3  # stop when an iteration lowers the error by less than this fraction of the initial error
-WEIGHTED_ITERATIONS = 6
+WEIGHTED_ITERATIONS = 12
 CONJUGATE_STEPS = 8
 CONJUGATE_TOLERANCE = 1e-6  # of the squared norm of the right side; the pairs change between the calls anyway
 ROUNDING = 1e-24  # an error below this fraction of the energy is rounding

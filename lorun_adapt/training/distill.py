@@ -14,6 +14,7 @@ from ..util.energy import TINY, relative_error
 from ..util.modules import tensors_of
 from ..util.nested import device_of, to_device
 from ..util.seeds import seeded
+from .recompute import recomputing
 
 Loss = Callable[[Any, Any], Tensor]  # (output of the network, the batch) -> a number
 
@@ -30,11 +31,20 @@ class Distillation(nn.Module):
         teacher: a network with the same modules at the stages.
         observer: selects the outputs to compare.
         loss: with ground truth, a callable ``loss(output, batch)``.
+        recomputed: modules of the student to run again in the backward pass, to save memory.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, observer: Observer, loss: Loss | None = None) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        observer: Observer,
+        loss: Loss | None = None,
+        recomputed: Sequence[nn.Module] = (),
+    ) -> None:
         super().__init__()
         self.student, self.observer = student, observer
+        self.recomputed = tuple(recomputed)
         self._others = teacher, loss  # in a tuple, so that they are not registered, trained, moved or saved
         self._targets: dict[int, tuple[tuple[Any, ...], int, Outputs]] = {}  # of batches to judge by
 
@@ -61,7 +71,8 @@ class Distillation(nn.Module):
         """
         loss, batch = self._others[1], draw()
         target = self._target(batch, seed)
-        own = self.observer.run(self.student, batch, seed)
+        with recomputing(self.recomputed):
+            own = self.observer.run(self.student, batch, seed)
         if loss is None:
             final = torch.stack([relative_error(a, b) for a, b in zip(own.final, target.final)]).mean()
         else:

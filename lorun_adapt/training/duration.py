@@ -46,6 +46,14 @@ class Duration:
                 f"expected steps to be a whole number above 0, found {self.steps!r}: choose how long to train"
             )
 
+    def after(self, seconds: float) -> Duration:
+        """What is left of the duration, at least a second, after so many seconds of preparations.
+
+        >>> Duration(minutes=10).after(seconds=150).minutes
+        7.5
+        """
+        return Duration(max(1 / 60, self.minutes - seconds / 60)) if self.minutes else self
+
     def fraction_done(self, seconds: float, steps: int) -> float:
         """The fraction of the duration, 0 to 1, that is over after so many seconds and steps."""
         return min(1.0, seconds / (60 * self.minutes) if self.minutes else steps / (self.steps or 1))

@@ -37,6 +37,7 @@ def finetune(
     loss: Loss | None,
     teacher: nn.Module | None,
     held_out: Iterable[Any] | None,
+    recompute: bool,
     resume_from: Path | None,
     seed: int,
 ) -> bool:
@@ -50,6 +51,7 @@ def finetune(
         duration: how long to train.
         loss, teacher: what to minimise; give at least one.
         held_out: batches to judge by.
+        recompute: run the stages again in the backward pass, to save memory.
         resume_from: the state file.
         seed: seed of all random numbers.
 
@@ -68,7 +70,10 @@ def finetune(
     initial = _tensors_of(held)
     if teacher is not None:
         check_teacher(teacher, converted.base)
-    with ready_to_train(network, converted.stage_map, training.first, loss, teacher, seed) as (objective, stop):
+    with ready_to_train(network, converted.stage_map, training.first, loss, teacher, seed, recompute) as (
+        objective,
+        stop,
+    ):
         trainer = Trainer(
             objective,
             trained,

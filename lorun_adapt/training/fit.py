@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import LoRunError
 from ..network.batches import HELD_OUT, Batch, Batches, is_finite
 from ..network.observe import Observer
+from ..network.recording import denoiser_at
 from ..stages.stage_map import StageMap
 from ..util.modules import evaluating
 from ..util.numbers import is_number
@@ -111,7 +112,13 @@ def fit(
 
 @contextmanager
 def ready_to_train(
-    network: nn.Module, stage_map: StageMap, batch: Batch, loss: Loss | None, teacher: nn.Module | None, seed: int
+    network: nn.Module,
+    stage_map: StageMap,
+    batch: Batch,
+    loss: Loss | None,
+    teacher: nn.Module | None,
+    seed: int,
+    recompute: bool = False,
 ) -> Iterator[tuple[Distillation | Supervised, threading.Event]]:
     """Within the block, the networks are as they train: in ``eval()``, as fast as they run, seeded, interruptible.
 
@@ -120,19 +127,22 @@ def ready_to_train(
         stage_map: where the stages of both are.
         batch: the first batch.
         loss: as for :func:`fit`; it or a teacher must be given.
+        recompute: run the stages again in the backward pass, to save memory.
 
     Yields:
         What to minimise, and the event that Ctrl-C sets.
     """
     with ExitStack() as stack:
         stack.enter_context(evaluating(network))
+        sites = [site for group in stage_map.groups for site in group.sites] if recompute else []
+        recomputed = [denoiser_at(network, site) for site in sites]
         objective: Distillation | Supervised
         if teacher is not None:
             stack.enter_context(evaluating(teacher))
-            objective = Distillation(network, teacher, Observer(teacher, stage_map, batch), loss)
+            objective = Distillation(network, teacher, Observer(teacher, stage_map, batch), loss, recomputed)
         else:
             assert loss is not None
-            objective = Supervised(network, Observer(network, stage_map, batch), loss)
+            objective = Supervised(network, Observer(network, stage_map, batch), loss, recomputed)
         stop = stack.enter_context(interruptible())
         stack.enter_context(channels_last(objective, batch, seed))
         stack.enter_context(seeded(seed))

@@ -30,7 +30,8 @@ from .stagewise import Recordings, TeacherForcing
 from .trained import trainable_base
 from .trainer import Phase, Trainer
 
-FORCING_UNTIL = 0.4  # the fraction of the budget at which teacher forcing ends
+FORCING_UNTIL = 0.6  # the fraction of the budget at which teacher forcing ends,
+FORCING_UNTIL_WITH_LOSS = 0.3  # and where the teacher is not what the end is judged by
 END_STEPS = 800  # with fewer steps end to end, they are smaller
 PATIENCE = 4  # teacher forcing ends after so many checks without a better result
 
@@ -43,6 +44,7 @@ def recover(
     duration: Duration,
     loss: Loss | None = None,
     also: Collection[str] = (),
+    recompute: bool = False,
     resume_from: Path | None = None,
     seed: int = 0,
 ) -> bool:
@@ -56,6 +58,7 @@ def recover(
         duration: how long to train.
         loss: replaces the distance to the teacher's output.
         also: glob patterns of parameters outside the stages to train as well.
+        recompute: run the stages again in the backward pass, to save memory.
         resume_from: the state file.
         seed: seed of all random numbers.
 
@@ -73,13 +76,14 @@ def recover(
     with (
         trainable_base(converted, network, also) as trained,
         unchanged((network, teacher), [item.parameter for item in trained]),
-        ready_to_train(network, converted.stage_map, first, loss, teacher, seed) as (objective, stop),
+        ready_to_train(network, converted.stage_map, first, loss, teacher, seed, recompute) as (objective, stop),
     ):
         recorder = Recorder(teacher, converted.stage_map, objective.observer, first)
         held_out = finite_batches_of(calibration)
         batches = (next_finite(calibration) for _ in itertools.count())
         recordings = Recordings(recorder, batches, seed)
         forcing = TeacherForcing(network, recorder, recordings) if recorder.sites else None
+        until = FORCING_UNTIL if loss is None else FORCING_UNTIL_WITH_LOSS
         trainer = Trainer(
             objective,
             trained,
@@ -89,7 +93,7 @@ def recover(
             resume_from=resume_from,
             run_id=f"{converted.stage_map.network} {fingerprint_of(distinct_tensors(teacher))}",
             phases=[
-                *([Phase("recovering, stage by stage", FORCING_UNTIL, PATIENCE, forcing)] if forcing else []),
+                *([Phase("recovering, stage by stage", until, PATIENCE, forcing)] if forcing else []),
                 Phase("recovering, end to end", steps=END_STEPS),
             ],
             started=started,

@@ -8,7 +8,6 @@ from one stage to another, so a step keeps one stage in memory, and stages can b
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -71,32 +70,26 @@ class TeacherForcing:
     def __init__(self, student: nn.Module, recorder: Recorder, recordings: Recordings) -> None:
         self.student, self.recorder, self.recordings = student, recorder, recordings
 
-    def backward(self, step: int, backward: Callable[[Tensor], None], part: int = 0, parts: int = 1) -> float:
-        """Add the gradients of a step's mean error over the stages, one stage after another.
+    def draw(self, step: int) -> list[StageCall]:
+        """Return the calls to train on in a step, in the order of the stages: some in turn where outputs are large."""
+        calls = self.recordings.for_step(step)
+        size = sum(tensor.numel() for call in calls for tensor in call.outputs)
+        count = min(len(calls), max(1, round(len(calls) * MAX_NUMBERS / max(1, size))))
+        return [calls[(step * count + i) % len(calls)] for i in range(count)]
 
-        Args:
-            step: the step's number.
-            backward: computes the gradients of a loss.
-            part, parts: the stages are shared out over so many processes; compute those of process ``part``.
+    def backward(self, calls: Sequence[StageCall], count: int, backward: Callable[[Tensor], None]) -> float:
+        """Compute the gradients of the sum of the errors of ``calls``, one after another, over ``count``.
 
         Returns:
-            The share of these stages in the mean error.
+            The sum over ``count``.
         """
-        calls = self._chosen(self.recordings.for_step(step), step, parts)
         total = 0.0
-        for call in itertools.islice(calls, (part + step) % parts, None, parts):
-            loss = stage_error(self.recorder.run(self.student, call), call) / len(calls)
+        for call in calls:
+            loss = stage_error(self.recorder.run(self.student, call), call) / count
             if loss.requires_grad:
                 backward(loss)
             total += float(loss.detach())
         return total
-
-    def _chosen(self, calls: Sequence[StageCall], step: int, parts: int) -> Sequence[StageCall]:
-        """Return the calls, or some of them in turn where their outputs are large."""
-        size = sum(tensor.numel() for call in calls for tensor in call.outputs)
-        count = min(len(calls), max(parts, round(len(calls) * MAX_NUMBERS / max(1, size))))
-        start = step * count
-        return [calls[(start + i) % len(calls)] for i in range(count)]
 
     @torch.no_grad()
     def error(self, recordings: Sequence[Sequence[StageCall]]) -> float:

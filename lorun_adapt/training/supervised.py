@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..network.observe import Observer
 from ..util.nested import device_of, to_device
 from ..util.seeds import seeded
 from .distill import Loss
+from .recompute import recomputing
 
 
 class Supervised(nn.Module):
@@ -22,11 +23,15 @@ class Supervised(nn.Module):
         student: the network to train, run in the mode that it is in.
         observer: runs the network.
         loss: a function of the network's output and the batch.
+        recomputed: modules of the network to run again in the backward pass, to save memory.
     """
 
-    def __init__(self, student: nn.Module, observer: Observer, loss: Loss) -> None:
+    def __init__(
+        self, student: nn.Module, observer: Observer, loss: Loss, recomputed: Sequence[nn.Module] = ()
+    ) -> None:
         super().__init__()
         self.student, self.observer = student, observer
+        self.recomputed = tuple(recomputed)
         self._loss = (loss,)  # in a tuple: a loss that is a module is not to be trained, moved or saved
 
     @property
@@ -50,7 +55,8 @@ class Supervised(nn.Module):
             The loss; the loss without gradient; NaN in the place of a PSNR to the teacher.
         """
         batch = draw()
-        output = self.observer.run(self.student, batch, seed).whole
+        with recomputing(self.recomputed):
+            output = self.observer.run(self.student, batch, seed).whole
         with seeded(seed):
             loss = self._loss[0](output, to_device(batch, device_of(self.student)))
         return loss, loss.detach(), torch.tensor(math.nan)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import math
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from pytorch_optimizer import SOAP
@@ -21,23 +23,29 @@ from tqdm import tqdm
 
 from ..errors import LoRunError
 from ..network.batches import Batch, Batches, finite_batches_of, is_finite
+from ..network.recording import StageCall
 from ..util.nested import to_device
 from ..util.progress import progress
 from .distill import Distillation
 from .duration import Duration, learning_rate_schedule
 from .processes import broadcast, make_accelerator
+from .recompute import explaining
 from .speed import MARGIN, bfloat16, rounding_psnr, runs_in_bfloat16
 from .stagewise import TeacherForcing
 from .state_file import read_state, write_state
 from .supervised import Supervised
 from .trained import TrainedTensor
 
+T = TypeVar("T")
+
 CHECKS = 25  # of the loss on held-out batches, in a run
 CHECKING = 0.05  # the fraction of the time that checks may take
 IN_A_ROW = 5  # rollbacks, or skipped batches, that are tolerated one after another
 SPIKE = 30.0  # times the usual loss of a step, or
+LEAST_PEAK = 0.25  # of the learning rate of a short phase
 WORSE = 4.0  # times the best loss on held-out batches: from here on, training returns to the best weights
 MIN_RMS = 0.01  # a tensor's learning rate is relative to its values, or to this where they are smaller, as at zero
+WORTH = 0.01  # a gain below this fraction of the loss does not pay for training single stages
 EXACT = 1e-9  # a held-out loss below which there is nothing to recover
 MAX_SIDE = 512  # of a tensor that SOAP preconditions; it skips longer dimensions
 
@@ -169,10 +177,13 @@ class Trainer:
 
     def judge(self) -> None:
         """Judge the tensors as they are, before training begins, and keep a copy if they are the best so far."""
-        self.held_out = self.held_out or finite_batches_of(self.calibration)
+        self._hold_out()
         self._check(None)
         if not math.isfinite(self.run.first):
             self.run.first = self.run.best
+
+    def _hold_out(self) -> None:
+        self.held_out = self.held_out or finite_batches_of(self.calibration)
 
     @property
     def improved(self) -> bool:
@@ -185,6 +196,7 @@ class Trainer:
         if self.resume_from is not None and self.resume_from.exists():
             self._resume(self.resume_from)
         run = self.run
+        self._hold_out()
         run.seconds = run.seconds or broadcast(time.monotonic() - self.started)
         started = time.monotonic() - run.seconds
         with self._bar() as bar:
@@ -217,8 +229,8 @@ class Trainer:
         """Train in one phase, from where it stands; return False if it was stopped."""
         run, processes = self.run, self.accelerator.num_processes
         bar.set_description(phase.label, refresh=False)
-        batches: Iterator[Batch] = iter(())
-        if phase.forcing is None:
+        forcing = phase.forcing
+        if forcing is None:
             if not math.isfinite(run.best):
                 raise LoRunError(
                     "the loss is NaN or Inf before training: check what the networks return for the first batches of "
@@ -233,11 +245,14 @@ class Trainer:
         while (done := self.duration.fraction_done(run.seconds, run.step)) < phase.until and not self._is_over(phase):
             if self._stopped(stop):
                 return False
-            fraction = (done - run.began) / max(phase.until - run.began, 1e-9)
-            batch = None
-            if phase.forcing is None and (batch := self._next_batch(batches, stop)) is None:
+            draw = (
+                functools.partial(next, batches) if forcing is None else functools.partial(forcing.draw, run.phase_step)
+            )
+            drawn = self._drawn(draw, stop)
+            if self._stopped(stop) or drawn is None:
                 return False
-            loss = self._step(phase, batch, fraction)
+            fraction = (done - run.began) / max(phase.until - run.began, 1e-9)
+            loss = self._step(phase, drawn, fraction)
             run.step, run.phase_step = run.step + 1, run.phase_step + 1
             run.seconds = broadcast(time.monotonic() - started)
             bar.update(_bar_position(self.duration, run) - bar.n)
@@ -263,13 +278,14 @@ class Trainer:
 
     # --- one step --------------------------------------------------------------------------------
 
-    def _step(self, phase: Phase, batch: Batch | None, done: float) -> float:
+    def _step(self, phase: Phase, drawn: Batch | Sequence[StageCall], done: float) -> float:
         run = self.run
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * self._peak(phase) * run.damping * learning_rate_schedule(done)
-        value = self._gradients(phase, batch)
+        value = self._gradients(phase, drawn)
         if not math.isfinite(value):
-            if batch is None or math.isfinite(self._mean_over_processes(0.0 if is_finite(batch) else math.nan)):
+            usable = phase.forcing is not None or is_finite(cast(Batch, drawn))
+            if math.isfinite(self._mean_over_processes(0.0 if usable else math.nan)):
                 self._roll_back(f"the loss is {value} at step {run.step}")
             else:
                 self._skip(f"NaN or Inf in the batch of step {run.step}")
@@ -299,27 +315,29 @@ class Trainer:
         if self.duration.steps:
             expected = (phase.until - run.began) * self.duration.steps
         elif run.phase_step < 2:  # the first step may take longer than others
-            return 0.1
+            return LEAST_PEAK
         else:
             seconds = run.seconds - run.phase_began
             expected = (phase.until - run.began) * 60 * (self.duration.minutes or 0) * run.phase_step / seconds
-        return min(1.0, math.sqrt(expected / phase.steps))
+        return min(1.0, max(LEAST_PEAK, math.sqrt(expected / phase.steps)))
 
-    def _gradients(self, phase: Phase, batch: Batch | None) -> float:
+    def _gradients(self, phase: Phase, drawn: Batch | Sequence[StageCall]) -> float:
         """Compute the gradients of a step; return its loss, NaN or Inf where any process has that."""
         run, index, processes = self.run, self.accelerator.process_index, self.accelerator.num_processes
         if phase.forcing is not None:
             with bfloat16(run.bfloat16):
-                value = phase.forcing.backward(run.phase_step, self.accelerator.backward, index, processes)
+                own = cast(Sequence[StageCall], drawn)[(index + run.phase_step) % processes :: processes]
+                value = phase.forcing.backward(own, len(drawn), self.accelerator.backward)
             if processes > 1:
                 self._sum_gradients()
             return processes * self._mean_over_processes(value)
         seed = self.seed + run.step * processes + index
         with bfloat16(run.bfloat16):
-            loss = self.loss_of(lambda: batch, seed)[0]
+            loss = self.loss_of(lambda: drawn, seed)[0]
         value = self._mean_over_processes(float(loss.detach()))
         if math.isfinite(value):
-            self.accelerator.backward(loss)
+            with explaining() if self.objective.recomputed else contextlib.nullcontext():
+                self.accelerator.backward(loss)
         return value
 
     def _sum_gradients(self) -> None:
@@ -388,8 +406,10 @@ class Trainer:
             self.run.bfloat16 = self.run.bfloat16 and psnr < self._rounding - MARGIN
             self._show(bar, psnr=f"{psnr:.2f}")
         self.run.worse += 1
+        if value < self.run.best * (1 - WORTH if phase is not None and phase.forcing else 1):
+            self.run.worse = 0
         if value <= self.run.best:
-            self.run.best, self.run.worse, self.best = value, 0, self._values()
+            self.run.best, self.best = value, self._values()
         if value > WORSE * self.run.best and phase is not None and phase.forcing is None:
             self._return_to_best()
         else:
@@ -420,10 +440,10 @@ class Trainer:
             return True
         return False
 
-    def _next_batch(self, batches: Iterator[Batch], stop: threading.Event) -> Batch | None:
-        """The next batch, or None if Ctrl-C interrupted it."""
+    def _drawn(self, draw: Callable[[], T], stop: threading.Event) -> T | None:
+        """What ``draw`` returns, or None if Ctrl-C interrupted it."""
         try:
-            return next(batches)
+            return draw()
         except KeyboardInterrupt:
             stop.set()
         except Exception:  # Ctrl-C also ends the workers of a loader, which then raises

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import lorun_adapt
 from lorun_adapt import LoRunError
 from lorun_adapt.cli.demo import shipped
-from lorun_adapt.factorise import weigh
 from lorun_adapt.network.observe import Observer
 from lorun_adapt.task.task import load_task
 from lorun_adapt.training import distill
@@ -30,7 +29,7 @@ def test_every_shape_of_network_recovers(case: Case) -> None:
     lorun = lorun_adapt.convert(case.net, rank=1, **case.find())
     before = distance(lorun, case.net, case.inputs)
     original = copy.deepcopy(case.net.state_dict())
-    assert lorun.recover(case.net, [case.inputs], steps=25)
+    assert lorun.recover(case.net, [case.inputs], steps=60)
     after = distance(lorun, case.net, case.inputs)
     assert after < 0.5 * before or before < 1e-9 and after < 1e-9
     assert all(torch.equal(tensor, original[name]) for name, tensor in case.net.state_dict().items())
@@ -72,15 +71,16 @@ def test_modes_and_random_numbers_of_the_caller_stay() -> None:
 # --- stopped, resumed, repeated ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("at", [6, 14])  # while stages train by themselves, and end to end
 @pytest.mark.parametrize("how", ["signal", "exception"])
-def test_ctrl_c_keeps_the_best_and_resumes_to_the_bit(how, tmp_path) -> None:
+def test_ctrl_c_keeps_the_best_and_resumes_to_the_bit(how, at, tmp_path) -> None:
     net, checkpoint = teacher(), tmp_path / "state.safetensors"
     whole = lorun_adapt.convert(net, rank=2)
     whole.recover(net, Stopping(-1, how), steps=30)
     lorun = lorun_adapt.convert(net, rank=2)
     before, handler = distance(lorun, net), signal.getsignal(signal.SIGINT)
     with pytest.warns(UserWarning, match="stopped"):
-        assert not lorun.recover(net, Stopping(37, how), steps=30, resume_from=checkpoint)
+        assert not lorun.recover(net, Stopping(at, how), steps=30, resume_from=checkpoint)
     assert distance(lorun, net) < before and checkpoint.exists()
     assert signal.getsignal(signal.SIGINT) is handler
     lorun = lorun_adapt.convert(net, rank=2)  # as in another process
@@ -88,7 +88,7 @@ def test_ctrl_c_keeps_the_best_and_resumes_to_the_bit(how, tmp_path) -> None:
     assert same(values(lorun), values(whole)) and not checkpoint.exists()
 
 
-@pytest.mark.parametrize("at", [0, 1, 12])
+@pytest.mark.parametrize("at", [0, 1, 3])
 def test_ctrl_c_before_the_first_step(at, tmp_path) -> None:
     net = teacher()
     lorun = lorun_adapt.convert(net, rank=2)
@@ -119,7 +119,7 @@ def test_a_shuffled_loader_resumes_to_the_bit(tmp_path) -> None:
 
         def __iter__(self) -> Iterator[Batch]:
             for batch in self.loader:
-                if self.drawn == 34:
+                if self.drawn == 14:
                     raise KeyboardInterrupt
                 self.drawn += 1
                 yield batch
@@ -136,7 +136,7 @@ def test_a_shuffled_loader_resumes_to_the_bit(tmp_path) -> None:
 def test_a_state_of_another_run_is_refused(tmp_path) -> None:
     net, checkpoint = teacher(), tmp_path / "state.safetensors"
     with pytest.warns(UserWarning, match="stopped"):
-        lorun_adapt.convert(net, rank=2, calibration=Stopping(31, "exception"), steps=30, resume_from=checkpoint)
+        lorun_adapt.convert(net, rank=2, calibration=Stopping(12, "exception"), steps=30, resume_from=checkpoint)
     lorun = lorun_adapt.convert(net, rank=1)
     before = values(lorun)
     with pytest.raises(LoRunError, match="belongs to another run"):
@@ -186,12 +186,13 @@ def test_batches_with_nan_are_left_out() -> None:
         lorun.recover(net, batches, steps=30)
     assert distance(lorun, net) < before
     kept = values(lorun)
-    with pytest.raises(LoRunError, match="batches of calibration all have NaN or Inf"):
-        lorun.recover(net, [batches[4]], steps=3)
-    assert same(values(lorun), kept)
-    with pytest.raises(LoRunError, match="remove such batches"), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        lorun.recover(net, [*batches[:4], *[batches[4]] * 20], steps=30)
+        with pytest.raises(LoRunError, match="6 batches of calibration in a row have NaN or Inf"):
+            lorun.recover(net, [batches[4]], steps=3)
+        assert same(values(lorun), kept)
+        with pytest.raises(LoRunError, match="remove such batches"):
+            lorun.recover(net, [*batches[:4], *[batches[4]] * 20], steps=30)
     assert all(torch.isfinite(tensor).all() for tensor in values(lorun).values())
 
 
@@ -257,7 +258,7 @@ def test_only_what_later_stages_read_is_distilled() -> None:
     observer = Observer(net, lorun.stage_map, (batches[0],))
     output = net(batches[0].clone())
     assert observer._final == [len(output["residuals"])]
-    assert observer._passed_on == [[0]] * 3
+    assert observer.passed_on == [[0]] * 3
     same_network = Distillation(copy.deepcopy(net), net, observer)
     total, final, psnr = same_network(lambda: (batches[0],), 3)
     assert float(total.detach()) == 0 and float(final) == 0 and float(psnr) > 100
@@ -330,15 +331,13 @@ import sys
 import torch
 from safetensors.torch import save_file
 import lorun_adapt
-from lorun_adapt.factorise import weigh
 from lorun_adapt.training import distill
 from lorun_adapt.training.processes import process_state
 from recovery_runs import mean_squared_error, measurements, teacher
 
-weigh.PROBES = 0  # these would be batches of another size
 distill.relative_error = mean_squared_error
 lorun = lorun_adapt.convert(teacher(), rank=2)
-lorun.recover(teacher(), measurements(2 + 2 * 12), steps=12)
+lorun.recover(teacher(), measurements(5 + 2 * 5), steps=12)
 assert process_state().num_processes == 2
 if process_state().is_main_process:
     state = lorun.merge_and_unload().state_dict()
@@ -348,13 +347,13 @@ if process_state().is_main_process:
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch) -> None:
     found = launch(LAUNCHED, tmp_path)
-    monkeypatch.setattr(weigh, "PROBES", 0)
     monkeypatch.setattr(distill, "relative_error", mean_squared_error)
-    batches = measurements(2 + 2 * 12)
-    pairs = [(torch.cat([a[0], b[0]]), a[1]) for a, b in zip(batches[2::2], batches[3::2])]
+    # Two batches are held out; the stages train by themselves on three, in all processes, for seven steps.
+    batches = measurements(5 + 2 * 5)
+    pairs = [(torch.cat([a[0], b[0]]), a[1]) for a, b in zip(batches[5::2], batches[6::2])]
     lorun = lorun_adapt.convert(teacher(), rank=2)
     start = lorun.merge_and_unload()
-    lorun.recover(teacher(), [*batches[:2], *pairs], steps=12)
+    lorun.recover(teacher(), [*batches[:5], *pairs], steps=12)
     one, two = lorun.merge_and_unload(), teacher()
     two.load_state_dict(found)
     assert distance(one, two) < 0.02 * distance(one, start)
@@ -424,7 +423,7 @@ def test_ground_truth_behind_the_arguments() -> None:
     def loss(output: Tensor, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return (output - batch[2]).square().mean()
 
-    lorun = lorun_adapt.convert(net, rank=2, calibration=pairs, steps=60, loss=loss)
+    lorun = lorun_adapt.convert(net, rank=2, calibration=pairs, steps=150, loss=loss)
     by_distance = lorun_adapt.convert(net, rank=2, calibration=pairs, steps=60)
     with torch.no_grad():
         assert loss(lorun(*pairs[0][:2]), pairs[0]) < 0.8 * loss(by_distance(*pairs[0][:2]), pairs[0])

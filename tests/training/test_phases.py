@@ -1,0 +1,234 @@
+"""The phases of recovery: what they leave alone, how long they take, and that no run ends below its start."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+
+import pytest
+import torch
+from dun_zoo import Case, Denoiser
+from recovery_runs import distance, measurements, same, teacher, values
+from torch import Tensor, nn
+
+import lorun_adapt
+from lorun_adapt import LoRunError
+from lorun_adapt.factorise import refit as refitting
+from lorun_adapt.network.batches import Batches
+from lorun_adapt.network.observe import Observer
+from lorun_adapt.network.recording import Recorder
+from lorun_adapt.training import closed_form
+from lorun_adapt.training.stagewise import Recordings, TeacherForcing
+from lorun_adapt.training.trainer import Trainer
+
+
+class Sampling(nn.Module):
+    """Measures with a sampling matrix of its own, whose sign counts, and has step sizes beside its stages."""
+
+    def __init__(self, stages: int = 4) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(24, 64) / 8)
+        self.steps = nn.Parameter(torch.full((stages,), 0.5))
+        self.register_buffer("runs", torch.zeros(()))
+        self.denoisers = nn.ModuleList(Denoiser() for _ in range(stages))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.runs += 1
+        measured = self.matrix.sign() / 8
+        y = images.flatten(1) @ measured.T
+        x = y @ measured
+        for step, denoiser in zip(self.steps, self.denoisers):
+            x = x - step * (x @ measured.T - y) @ measured
+            x = denoiser(x.view(images.shape)).flatten(1)
+        return x.view(images.shape)
+
+
+def sampling() -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    return Sampling().eval(), [torch.rand(4, 1, 8, 8, generator=generator) for _ in range(4)]
+
+
+def test_what_is_outside_the_stages_stays() -> None:
+    net, batches = sampling()
+    original = copy.deepcopy(net.state_dict())
+    lorun = lorun_adapt.convert(net, rank=1)
+    lorun.recover(net, batches, steps=20)
+    for network in (net, lorun.merge_and_unload()):
+        state = network.state_dict()
+        assert all(torch.equal(state[name], original[name]) for name in ("matrix", "steps", "runs"))
+    assert not torch.equal(
+        lorun.merge_and_unload().state_dict()["denoisers.0.body.weight"], original["denoisers.0.body.weight"]
+    )
+
+
+def test_what_is_named_trains() -> None:
+    net, batches = sampling()
+    lorun = lorun_adapt.convert(net, rank=1, calibration=batches, steps=20, also="ste*")
+    state = lorun.merge_and_unload().state_dict()
+    assert torch.equal(state["matrix"], net.matrix) and not torch.equal(state["steps"], net.steps)
+    assert not any(p.requires_grad for p in lorun.base.parameters())
+    before = values(lorun)
+    with pytest.raises(LoRunError, match=r"no parameter outside the stages matches 'phi': choose from \['matrix'"):
+        lorun.recover(net, batches, steps=2, also=["phi"])
+    assert same(values(lorun), before)
+
+
+# --- the budget ----------------------------------------------------------------------------------
+
+
+def test_minutes_are_kept_and_steps_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where factorising again would take much longer than there is time."""
+    fitted = []
+    fit = refitting.stage_values
+
+    def slow(*arguments):
+        fitted.append(arguments)
+        time.sleep(0.3)
+        return fit(*arguments)
+
+    steps = []
+    step = Trainer._step
+    monkeypatch.setattr(refitting, "stage_values", slow)
+    monkeypatch.setattr(Trainer, "_step", lambda self, *args: (steps.append(1), step(self, *args))[1])
+    net = teacher()
+    started = time.monotonic()
+    lorun_adapt.convert(net, rank=1, calibration=measurements(), minutes=4 / 60)
+    assert time.monotonic() - started < 6
+    assert len(fitted) < 8 and len(steps) > 3
+
+
+def test_few_steps_need_few_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = teacher()
+    probed = []
+    measure = closed_form.sensitivities_of_stages
+
+    def counted(recorder, network, stage_map, recordings, seed):
+        def each():
+            for calls in recordings:
+                probed.append(calls)
+                yield calls
+
+        return measure(recorder, network, stage_map, each(), seed)
+
+    monkeypatch.setattr(closed_form, "sensitivities_of_stages", counted)
+    for steps, expected in ((1, 2), (60, 6)):
+        probed.clear()
+        lorun_adapt.convert(net, rank=1).recover(net, measurements(), steps=steps)
+        assert len(probed) == expected
+
+
+def test_the_closed_form_alone_helps_every_shape(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that take the original's inputs come nearer to it, and none goes farther away."""
+    lorun = lorun_adapt.convert(case.net, rank=1, **case.find())
+    recorder = Recorder(case.net, lorun.stage_map, Observer(case.net, lorun.stage_map, case.inputs), case.inputs)
+    forcing = TeacherForcing(lorun.network, recorder, Recordings(recorder, Batches([case.inputs]), 0))
+    calls = [recorder.record(case.inputs, 0)]
+    before = forcing.error(calls)
+    monkeypatch.setattr(Trainer, "train", lambda self, stop: True)
+    monkeypatch.setattr(Trainer, "improved", True)
+    lorun.recover(case.net, [case.inputs], steps=400)
+    assert forcing.error(calls) <= before
+    if type(case.net).__name__ in ("ListOfBlocks", "ListOfDenoisers"):
+        assert forcing.error(calls) < 0.95 * before or before < 1e-6
+
+
+def test_a_phase_ends_where_it_stops_paying(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stages that are exact already have nothing to learn by themselves."""
+    seen: list[int] = []
+    step = Trainer._step
+
+    def watched(self, phase, *arguments):
+        seen.append(self.run.phase)
+        return step(self, phase, *arguments)
+
+    monkeypatch.setattr(Trainer, "_step", watched)
+    net = teacher()
+    target = [(y, mask, 0.5 * y) for y, mask in measurements()]
+
+    def loss(output: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+        return (output - batch[2]).square().mean()
+
+    lorun = lorun_adapt.convert(net, rank=10_000)
+    lorun.recover(net, target, steps=100, loss=loss)
+    assert seen.count(0) < 30 and seen.count(0) + seen.count(1) == 100
+    assert "stage by stage" in capsys.readouterr().err
+
+
+# --- the guard -----------------------------------------------------------------------------------
+
+
+def test_a_step_that_makes_things_much_worse_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = teacher()
+    lorun = lorun_adapt.convert(net, rank=1)
+    step, returned = Trainer._step, []
+    back = Trainer._return_to_best
+
+    def disturbed(self, phase, *arguments):
+        if self.run.step == 25:
+            with torch.no_grad():
+                max((item.parameter for item in self.trained), key=Tensor.numel).mul_(1e4)
+        return step(self, phase, *arguments)
+
+    def noted(self):
+        returned.append((self.run.step, self.run.damping))
+        back(self)
+        assert all(torch.equal(item.parameter, best) for item, best in zip(self.trained, self.best))
+
+    monkeypatch.setattr(Trainer, "_step", disturbed)
+    monkeypatch.setattr(Trainer, "_return_to_best", noted)
+    before = distance(lorun, net)
+    lorun.recover(net, measurements(), steps=40)
+    assert (25, 1.0) in returned and distance(lorun, net) < 0.6 * before
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_no_run_ends_below_its_start(steps: int) -> None:
+    net = teacher()
+    good = lorun_adapt.convert(net, rank=2, calibration=measurements(), steps=150)
+    kept = [(y.clone(), mask) for y, mask in measurements(2)]
+
+    def error() -> float:
+        return sum(distance(good, net, batch) for batch in kept)
+
+    before, weights = error(), values(good)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        good.recover(net, kept, steps=steps)
+    assert error() <= before * (1 + 1e-5)
+    unchanged = same(values(good), weights)
+    assert unchanged == any("nothing closer to the original" in str(item.message) for item in caught)
+
+
+# --- divergence ----------------------------------------------------------------------------------
+
+
+class Growing(nn.Module):
+    """A stage that grows what its kernel does not take away exactly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.last = nn.Conv2d(16, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 3 * self.last(self.second(self.first(x)))
+
+
+def test_a_conversion_that_diverges_says_so() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(Growing() for _ in range(6))).eval()
+    for block in net:
+        block.last.weight.data.mul_(4)
+    image = torch.rand(1, 1, 8, 8)
+    with pytest.warns(
+        UserWarning, match=r"the conversion of Sequential diverges: the error of its output is [\d.e+,]+ times"
+    ):
+        lorun_adapt.convert(net, rank=1, stages="*", example_inputs=(image,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lorun_adapt.convert(net, rank=1, stages="*")
+        lorun_adapt.convert(net, rank=16, stages="*", example_inputs=(image,))
