@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from .training.distill import Loss
 
 WEIGHING = 0.05  # the fraction of the minutes of recovery that measuring sensitivities for a budget may take
-RECOVER = "recover it with calibration="
 
 
 def convert(
@@ -137,9 +136,9 @@ def convert(
             resume_from=resume_from,
             seed=seed,
         )
-        warn_if_far(lorun.network, dun, batches.first, "train for longer, or choose a higher rank")
+        warn_if_far(lorun.network, dun, lorun.stage_map, batches.first, "train for longer, or choose a higher rank")
     elif example_inputs is not None:
-        warn_if_far(lorun.network, dun, example_inputs, RECOVER)
+        warn_if_far(lorun.network, dun, lorun.stage_map, example_inputs, "recover it with calibration=")
     return lorun
 
 

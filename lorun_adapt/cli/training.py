@@ -108,11 +108,13 @@ def convert_(
         )
     lorun = LoRunModel(converted)
     if crops is None:
-        warn_if_far(lorun.network, net, inputs, "recover it with --calibration")
+        warn_if_far(lorun.network, net, lorun.stage_map, inputs, "recover it with --calibration")
     else:
         left = Duration(training["minutes"], training["steps"]).after(time.monotonic() - started)
         training |= {"minutes": left.minutes, "steps": left.steps}
     finished = crops is None or _recover(lorun, spec, net, crops, seed, training)
+    if crops is not None:
+        warn_if_far(lorun.network, net, lorun.stage_map, inputs, "train for longer, or choose a higher rank")
     _save(lorun, spec, out, dtype, finished)
 
 

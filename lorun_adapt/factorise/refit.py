@@ -24,7 +24,7 @@ def refit(
 ) -> bool:
     """Fit the base and the active adapters of ``converted`` to the weights of ``source``, in place.
 
-    Adapted tensors of unknown sensitivity do not change. Private tensors are copied from ``source``.
+    Groups and adapted tensors of unknown sensitivity do not change. Private tensors are copied from ``source``.
 
     Args:
         converted: the network to change.
@@ -37,7 +37,10 @@ def refit(
         Whether every tensor was fitted.
     """
     choice = converted.choice
+    measured = {name for name, _ in sensitivity}
     for group in converted.stage_map.groups:
+        if group.name not in measured:
+            continue
         adapters = [choice[site.stage][group.name] for site in group.sites]
         terms = [terms_of(adapter) for adapter in adapters]
         for spec in group.tensors:

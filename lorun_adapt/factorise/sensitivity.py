@@ -134,6 +134,8 @@ class _Moments:
         gradients = torch.autograd.grad(projected, tensors, allow_unused=True, materialize_grads=True)
         for (key, stage), gradient in zip(places, gradients):
             matrix = gradient.detach().cpu().reshape(self._matrices[key])
+            if not bool(torch.isfinite(matrix).all()):
+                continue
             for moments, moment in ((self._rows, _moment(matrix)), (self._columns, _moment(matrix.mT))):
                 moments[key, stage] = moments.get((key, stage), 0) + moment
 

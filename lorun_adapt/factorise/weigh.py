@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from ..network.batches import Batch, Batches, is_finite
+from ..network.batches import Batches, is_finite, while_there_is_time
 from ..network.observe import Observer
 from ..stages.stage_map import StageMap
 from ..util.modules import evaluating
@@ -36,16 +35,14 @@ def measure_sensitivity(
         The sensitivity by group and tensor.
     """
     with evaluating(teacher), seeded(seed):
+        started = time.monotonic()
         observer = Observer(teacher, stage_map, calibration.first)
         batches = [batch for batch in itertools.islice(calibration, PROBES) if is_finite(batch)]
-        bar = progress(_within(batches, seconds), "weighing tensors", "batch", delay=2, leave=False)
+        bar = progress(
+            while_there_is_time(iter(batches), lambda: time.monotonic() - started < seconds),
+            "weighing tensors",
+            "batch",
+            delay=2,
+            leave=False,
+        )
         return sensitivities(teacher, stage_map, lambda *arguments: observer.run(*arguments).final, bar, seed)
-
-
-def _within(batches: Sequence[Batch], seconds: float) -> Iterator[Batch]:
-    """The first of ``batches``, and more while there is time."""
-    started = time.monotonic()
-    for number, batch in enumerate(batches):
-        if number and time.monotonic() - started > seconds:
-            return
-        yield batch

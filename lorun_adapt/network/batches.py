@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from ..errors import LoRunError
 from ..util.nested import tensors_in
 
 Batch = tuple[Any, ...]  # the arguments of a network's forward
+
+T = TypeVar("T")
 
 HELD_OUT = 2  # batches to judge by, unless the caller holds out others
 IN_A_ROW = 5  # batches with NaN or Inf that are tolerated one after another
@@ -109,6 +111,21 @@ def finite_batches_of(calibration: Batches) -> list[Batch]:
         LoRunError: too many batches in a row have NaN or Inf.
     """
     return [next_finite(calibration) for _ in range(HELD_OUT)]
+
+
+def while_there_is_time(items: Iterator[T], time_left: Callable[[], bool]) -> Iterator[T]:
+    """The first of ``items``, and more while there is time.
+
+    >>> list(while_there_is_time(iter("abc"), lambda: False))
+    ['a']
+    """
+    for number in itertools.count():
+        if number and not time_left():
+            return
+        try:
+            yield next(items)
+        except StopIteration:
+            return
 
 
 def next_finite(calibration: Batches) -> Batch:

@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import LoRunError
 from ..stages.stage_map import StageMap
 from ..util.energy import relative_error
 from ..util.modules import copy_network, evaluating
-from .batches import Batch
+from .batches import Batch, is_finite
 from .observe import Observer
 
 FAR = 1.0  # an error as large as the output itself
 
 
-def warn_if_far(network: nn.Module, original: nn.Module, inputs: Sequence[Any], advice: str) -> None:
+def warn_if_far(
+    network: nn.Module, original: nn.Module, stage_map: StageMap, inputs: Sequence[Any], advice: str
+) -> None:
     """Warn if the output of ``network`` is farther from the original's than zero would be.
 
     The stages of an unfolded iteration pass their errors on, and in many networks these grow from stage to stage.
@@ -27,22 +30,30 @@ def warn_if_far(network: nn.Module, original: nn.Module, inputs: Sequence[Any], 
     Args:
         network: a converted network, assembled.
         original: the network that it was made of.
-        inputs: the arguments of one forward.
+        stage_map: the positions of the stages of both.
+        inputs: the arguments of one forward. If the networks cannot run on them, or they hold NaN, nothing is checked.
         advice: what to do; the end of the warning.
     """
-    factor = error_factor(network, original, tuple(inputs))
+    try:
+        factor = error_factor(network, original, stage_map, tuple(inputs)) if is_finite(tuple(inputs)) else 0.0
+    except LoRunError:  # the inputs may have served to find the stages only
+        return
     if not factor <= FAR:
-        size = f"{factor:,.3g} times as large as its output" if math.isfinite(factor) else "NaN or Inf"
+        size = f"{factor:,.4g} times as large as the original's output" if math.isfinite(factor) else "NaN or Inf"
         warnings.warn(
-            f"the conversion of {type(original).__name__} diverges: the error of its output is {size}; {advice}",
-            stacklevel=3,
+            f"the conversion of {type(original).__name__} diverges: its error is {size}; {advice}", stacklevel=3
         )
 
 
-def error_factor(network: nn.Module, original: nn.Module, inputs: Batch) -> float:
-    """Return the norm of the difference between the networks' outputs, relative to the original's output."""
+def error_factor(network: nn.Module, original: nn.Module, stage_map: StageMap, inputs: Batch) -> float:
+    """Return the norm of the difference between the networks' outputs, relative to the original's output.
+
+    Raises:
+        LoRunError: the original cannot run on ``inputs``, or returns no floating-point tensors.
+    """
     original, network = copy_network(original), copy_network(network)  # a forward may change their buffers
     with torch.no_grad(), evaluating(original), evaluating(network):
-        observer = Observer(original, StageMap(type(original).__name__, ()), inputs)
+        observer = Observer(original, stage_map, inputs)
         outputs, targets = (observer.run(net, inputs, 0).final for net in (network, original))
-    return math.sqrt(max(float(relative_error(a, b)) for a, b in zip(outputs, targets)))
+        errors = [relative_error(a, b) for a, b in zip(outputs, targets) if bool(b.any())]
+    return math.sqrt(float(torch.stack(errors).max())) if errors else 0.0

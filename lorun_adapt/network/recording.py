@@ -62,8 +62,11 @@ class Recorder:
         self._passed_on: dict[Site, list[int]] = {}
         self._sites = _sites_by_module(network, stage_map)
         groups = {site: group.name for group in stage_map.groups for site in group.sites}
-        calls = self._record(network, batch, seed=0)
         self.sites: list[Site] = []
+        try:
+            calls = self._record(network, batch, seed=0)
+        except Exception:  # arguments of a kind that cannot be copied
+            return
         if sorted(map(str, groups)) == sorted(str(call.site) for call in calls):  # one call each
             trial = copy_network(network)
             left_out = {groups[call.site] for call in calls if not self._runs_alone(trial, call)}
@@ -72,7 +75,7 @@ class Recorder:
     def record(self, batch: Batch, seed: int) -> list[StageCall]:
         """Return the calls of the stages that can run alone, in one forward of the network on ``batch``."""
         kept = set(self.sites)
-        return [call for call in self._record(self._network, batch, seed) if call.site in kept]
+        return [call for call in self._record(self._network, batch, seed) if call.site in kept and call.outputs]
 
     def run(self, network: nn.Module, call: StageCall) -> list[Tensor]:
         """Return what the stage of ``network`` passes on for the arguments of a recorded call."""
@@ -101,7 +104,8 @@ class Recorder:
             sites, index = self._sites[module], count.get(module, 0)
             count[module] = index + 1
             site = sites[min(index, len(sites) - 1)]
-            kept = self._observer.passed_on[len(calls)]
+            # A batch may run more stages than the first one did.
+            kept = next(iter(self._observer.passed_on[len(calls) :]), [])
             self._passed_on[site] = kept
             found = tensors_in(output)
             outputs = [copy(found[i]) for i in kept]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import threading
@@ -14,20 +15,20 @@ from torch import nn
 
 from ..factorise.refit import refit
 from ..factorise.sensitivity import Sensitivity, sensitivities, sensitivities_of_stages
-from ..network.batches import Batch
+from ..network.batches import Batch, while_there_is_time
 from ..network.converted import Converted
 from ..util.progress import progress
 from .distill import Distillation
 from .duration import Duration
 from .processes import broadcast
 from .stagewise import TeacherForcing
-from .supervised import Supervised
 
-DAMPINGS = (0.1, 0.01, 1.0)  # small values suit many batches and small residuals, large values few and large ones
+DAMPINGS = (0.1, 0.01, 1.0)  # small: many batches, small residuals; large: few batches, large residuals
 MAX_PROBES = 40  # batches to measure sensitivities on
-STEPS_PER_PROBE = 10  # in a run of so many steps
+STEPS_PER_PROBE = 10  # one probe for every ten steps
 FEW_STEPS = 30  # below so many steps, only the first damping is tried
-MEASURING, FITTING = 0.05, 0.1  # the fractions of a budget in minutes at which measuring and fitting end
+MEASURING, FITTING = 0.05, 0.1  # the fractions of a budget in minutes at which measuring and fitting end,
+FITTING_ONCE = 0.3  # and where fitting with the first damping ends, if a single batch took long to measure on
 
 T = TypeVar("T")
 
@@ -35,7 +36,7 @@ T = TypeVar("T")
 def fit_in_closed_form(
     converted: Converted,
     teacher: nn.Module,
-    objective: Distillation | Supervised,
+    objective: Distillation,
     forcing: TeacherForcing | None,
     held_out: Sequence[Batch],
     batches: Iterator[Batch],
@@ -55,7 +56,8 @@ def fit_in_closed_form(
         forcing: runs its stages alone; None if they can't.
         held_out: batches to choose on.
         batches: batches to measure sensitivities on, where stages cannot run alone.
-        duration: of the whole run. Of minutes, this takes a tenth, and one probe and one tensor more at most.
+        duration: of the whole run. Of minutes, this takes about a tenth. It takes longer, but less than a third, where
+            one batch to measure on and one fit take longer.
         seed: seed of all random numbers.
         stop: ends the work early.
     """
@@ -66,15 +68,19 @@ def fit_in_closed_form(
     try:
         known = _measure(converted, teacher, objective, forcing, batches, duration, seed, time_left)
         for damping in DAMPINGS if duration.steps is None or duration.steps >= FEW_STEPS else DAMPINGS[:1]:
-            if not known or not time_left(FITTING):
+            until = FITTING_ONCE if damping == DAMPINGS[0] else FITTING
+            if not known or not time_left(until):
                 break
-            complete = refit(converted, teacher, known, damping, lambda: time_left(FITTING))
-            if (found := error()) < least:
+            complete = refit(converted, teacher, known, damping, functools.partial(time_left, until))
+            if (found := broadcast(error())) < least:
                 best, least = [tensor.clone() for tensor in tensors], found
             if not complete:
                 break
     except KeyboardInterrupt:
         stop.set()
+    except Exception:  # Ctrl-C also ends the workers of a loader, which then raises
+        if not stop.is_set():
+            raise
     finally:
         with torch.no_grad():
             for tensor, value in zip(tensors, best):
@@ -95,7 +101,7 @@ def _clock(duration: Duration, stop: threading.Event) -> Callable[[float], bool]
 def _measure(
     converted: Converted,
     teacher: nn.Module,
-    objective: Distillation | Supervised,
+    objective: Distillation,
     forcing: TeacherForcing | None,
     batches: Iterator[Batch],
     duration: Duration,
@@ -105,17 +111,14 @@ def _measure(
     count = MAX_PROBES if duration.steps is None else min(MAX_PROBES, max(2, duration.steps // STEPS_PER_PROBE))
     stage_map = converted.stage_map
 
-    def while_time_is_left(probes: Iterator[T]) -> Iterator[T]:
-        for number, probe in enumerate(itertools.islice(probes, count)):
-            if number and not time_left(MEASURING):
-                return
-            yield probe
+    def probes(items: Iterator[T]) -> Iterator[T]:
+        return itertools.islice(while_there_is_time(items, lambda: time_left(MEASURING)), count)
 
     if forcing is not None:
-        recordings = while_time_is_left(forcing.recordings[i] for i in itertools.count())
+        recordings = probes(forcing.recordings[i] for i in itertools.count())
         bar = progress(recordings, "weighing tensors, stage by stage", "batch", delay=2, leave=False)
         return sensitivities_of_stages(forcing.recorder, teacher, stage_map, bar, seed)
-    bar = progress(while_time_is_left(batches), "weighing tensors", "batch", delay=2, leave=False)
+    bar = progress(probes(batches), "weighing tensors", "batch", delay=2, leave=False)
     observer = objective.observer
     return sensitivities(teacher, stage_map, lambda *arguments: observer.run(*arguments).final, bar, seed)
 
@@ -125,9 +128,7 @@ def _error_of_stages(forcing: TeacherForcing, held_out: Sequence[Batch], seed: i
     return lambda: _or_inf(forcing.error(recordings))
 
 
-def _error_of_network(
-    objective: Distillation | Supervised, held_out: Sequence[Batch], seed: int
-) -> Callable[[], float]:
+def _error_of_network(objective: Distillation, held_out: Sequence[Batch], seed: int) -> Callable[[], float]:
     def error() -> float:
         with torch.no_grad():
             return _or_inf(sum(float(objective.score(batch, seed + i)[0]) for i, batch in enumerate(held_out)))

@@ -54,6 +54,15 @@ class Duration:
         """
         return Duration(max(1 / 60, self.minutes - seconds / 60)) if self.minutes else self
 
+    @property
+    def total(self) -> int:
+        """The duration in steps or, if it is in minutes, in seconds: the length of a progress bar."""
+        return self.steps or round(60 * (self.minutes or 0))
+
+    def position(self, seconds: float, steps: int) -> int:
+        """How far a progress bar is after so many seconds and steps."""
+        return steps if self.steps else round(seconds)
+
     def fraction_done(self, seconds: float, steps: int) -> float:
         """The fraction of the duration, 0 to 1, that is over after so many seconds and steps."""
         return min(1.0, seconds / (60 * self.minutes) if self.minutes else steps / (self.steps or 1))

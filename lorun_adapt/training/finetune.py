@@ -20,8 +20,9 @@ from ..util.seeds import seeded
 from .distill import Loss, check_teacher
 from .duration import Duration
 from .fit import check_target, finite_batches, ready_to_train
+from .run import Phase
 from .trained import check_not_empty, names_matching, tensors_to_train
-from .trainer import Phase, Trainer
+from .trainer import Trainer
 
 TERM_RATE = 0.02  # relative learning rate of terms; lower than for recovery, since they start from a trained set
 PATIENCE = 10  # training ends after this many checks of the held-out batches (of 25) without improvement

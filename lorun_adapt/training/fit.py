@@ -23,10 +23,12 @@ from ..util.numbers import is_number
 from ..util.seeds import seeded
 from .distill import Distillation, Loss
 from .duration import Duration
+from .run import Phase
 from .speed import channels_last
+from .stopping import interruptible
 from .supervised import Supervised
 from .trained import TrainedTensor
-from .trainer import Phase, Trainer, interruptible
+from .trainer import Trainer
 
 RATE = 0.02  # learning rate relative to the size of a tensor's values, unless the caller gives others
 

@@ -11,6 +11,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import LoRunError
+from ..util.nested import tensors_in
+
+CHANGED = (
+    "the network changes a stage's input in place, so the stage cannot run again in the backward pass: train without "
+    "recompute"
+)
 
 
 @contextmanager
@@ -44,7 +50,17 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any, **keywords: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*arguments, **keywords)
-        return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
+        versions = [(tensor, tensor._version) for tensor in tensors_in((arguments, keywords))]
+        runs = 0
+
+        def once_more(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal runs
+            runs += 1
+            if runs > 1 and any(tensor._version != version for tensor, version in versions):
+                raise LoRunError(CHANGED)
+            return forward(*arguments, **keywords)
+
+        return checkpoint(once_more, *arguments, use_reentrant=False, **keywords)
 
     return run
 
@@ -59,9 +75,6 @@ def explaining() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        raise LoRunError(
-            f"the network changes in place what a stage took, so that the stage cannot be run again ({error}): train "
-            "without recompute"
-        ) from error
+        if "inplace operation" in str(error) or "changed in place" in str(error):
+            raise LoRunError(CHANGED) from error
+        raise

@@ -2,7 +2,7 @@
 
 Three phases share one budget. First the original's tensors are factorised again in closed form, weighted by their
 effect on the output of their stage. Then each stage trains by itself on the inputs that the original gives to its own
-stage (teacher forcing). Then the network trains end to end. Where stages cannot run alone, the weights are those of the
+stage (teacher forcing). Then the network trains end to end. If no stage can run alone, tensors are weighted by their
 effect on the network's output, and teacher forcing is skipped.
 """
 
@@ -11,28 +11,33 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from ..errors import LoRunError
+from ..network.adapter import terms_of
 from ..network.batches import Batches, finite_batches_of, next_finite
 from ..network.converted import Converted
 from ..network.recording import Recorder
 from ..util.fingerprint import fingerprint_of
 from ..util.modules import distinct_tensors, unchanged
 from .closed_form import fit_in_closed_form
-from .distill import Loss, check_teacher
+from .distill import Distillation, Loss, check_teacher
 from .duration import Duration
 from .fit import ready_to_train
+from .processes import broadcast, broadcast_tensors
+from .run import Phase
 from .stagewise import Recordings, TeacherForcing
-from .trained import trainable_base
-from .trainer import Phase, Trainer
+from .trained import TrainedTensor, trainable_base
+from .trainer import Trainer
 
 FORCING_UNTIL = 0.6  # the fraction of the budget at which teacher forcing ends,
-FORCING_UNTIL_WITH_LOSS = 0.3  # and where the teacher is not what the end is judged by
-END_STEPS = 800  # with fewer steps end to end, they are smaller
+FORCING_UNTIL_IF_SLOW = 0.85  # where it ends if there is no time for many end-to-end steps,
+FORCING_UNTIL_WITH_LOSS = 0.3  # and where it ends if there is a loss other than the distance to the teacher
+MANY_STEPS = 80  # end to end
+FULL_RATE_STEPS = 800  # with fewer end-to-end steps, the learning rate is lower
 PATIENCE = 4  # teacher forcing ends after so many checks without a better result
 
 
@@ -78,12 +83,13 @@ def recover(
         unchanged((network, teacher), [item.parameter for item in trained]),
         ready_to_train(network, converted.stage_map, first, loss, teacher, seed, recompute) as (objective, stop),
     ):
-        recorder = Recorder(teacher, converted.stage_map, objective.observer, first)
+        assert isinstance(objective, Distillation)  # there is a teacher
         held_out = finite_batches_of(calibration)
+        recorder = Recorder(teacher, converted.stage_map, objective.observer, held_out[0])
+        recorder.sites = broadcast(recorder.sites)
         batches = (next_finite(calibration) for _ in itertools.count())
         recordings = Recordings(recorder, batches, seed)
         forcing = TeacherForcing(network, recorder, recordings) if recorder.sites else None
-        until = FORCING_UNTIL if loss is None else FORCING_UNTIL_WITH_LOSS
         trainer = Trainer(
             objective,
             trained,
@@ -92,16 +98,19 @@ def recover(
             seed=seed,
             resume_from=resume_from,
             run_id=f"{converted.stage_map.network} {fingerprint_of(distinct_tensors(teacher))}",
-            phases=[
-                *([Phase("recovering, stage by stage", until, PATIENCE, forcing)] if forcing else []),
-                Phase("recovering, end to end", steps=END_STEPS),
-            ],
+            phases=_phases(forcing, FORCING_UNTIL if loss is None else FORCING_UNTIL_WITH_LOSS),
             started=started,
             held_out=held_out,
         )
         if resume_from is None or not resume_from.exists():
             trainer.judge()
-            fit_in_closed_form(converted, teacher, objective, forcing, held_out, batches, duration, seed, stop)
+            seconds = broadcast(trainer.seconds_per_check) / len(held_out)
+            if loss is None and _is_slow(duration, seconds):
+                trainer.phases = _phases(forcing, FORCING_UNTIL_IF_SLOW)
+            if _terms_train(converted, trained):
+                fit_in_closed_form(converted, teacher, objective, forcing, held_out, batches, duration, seed, stop)
+                broadcast_tensors(item.parameter for item in trained)
+                trainer.judge()
         finished = trainer.train(stop)
     if not finished:
         warnings.warn("recovery was stopped: the best weights so far are kept", stacklevel=3)
@@ -112,3 +121,28 @@ def recover(
             stacklevel=3,
         )
     return finished
+
+
+def _phases(forcing: TeacherForcing | None, until: float) -> list[Phase]:
+    end_to_end = Phase("recovering, end to end", full_rate_steps=FULL_RATE_STEPS)
+    if forcing is None:
+        return [end_to_end]
+    return [Phase("recovering, stage by stage", until, PATIENCE, forcing), end_to_end]
+
+
+def _is_slow(duration: Duration, seconds: float) -> bool:
+    """Whether the usual part of the duration has no time for many end-to-end steps.
+
+    Args:
+        duration: of the whole run.
+        seconds: what one forward of both networks takes. A step takes about twice as long.
+    """
+    return duration.minutes is not None and (1 - FORCING_UNTIL) * 60 * duration.minutes < MANY_STEPS * 2 * seconds
+
+
+def _terms_train(converted: Converted, trained: Sequence[TrainedTensor]) -> bool:
+    """Whether all terms train: only then may they be fitted anew together with the base."""
+    ids = {id(item.parameter) for item in trained}
+    adapters = [adapter for stage in converted.choice.values() for adapter in stage.values()]
+    terms = [term for adapter in adapters for term in terms_of(adapter).values()]
+    return all(id(parameter) in ids for term in terms for parameter in term.parameters())

@@ -19,14 +19,14 @@ from ..network.recording import Recorder, StageCall, num_bytes
 from ..util.energy import energy
 
 STEPS_PER_BATCH = 3  # recording the teacher takes a third of a step's time
-MAX_NUMBERS = 10 * 17_000  # in the outputs of the stages that a step trains
+MAX_NUMBERS = 170_000  # output values that a step trains on
 MAX_BYTES = 1 << 30  # of recorded calls
 
 
 class Recordings:
-    """The recorded calls of the teacher on batches, a random one of those recorded so far for each step.
+    """Records the teacher's calls on batches, and picks one recorded batch for each step.
 
-    Every third step has a batch that no step before it had, until the recordings take 1 GiB.
+    Every third step has a new batch, until the recordings that are kept take 1 GiB.
 
     Args:
         recorder: records the teacher.
@@ -38,16 +38,25 @@ class Recordings:
         self._recorder, self._batches, self._seed = recorder, batches, seed
         self._drawn: list[Batch] = []
         self._calls: dict[int, list[StageCall]] = {}
-        self._most = 1 << 30
+        self._most = 1  # recordings that there is room for, as the first one shows
 
     def __getitem__(self, index: int) -> list[StageCall]:
         """Return the calls on the batch with this number, counted from 0."""
         while len(self._drawn) <= index:
             self._drawn.append(next(self._batches))
-        if index not in self._calls:
-            self._calls[index] = self._recorder.record(self._drawn[index], self._seed + index)
-            self._most = max(1, MAX_BYTES // max(1, num_bytes(self._calls[index])))
-        return self._calls[index]
+        if index in self._calls:
+            return self._calls[index]
+        calls = self._recorder.record(self._drawn[index], self._seed + index)
+        if index == 0:
+            self._most = max(1, MAX_BYTES // max(1, num_bytes(calls)))
+        if index < self._most:
+            self._calls[index] = calls
+        return calls
+
+    def clear(self) -> None:
+        """Forget all batches and calls."""
+        self._drawn.clear()
+        self._calls.clear()
 
     def for_step(self, step: int) -> list[StageCall]:
         """Return the calls to train on in a step; the same ones for the same step."""
@@ -77,7 +86,7 @@ class TeacherForcing:
         count = min(len(calls), max(1, round(len(calls) * MAX_NUMBERS / max(1, size))))
         return [calls[(step * count + i) % len(calls)] for i in range(count)]
 
-    def backward(self, calls: Sequence[StageCall], count: int, backward: Callable[[Tensor], None]) -> float:
+    def backward(self, calls: Sequence[StageCall], count: int, run_backward: Callable[[Tensor], None]) -> float:
         """Compute the gradients of the sum of the errors of ``calls``, one after another, over ``count``.
 
         Returns:
@@ -87,7 +96,7 @@ class TeacherForcing:
         for call in calls:
             loss = stage_error(self.recorder.run(self.student, call), call) / count
             if loss.requires_grad:
-                backward(loss)
+                run_backward(loss)
             total += float(loss.detach())
         return total
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..disk.folder import write_file
 from ..errors import LoRunError
 
-FORMAT = "lorun_adapt training state 1"
+FORMAT = "lorun_adapt training state 2"
 
 
 def write_state(path: Path, run_id: str, state: Mapping[str, Any]) -> None:

@@ -107,12 +107,13 @@ def trainable_base(
     names: dict[int, set[str]] = {}
     for name, parameter in converted.base.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
+    bases = {id(p) for name, p in network.named_parameters(remove_duplicate=False) if is_base(name)}
     authors_train = converted.trainable_names
     frozen = []
-    for name, parameter in network.named_parameters():
-        in_base, is_named = is_base(name) and id(parameter) in shared, id(parameter) in outside
-        wanted = not authors_train or id(parameter) not in names or bool(authors_train & names[id(parameter)])
-        if (in_base or is_named) and is_numeric(parameter) and wanted:
+    for parameter in network.parameters():
+        in_base, is_named = id(parameter) in bases & shared, id(parameter) in outside
+        in_base = in_base and (not authors_train or bool(authors_train & names[id(parameter)]))
+        if (in_base or is_named) and is_numeric(parameter):
             trained.append(TrainedTensor(parameter, BASE_RATE if in_base else OUTSIDE_RATE))
             if not parameter.requires_grad:
                 frozen.append(parameter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +44,23 @@ def unchanged(networks: Iterable[nn.Module], but: Iterable[Tensor] = ()) -> Iter
     (tensor([0., 0.]), tensor([0., 0.]))
     """
     changing = {id(tensor) for tensor in but}
-    tensors = {id(t): t for network in networks for t in (*network.parameters(), *network.buffers())}
-    kept = [(tensor, tensor.detach().clone()) for key, tensor in tensors.items() if key not in changing]
+    held: list[tuple[dict[str, Any], str, Tensor]] = [
+        (tensors, name, tensor)
+        for network in networks
+        for module in network.modules()
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
+    values = {id(tensor): tensor.detach().clone() for _, _, tensor in held if id(tensor) not in changing}
     try:
         yield
     finally:
         with torch.no_grad():
-            for tensor, value in kept:
-                tensor.copy_(value)
+            for tensors, name, tensor in held:
+                tensors[name] = tensor  # a forward may put another tensor in its place
+                if id(tensor) in values:
+                    tensor.copy_(values[id(tensor)])
 
 
 def buffer_names(network: nn.Module) -> set[str]:

@@ -67,10 +67,11 @@ def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
     return 10 * (output - target).square().mean()
 
 
-def launch(script: str, tmp_path: Path) -> dict[str, Tensor]:
-    """The tensors that a script on two processes writes into the file that it is given."""
+def launch(script: str, tmp_path: Path, processes: int = 2) -> dict[str, Tensor]:
+    """The tensors that a script on so many processes writes into the file that it is given."""
     (tmp_path / "launched.py").write_text(script)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    command += ["--multi_gpu"] if processes > 1 else []
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(

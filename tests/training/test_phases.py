@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from dun_zoo import Case, Denoiser
+from dun_zoo import ZOO, Case, Denoiser
 from recovery_runs import distance, measurements, same, teacher, values
 from torch import Tensor, nn
 
@@ -18,8 +18,10 @@ from lorun_adapt.factorise import refit as refitting
 from lorun_adapt.network.batches import Batches
 from lorun_adapt.network.observe import Observer
 from lorun_adapt.network.recording import Recorder
+from lorun_adapt.stages.tensors import stage_parameters
 from lorun_adapt.training import closed_form
 from lorun_adapt.training.stagewise import Recordings, TeacherForcing
+from lorun_adapt.training.trained import BASE_RATE, trainable_base
 from lorun_adapt.training.trainer import Trainer
 
 
@@ -170,13 +172,13 @@ def test_a_step_that_makes_things_much_worse_is_undone(monkeypatch: pytest.Monke
     def disturbed(self, phase, *arguments):
         if self.run.step == 25:
             with torch.no_grad():
-                max((item.parameter for item in self.trained), key=Tensor.numel).mul_(1e4)
+                max(self.optimised.parameters, key=Tensor.numel).mul_(1e4)
         return step(self, phase, *arguments)
 
-    def noted(self):
-        returned.append((self.run.step, self.run.damping))
-        back(self)
-        assert all(torch.equal(item.parameter, best) for item, best in zip(self.trained, self.best))
+    def noted(self, phase):
+        returned.append((self.run.step, self.run.rate_factor))
+        back(self, phase)
+        assert all(map(torch.equal, self.optimised.parameters, self.best))
 
     monkeypatch.setattr(Trainer, "_step", disturbed)
     monkeypatch.setattr(Trainer, "_return_to_best", noted)
@@ -203,6 +205,38 @@ def test_no_run_ends_below_its_start(steps: int) -> None:
     assert unchanged == any("nothing closer to the original" in str(item.message) for item in caught)
 
 
+def test_losses_may_be_negative(monkeypatch: pytest.MonkeyPatch) -> None:
+    returned = []
+    back = Trainer._return_to_best
+    monkeypatch.setattr(Trainer, "_return_to_best", lambda self, phase: (returned.append(1), back(self, phase))[1])
+    net = teacher()
+
+    def loss(output: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+        return 1e-3 - (-(output - 0.5 * batch[0]).square().mean()).exp()  # from above zero to below
+
+    lorun = lorun_adapt.convert(net, rank=2)
+    batch = measurements(1)[0]
+    before = float(loss(lorun(*batch), batch).detach())
+    lorun.recover(net, measurements(), steps=60, loss=loss)
+    assert float(loss(lorun(*batch), batch).detach()) < before and not returned
+
+
+def test_the_base_of_a_loop_trains() -> None:
+    for name in ("looped", "shared_body"):
+        case = ZOO[name]()
+        lorun = lorun_adapt.convert(case.net, rank=1, **case.find())
+        with trainable_base(lorun.converted(), lorun.network) as trained:
+            rates = {id(item.parameter): item.rate for item in trained}
+            adapted = {
+                id(tensor)
+                for group in lorun.stage_map.groups
+                for spec in group.tensors
+                if spec.name in lorun.stage_map.adapted(group)
+                for tensor in stage_parameters(lorun.base, group, spec)
+            }
+            assert adapted and {rates[tensor] for tensor in adapted} == {BASE_RATE}
+
+
 # --- divergence ----------------------------------------------------------------------------------
 
 
@@ -224,9 +258,7 @@ def test_a_conversion_that_diverges_says_so() -> None:
     for block in net:
         block.last.weight.data.mul_(4)
     image = torch.rand(1, 1, 8, 8)
-    with pytest.warns(
-        UserWarning, match=r"the conversion of Sequential diverges: the error of its output is [\d.e+,]+ times"
-    ):
+    with pytest.warns(UserWarning, match=r"the conversion of Sequential diverges: its error is [\d.e+,]+ times"):
         lorun_adapt.convert(net, rank=1, stages="*", example_inputs=(image,))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -71,20 +71,20 @@ def test_modes_and_random_numbers_of_the_caller_stay() -> None:
 # --- stopped, resumed, repeated ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [6, 14])  # while stages train by themselves, and end to end
+@pytest.mark.parametrize("steps, at", [(30, 6), (30, 14), (100, 13), (100, 26)])  # stage by stage, and end to end
 @pytest.mark.parametrize("how", ["signal", "exception"])
-def test_ctrl_c_keeps_the_best_and_resumes_to_the_bit(how, at, tmp_path) -> None:
+def test_ctrl_c_keeps_the_best_and_resumes_to_the_bit(how, steps, at, tmp_path) -> None:
     net, checkpoint = teacher(), tmp_path / "state.safetensors"
     whole = lorun_adapt.convert(net, rank=2)
-    whole.recover(net, Stopping(-1, how), steps=30)
+    whole.recover(net, Stopping(-1, how), steps=steps)
     lorun = lorun_adapt.convert(net, rank=2)
     before, handler = distance(lorun, net), signal.getsignal(signal.SIGINT)
     with pytest.warns(UserWarning, match="stopped"):
-        assert not lorun.recover(net, Stopping(at, how), steps=30, resume_from=checkpoint)
+        assert not lorun.recover(net, Stopping(at, how), steps=steps, resume_from=checkpoint)
     assert distance(lorun, net) < before and checkpoint.exists()
     assert signal.getsignal(signal.SIGINT) is handler
     lorun = lorun_adapt.convert(net, rank=2)  # as in another process
-    assert lorun.recover(net, Stopping(-1, how), steps=30, resume_from=checkpoint)
+    assert lorun.recover(net, Stopping(-1, how), steps=steps, resume_from=checkpoint)
     assert same(values(lorun), values(whole)) and not checkpoint.exists()
 
 
