@@ -33,7 +33,8 @@ from .stagewise import Recordings, TeacherForcing
 from .trained import TrainedTensor, trainable_base
 from .trainer import Trainer
 
-FORCING_UNTIL = 0.6  # the fraction of the budget at which teacher forcing ends,
+ENOUGH_STEPS = 500  # of teacher forcing
+FORCING_UNTIL = 0.6  # the fraction of the budget at which it ends at the latest,
 FORCING_UNTIL_IF_SLOW = 0.85  # where it ends if there is no time for many end-to-end steps,
 FORCING_UNTIL_WITH_LOSS = 0.3  # and where it ends if there is a loss other than the distance to the teacher
 MANY_STEPS = 80  # end to end
@@ -127,7 +128,7 @@ def _phases(forcing: TeacherForcing | None, until: float) -> list[Phase]:
     end_to_end = Phase("recovering, end to end", full_rate_steps=FULL_RATE_STEPS)
     if forcing is None:
         return [end_to_end]
-    return [Phase("recovering, stage by stage", until, PATIENCE, forcing), end_to_end]
+    return [Phase("recovering, stage by stage", until, PATIENCE, forcing, enough_steps=ENOUGH_STEPS), end_to_end]
 
 
 def _is_slow(duration: Duration, seconds: float) -> bool:

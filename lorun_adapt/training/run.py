@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .duration import Duration
 from .stagewise import TeacherForcing
 
+EARLIEST_END = 0.2  # the fraction of the duration before which a phase does not end for its number of steps
 LEAST_PEAK = 0.25  # of the learning rate of a short phase
 
 
@@ -17,7 +18,8 @@ class Phase:
 
     Attributes:
         label: text of the progress bar.
-        until: the fraction of the duration at which it ends.
+        until: the fraction of the duration at which it ends at the latest.
+        enough_steps: after so many steps it ends earlier, but not before a fifth of the duration is over; 0 for never.
         patience: the number of checks in a row without a better result after which it ends early.
         forcing: what to minimise instead of the trainer's objective: the errors of single stages.
         full_rate_steps: if the phase has fewer steps than this, its highest learning rate is lower, by the square root
@@ -29,6 +31,7 @@ class Phase:
     patience: int | None = None
     forcing: TeacherForcing | None = None
     full_rate_steps: int = 0
+    enough_steps: int = 0
 
 
 @dataclass
@@ -51,6 +54,18 @@ class Run:
     best: float = math.inf  # the lowest so far
     worse: int = 0  # checks since the best one
     bfloat16: bool = False
+
+
+def end_of(phase: Phase, run: Run, duration: Duration) -> float:
+    """The fraction of the duration at which a phase ends, as far as its steps so far let foresee."""
+    if not phase.enough_steps or not duration.steps and run.phase_step < 2:
+        return phase.until
+    if duration.steps:
+        needed = phase.enough_steps / duration.steps
+    else:
+        per_step = (run.seconds - run.phase_began) / run.phase_step
+        needed = phase.enough_steps * per_step / (60 * (duration.minutes or 1))
+    return min(phase.until, max(EARLIEST_END, run.began + needed))
 
 
 def peak(phase: Phase, run: Run, duration: Duration) -> float:

@@ -27,7 +27,7 @@ from .duration import Duration, learning_rate_schedule
 from .optimised import Optimised
 from .processes import broadcast, make_accelerator, mean_over_processes, sum_gradients
 from .recompute import explaining
-from .run import Phase, Run, peak
+from .run import Phase, Run, end_of, peak
 from .speed import MARGIN, bfloat16, rounding_psnr, runs_in_bfloat16
 from .state_file import read_state, write_state
 from .supervised import Supervised
@@ -197,13 +197,15 @@ class Trainer:
             self.calibration.skip_to(run.drawn)
             used = run.phase_step * processes + self.accelerator.process_index
             batches = itertools.islice(self.calibration, used, None, processes)
-        while (done := self.duration.fraction_done(run.seconds, run.step)) < phase.until and not self._is_over(phase):
+        while (done := self.duration.fraction_done(run.seconds, run.step)) < end_of(phase, run, self.duration):
+            if self._is_over(phase):
+                break
             if self._stopped(stop):
                 return False
             drawn = self._drawn(batches.__next__ if forcing is None else partial(forcing.draw, run.phase_step), stop)
             if self._stopped(stop) or drawn is None:
                 return False
-            fraction = (done - run.began) / max(phase.until - run.began, 1e-9)
+            fraction = min(1.0, (done - run.began) / max(end_of(phase, run, self.duration) - run.began, 1e-9))
             loss = self._step(phase, drawn, fraction)
             run.step, run.phase_step = run.step + 1, run.phase_step + 1
             run.seconds = broadcast(time.monotonic() - started)
@@ -226,7 +228,7 @@ class Trainer:
 
     def _is_due(self, done: float, after: float, phase: Phase) -> bool:
         """Whether to check now: 25 times in a run and at the end of each phase, but rarely enough on a clock."""
-        if after >= phase.until:
+        if after >= end_of(phase, self.run, self.duration):
             return True
         if self.duration.minutes and self.seconds_per_check > CHECKING * (time.monotonic() - self._checked):
             return broadcast(False)
