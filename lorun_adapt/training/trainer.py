@@ -333,8 +333,6 @@ class Trainer:
         else:
             self.run.rollbacks, self.checked = 0, self.optimised.values()
 
-    # --- stopping --------------------------------------------------------------------------------
-
     def _stopped(self, stop: threading.Event) -> bool:
         """Whether to stop; the main process decides, so that no process waits for another."""
         if broadcast(stop.is_set()):
