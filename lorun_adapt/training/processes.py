@@ -31,6 +31,11 @@ def process_state() -> PartialState:
     return state
 
 
+def num_processes() -> int:
+    """How many processes train together."""
+    return process_state().num_processes if launched() else 1
+
+
 def make_accelerator() -> Accelerator:
     """An accelerator that leaves modules and batches on the devices where they are."""
     process_state()
@@ -41,7 +46,7 @@ def make_accelerator() -> Accelerator:
 
 def broadcast(value: T) -> T:
     """The main process's value, in every process."""
-    if not launched() or process_state().num_processes == 1:
+    if num_processes() == 1:
         return value
     return broadcast_object_list([value])[0]
 
@@ -66,7 +71,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) 
 
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
     """Give the tensors the values that they have in the main process."""
-    if launched() and process_state().num_processes > 1:
+    if num_processes() > 1:
         for tensor in tensors:
             tensor.data.copy_(broadcast_tensor(tensor.detach().clone().contiguous()))
 

@@ -27,7 +27,7 @@ from .closed_form import fit_in_closed_form
 from .distill import Distillation, Loss, check_teacher
 from .duration import Duration
 from .fit import ready_to_train
-from .processes import broadcast, broadcast_tensors
+from .processes import broadcast, broadcast_tensors, num_processes
 from .run import Phase
 from .stagewise import Recordings, TeacherForcing
 from .trained import TrainedTensor, trainable_base
@@ -89,7 +89,7 @@ def recover(
         recorder = Recorder(teacher, converted.stage_map, objective.observer, held_out[0])
         recorder.sites = broadcast(recorder.sites)
         batches = (next_finite(calibration) for _ in itertools.count())
-        recordings = Recordings(recorder, batches, seed)
+        recordings = Recordings(recorder, batches, seed, num_processes())
         forcing = TeacherForcing(network, recorder, recordings) if recorder.sites else None
         trainer = Trainer(
             objective,

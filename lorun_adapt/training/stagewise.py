@@ -18,7 +18,7 @@ from ..network.batches import Batch
 from ..network.recording import Recorder, StageCall, num_bytes
 from ..util.energy import energy
 
-STEPS_PER_BATCH = 3  # recording the teacher takes a third of a step's time
+STEPS_PER_BATCH = 3  # times the processes, as each one records the teacher, which takes a third of a step's time
 MAX_NUMBERS = 170_000  # output values that a step trains on
 MAX_BYTES = 1 << 30  # of recorded calls
 
@@ -26,15 +26,18 @@ MAX_BYTES = 1 << 30  # of recorded calls
 class Recordings:
     """Records the teacher's calls on batches, and picks one recorded batch for each step.
 
-    Every third step has a new batch, until the recordings that are kept take 1 GiB.
+    Every third step has a new batch, until the recordings that are kept take 1 GiB; with several processes, which share
+    the work of a step but not that of recording, so many times more seldom.
 
     Args:
         recorder: records the teacher.
         batches: the batches; they are drawn when they are needed.
         seed: of the choice, and of the teacher's random numbers.
+        processes: how many processes share a step.
     """
 
-    def __init__(self, recorder: Recorder, batches: Iterator[Batch], seed: int) -> None:
+    def __init__(self, recorder: Recorder, batches: Iterator[Batch], seed: int, processes: int = 1) -> None:
+        self._steps_per_batch = STEPS_PER_BATCH * processes
         self._recorder, self._batches, self._seed = recorder, batches, seed
         self._drawn: list[Batch] = []
         self._calls: dict[int, list[StageCall]] = {}
@@ -61,8 +64,8 @@ class Recordings:
     def for_step(self, step: int) -> list[StageCall]:
         """Return the calls to train on in a step; the same ones for the same step."""
         self[0]  # how many there is room for
-        newest = step // STEPS_PER_BATCH
-        if step % STEPS_PER_BATCH == 0 and newest < self._most:
+        newest = step // self._steps_per_batch
+        if step % self._steps_per_batch == 0 and newest < self._most:
             return self[newest]
         return self[random.Random(self._seed + step).randrange(min(newest + 1, self._most))]
 

@@ -21,7 +21,7 @@ from lorun_adapt import LoRunError
 from lorun_adapt.cli.demo import shipped
 from lorun_adapt.network.observe import Observer
 from lorun_adapt.task.task import load_task
-from lorun_adapt.training import distill
+from lorun_adapt.training import distill, stagewise
 from lorun_adapt.training.distill import Distillation
 
 
@@ -348,6 +348,7 @@ if process_state().is_main_process:
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch) -> None:
     found = launch(LAUNCHED, tmp_path)
     monkeypatch.setattr(distill, "relative_error", mean_squared_error)
+    monkeypatch.setattr(stagewise, "STEPS_PER_BATCH", 2 * stagewise.STEPS_PER_BATCH)
     # Two batches are held out; the stages train by themselves on three, in all processes, for seven steps.
     batches = measurements(5 + 2 * 5)
     pairs = [(torch.cat([a[0], b[0]]), a[1]) for a, b in zip(batches[5::2], batches[6::2])]
