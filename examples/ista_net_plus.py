@@ -44,13 +44,17 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor, gram: Tensor, back_projection: Tensor) -> tuple[Tensor, Tensor | None]:
         x = x - self.lambda_step * (x @ gram) + self.lambda_step * back_projection
-        r = x.view(-1, 1, BLOCK, BLOCK)
+        restored, residual = self.proximal_mapping(x.view(-1, 1, BLOCK, BLOCK))
+        return restored.view(-1, BLOCK * BLOCK), residual
+
+    def proximal_mapping(self, r: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images (b, 1, H, W) -> denoised images, symmetry residual."""
         d = F.conv2d(r, self.conv_D, padding=1)
         code = F.conv2d(F.relu(F.conv2d(d, self.conv1_forward, padding=1)), self.conv2_forward, padding=1)
         sparse = code.sign() * F.relu(code.abs() - self.soft_thr)
         restored = r + F.conv2d(self._backward(sparse), self.conv_G, padding=1)
         # The symmetry loss is needed only in training, and would make a forward half as long again.
-        return restored.view(-1, BLOCK * BLOCK), self._backward(code) - d if self.training else None
+        return restored, self._backward(code) - d if self.training else None
 
     def _backward(self, code: Tensor) -> Tensor:
         return F.conv2d(F.relu(F.conv2d(code, self.conv1_backward, padding=1)), self.conv2_backward, padding=1)

@@ -14,9 +14,9 @@ import functools
 import os
 from pathlib import Path
 
+import ista_net_plus
 import scipy.io
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 FOLDER = os.environ.get("MRI_ISTA_NET_PLUS")
@@ -26,31 +26,12 @@ patch = 256
 weights = str(Path(FOLDER, "net_params_200.pkl").resolve()) if FOLDER else None
 
 
-class BasicBlock(nn.Module):
-    """One stage, with the parameter names of the published checkpoint."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lambda_step = nn.Parameter(torch.tensor([0.5]))
-        self.soft_thr = nn.Parameter(torch.tensor([0.01]))
-        self.conv_D = _kernel(32, 1)
-        self.conv1_forward = _kernel(32, 32)
-        self.conv2_forward = _kernel(32, 32)
-        self.conv1_backward = _kernel(32, 32)
-        self.conv2_backward = _kernel(32, 32)
-        self.conv_G = _kernel(1, 32)
+class BasicBlock(ista_net_plus.BasicBlock):
+    """One stage: the parameters and the denoiser of ISTA-Net+, with another gradient descent module."""
 
     def forward(self, x: Tensor, zero_filled: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         r = x - self.lambda_step * measured_and_back(x, mask) + self.lambda_step * zero_filled
-        d = _convolve(r, self.conv_D)
-        code = _convolve(F.relu(_convolve(d, self.conv1_forward)), self.conv2_forward)
-        sparse = code.sign() * F.relu(code.abs() - self.soft_thr)
-        restored = r + _convolve(self._backward(sparse), self.conv_G)
-        # The symmetry loss is needed only in training.
-        return restored, self._backward(code) - d if self.training else None
-
-    def _backward(self, code: Tensor) -> Tensor:
-        return _convolve(F.relu(_convolve(code, self.conv1_backward)), self.conv2_backward)
+        return self.proximal_mapping(r)
 
 
 class MRIISTANetPlus(nn.Module):
@@ -71,14 +52,6 @@ class MRIISTANetPlus(nn.Module):
 def measured_and_back(images: Tensor, mask: Tensor) -> Tensor:
     """The images from their measured frequencies, all others zero."""
     return torch.fft.ifft2(mask * torch.fft.fft2(images)).real
-
-
-def _kernel(out_channels: int, in_channels: int) -> nn.Parameter:
-    return nn.Parameter(nn.init.xavier_normal_(torch.empty(out_channels, in_channels, 3, 3)))
-
-
-def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
-    return F.conv2d(x, kernel, padding=1)
 
 
 @functools.cache

@@ -169,7 +169,7 @@ def collapse(
     if len(given) > 1:
         raise LoRunError(f"{' and '.join(given)} exclude each other: give only one of config, rank, energy and budget")
     stage_map = find_stages(dun, stages=stages, example_inputs=example_inputs, calls=calls)
-    modules = [site.module for group in stage_map.groups for site in group.sites]
+    modules = [site.module for site in stage_map.sites]
     check_parameters(dun, modules)
     check_reachable(dun, modules)
     check_dense(dun)

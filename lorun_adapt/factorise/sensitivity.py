@@ -90,13 +90,12 @@ def sensitivities_of_stages(
     """
     copied = copy_network(network).requires_grad_(False)
     moments = _Moments(copied, stage_map)
-    stages = {(group.name, site): i for group in stage_map.groups for i, site in enumerate(group.sites)}
-    groups = {site: group.name for group in stage_map.groups for site in group.sites}
+    sites = stage_map.sites
     count = 0
     for count, calls in enumerate(recordings if moments.tensors else (), 1):
         for place, call in enumerate(calls):
-            group = groups[call.site]
-            own = [(key, stages[group, call.site]) for key in moments.tensors if key[0] == group]
+            group = sites[call.site]
+            own = [(key, group.sites.index(call.site)) for key in moments.tensors if key[0] == group.name]
             if own:
                 generator = torch.Generator().manual_seed(seed + count * len(calls) + place)
                 with torch.enable_grad():

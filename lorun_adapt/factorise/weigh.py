@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Iterable
 
 from torch import nn
 
-from ..network.batches import Batches, is_finite, while_there_is_time
+from ..network.batches import Batch, Batches, is_finite, while_there_is_time
 from ..network.observe import Observer
 from ..stages.stage_map import StageMap
 from ..util.modules import evaluating
@@ -38,11 +39,13 @@ def measure_sensitivity(
         started = time.monotonic()
         observer = Observer(teacher, stage_map, calibration.first)
         batches = [batch for batch in itertools.islice(calibration, PROBES) if is_finite(batch)]
-        bar = progress(
-            while_there_is_time(iter(batches), lambda: time.monotonic() - started < seconds),
-            "weighing tensors",
-            "batch",
-            delay=2,
-            leave=False,
-        )
-        return sensitivities(teacher, stage_map, lambda *arguments: observer.run(*arguments).final, bar, seed)
+        in_time = while_there_is_time(iter(batches), lambda: time.monotonic() - started < seconds)
+        return sensitivity_on(in_time, teacher, stage_map, observer, seed)
+
+
+def sensitivity_on(
+    batches: Iterable[Batch], teacher: nn.Module, stage_map: StageMap, observer: Observer, seed: int
+) -> dict[tuple[str, str], Sensitivity]:
+    """Measure the sensitivity on given batches, with a progress bar; see :func:`measure_sensitivity`."""
+    bar = progress(batches, "weighing tensors", "batch", delay=2, leave=False)
+    return sensitivities(teacher, stage_map, lambda *arguments: observer.run(*arguments).final, bar, seed)

@@ -569,13 +569,12 @@ class LoRunModel(nn.Module):
 
         duration = Duration(minutes, steps)
         path = None if resume_from is None else as_path(resume_from)
-        names = [also] if isinstance(also, str) else list(also)
         with seeded(seed):
             batches = Batches(calibration)
         before = self._hashes()
         try:
             return recover(
-                self.converted(), self.network, teacher, batches, duration, loss, names, recompute, path, seed
+                self.converted(), self.network, teacher, batches, duration, loss, also, recompute, path, seed
             )
         finally:
             self._drop_outdated(before)
@@ -651,7 +650,7 @@ class LoRunModel(nn.Module):
         stopped = self._store.get(adapter_name) if adapter_name in self._store else None
         if stopped is None or path is None or not path.exists() or adapter_name in starts:
             self._check_new(adapter_name)
-        own = matching_parameters(self.base, self.stage_map, [also] if isinstance(also, str) else also)
+        own = matching_parameters(self.base, self.stage_map, also)
         noise = noise_of(sigma, noise_schedule, len(self.stage_map))
         try:
             if stopped is not None:  # start from the same weights as the stopped run, as the state file expects

@@ -65,7 +65,7 @@ class Observer:
     """
 
     def __init__(self, teacher: nn.Module, stage_map: StageMap, batch: tuple[Any, ...]) -> None:
-        self._groups = {site.module: group.name for group in stage_map.groups for site in group.sites}
+        self._groups = {site.module: group.name for site, group in stage_map.sites.items()}
         self._num_arguments = num_positional_arguments(teacher)
         self._final, self.passed_on = self._relevant(teacher, batch)
 

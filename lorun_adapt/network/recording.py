@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..stages.stage_map import Site, StageMap
-from ..util.energy import TINY, energy, relative_error
+from ..util.energy import TINY, energy, relative_error, squared_distance
 from ..util.modules import copy_network
 from ..util.nested import map_tensors, tensors_in
 from ..util.seeds import seeded
@@ -61,7 +61,7 @@ class Recorder:
         self._network, self._observer = network, observer
         self._passed_on: dict[Site, list[int]] = {}
         self._sites = _sites_by_module(network, stage_map)
-        groups = {site: group.name for group in stage_map.groups for site in group.sites}
+        groups = {site: group.name for site, group in stage_map.sites.items()}
         self.sites: list[Site] = []
         try:
             calls = self._record(network, batch, seed=0)
@@ -149,9 +149,8 @@ def num_bytes(calls: Iterable[StageCall]) -> int:
 def _sites_by_module(network: nn.Module, stage_map: StageMap) -> dict[nn.Module, list[Site]]:
     """Return each stage's module with its sites, in the order of their calls."""
     found: dict[nn.Module, list[Site]] = {}
-    for group in stage_map.groups:
-        for site in group.sites:
-            found.setdefault(network.get_submodule(site.module), []).append(site)
+    for site in stage_map.sites:
+        found.setdefault(network.get_submodule(site.module), []).append(site)
     return found
 
 
@@ -159,5 +158,5 @@ def _change(output: Tensor, inputs: Sequence[Tensor]) -> float:
     """Return the energy of what a stage changes: of the difference between its output and the nearest input."""
     whole = float(energy(output))
     alike = [tensor for tensor in inputs if tensor.shape == output.shape]
-    change = min((float(energy(output - tensor)) for tensor in alike), default=whole)
+    change = min((float(squared_distance(output, tensor)) for tensor in alike), default=whole)
     return max(change, LEAST_CHANGE * whole, TINY)

@@ -145,7 +145,12 @@ class StageMap:
         return replace(self, groups=tuple(groups))
 
     def __len__(self) -> int:
-        return 1 + max(site.stage for group in self.groups for site in group.sites)
+        return 1 + max(site.stage for site in self.sites)
+
+    @property
+    def sites(self) -> dict[Site, Group]:
+        """Every site, in the order of the groups, and the group that it belongs to."""
+        return {site: group for group in self.groups for site in group.sites}
 
     @property
     def num_tensors(self) -> int:

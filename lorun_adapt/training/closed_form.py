@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..factorise.refit import refit
-from ..factorise.sensitivity import Sensitivity, sensitivities, sensitivities_of_stages
+from ..factorise.sensitivity import Sensitivity, sensitivities_of_stages
+from ..factorise.weigh import sensitivity_on
 from ..network.batches import Batch, while_there_is_time
 from ..network.converted import Converted
 from ..util.progress import progress
@@ -118,9 +119,7 @@ def _measure(
         recordings = probes(forcing.recordings[i] for i in itertools.count())
         bar = progress(recordings, "weighing tensors, stage by stage", "batch", delay=2, leave=False)
         return sensitivities_of_stages(forcing.recorder, teacher, stage_map, bar, seed)
-    bar = progress(probes(batches), "weighing tensors", "batch", delay=2, leave=False)
-    observer = objective.observer
-    return sensitivities(teacher, stage_map, lambda *arguments: observer.run(*arguments).final, bar, seed)
+    return sensitivity_on(probes(batches), teacher, stage_map, objective.observer, seed)
 
 
 def _error_of_stages(forcing: TeacherForcing, held_out: Sequence[Batch], seed: int) -> Callable[[], float]:

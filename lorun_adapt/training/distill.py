@@ -46,7 +46,8 @@ class Distillation(nn.Module):
         self.student, self.observer = student, observer
         self.recomputed = tuple(recomputed)
         self._others = teacher, loss  # in a tuple, so that they are not registered, trained, moved or saved
-        self._targets: dict[int, tuple[tuple[Any, ...], int, Outputs]] = {}  # of batches to judge by
+        # By id and seed, the batches to judge by, which keeps their ids theirs, and the teacher's outputs.
+        self._targets: dict[tuple[int, int], tuple[tuple[Any, ...], Outputs]] = {}
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
@@ -86,14 +87,12 @@ class Distillation(nn.Module):
 
     def score(self, batch: tuple[Any, ...], seed: int) -> tuple[Tensor, Tensor]:
         """Return the loss and the PSNR of the final output on a batch to judge by, whose target is kept."""
-        if id(batch) not in self._targets:
-            self._targets[id(batch)] = batch, seed, self._target(batch, seed)
+        self._targets[id(batch), seed] = batch, self._target(batch, seed)
         return self(lambda: batch, seed)[1:]
 
     def _target(self, batch: tuple[Any, ...], seed: int) -> Outputs:
-        kept = self._targets.get(id(batch))
-        if kept is not None and kept[0] is batch and kept[1] == seed:
-            return kept[2]
+        if (id(batch), seed) in self._targets:
+            return self._targets[id(batch), seed][1]
         with torch.no_grad():
             return self.observer.run(self._others[0], batch, seed)
 

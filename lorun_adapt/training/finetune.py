@@ -120,7 +120,7 @@ def _split(batches: Iterable[Any]) -> tuple[Iterable[Any], Iterable[Any]]:
     return list(itertools.islice(stream, HELD_OUT)), stream
 
 
-def matching_parameters(base: nn.Module, stage_map: StageMap, patterns: Iterable[str]) -> dict[str, Tensor]:
+def matching_parameters(base: nn.Module, stage_map: StageMap, patterns: str | Iterable[str]) -> dict[str, Tensor]:
     """Return copies of the parameters outside the stages that match glob patterns, by name.
 
     Raises:

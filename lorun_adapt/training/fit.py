@@ -136,8 +136,7 @@ def ready_to_train(
     """
     with ExitStack() as stack:
         stack.enter_context(evaluating(network))
-        sites = [site for group in stage_map.groups for site in group.sites] if recompute else []
-        recomputed = [denoiser_at(network, site) for site in sites]
+        recomputed = [denoiser_at(network, site) for site in stage_map.sites] if recompute else []
         objective: Distillation | Supervised
         if teacher is not None:
             stack.enter_context(evaluating(teacher))
@@ -193,7 +192,7 @@ def _trained(network: nn.Module, trained: Iterable[tuple[nn.Parameter, float]] |
 
 
 def _check_stages(network: nn.Module, stage_map: StageMap | None) -> None:
-    for site in [site for group in stage_map.groups for site in group.sites] if stage_map else []:
+    for site in stage_map.sites if stage_map else ():
         try:
             network.get_submodule(site.module)
         except AttributeError as error:

@@ -42,10 +42,10 @@ class Optimised:
         # SOAP does not support complex tensors: it trains views of them as pairs of real numbers.
         self._tensors = [nn.Parameter(torch.view_as_real(p.detach())) if p.is_complex() else p for p in self.parameters]
         self.set_rates()
-        groups = [{"params": [tensor], "lr": rate} for tensor, rate in zip(self._tensors, self._rates)]
+        groups = [{"params": [tensor]} for tensor in self._tensors]  # each step sets their learning rates
         self._optimizer = SOAP(groups, weight_decay=0.0, max_precondition_dim=MAX_SIDE)
         self._prepared: Any = accelerator.prepare(self._optimizer)
-        self.restart()
+        self.clear_gradients()
 
     def set_rates(self) -> None:
         """Set the learning rates relative to the values that the tensors have now."""

@@ -49,7 +49,7 @@ def recover(
     calibration: Batches,
     duration: Duration,
     loss: Loss | None = None,
-    also: Collection[str] = (),
+    also: str | Collection[str] = (),
     recompute: bool = False,
     resume_from: Path | None = None,
     seed: int = 0,

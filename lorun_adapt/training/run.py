@@ -42,8 +42,7 @@ class Run:
     seconds: float = 0.0
     phase: int = 0
     phase_step: int = 0  # steps in this phase
-    began: float = 0.0  # the fraction of the duration at which the phase began
-    phase_began: float = 0.0  # at this many seconds
+    phase_began: float = 0.0  # the seconds at which the phase began
     drawn: int = 0  # batches that were drawn before the phase began
     recent_loss: float | None = None  # the highest loss of the last steps
     rate_factor: float = 1.0  # of the learning rate: halved at each rollback
@@ -55,28 +54,33 @@ class Run:
     worse: int = 0  # checks since the best one
     bfloat16: bool = False
 
+    def began(self, duration: Duration) -> float:
+        """The fraction of the duration at which the phase began."""
+        return duration.fraction_done(self.phase_began, self.step - self.phase_step)
+
+    def steps_in(self, duration: Duration) -> float | None:
+        """How many steps the duration has at the pace of this phase; None while that is not known."""
+        if duration.steps:
+            return duration.steps
+        if self.phase_step < 2:  # the first step may take longer than others
+            return None
+        return 60 * (duration.minutes or 0) * self.phase_step / (self.seconds - self.phase_began)
+
 
 def end_of(phase: Phase, run: Run, duration: Duration) -> float:
     """The fraction of the duration at which a phase ends, as far as its steps so far let foresee."""
-    if not phase.enough_steps or not duration.steps and run.phase_step < 2:
+    steps = run.steps_in(duration)
+    if not phase.enough_steps or steps is None:
         return phase.until
-    if duration.steps:
-        needed = phase.enough_steps / duration.steps
-    else:
-        per_step = (run.seconds - run.phase_began) / run.phase_step
-        needed = phase.enough_steps * per_step / (60 * (duration.minutes or 1))
-    return min(phase.until, max(EARLIEST_END, run.began + needed))
+    return min(phase.until, max(EARLIEST_END, run.began(duration) + phase.enough_steps / steps))
 
 
 def peak(phase: Phase, run: Run, duration: Duration) -> float:
     """The highest learning rate of a phase, relative to that of the tensors: lower where the phase is short."""
     if not phase.full_rate_steps:
         return 1.0
-    if duration.steps:
-        expected = (phase.until - run.began) * duration.steps
-    elif run.phase_step < 2:  # the first step may take longer than others
+    steps = run.steps_in(duration)
+    if steps is None:
         return LEAST_PEAK
-    else:
-        seconds = run.seconds - run.phase_began
-        expected = (phase.until - run.began) * 60 * (duration.minutes or 0) * run.phase_step / seconds
+    expected = (phase.until - run.began(duration)) * steps
     return min(1.0, max(LEAST_PEAK, math.sqrt(expected / phase.full_rate_steps)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..network.batches import Batch
 from ..network.recording import Recorder, StageCall, num_bytes
-from ..util.energy import energy
+from ..util.energy import squared_distance
 
 STEPS_PER_BATCH = 3  # times the processes, as each one records the teacher, which takes a third of a step's time
 MAX_NUMBERS = 170_000  # output values that a step trains on
@@ -112,8 +112,5 @@ class TeacherForcing:
 
 def stage_error(outputs: Sequence[Tensor], call: StageCall) -> Tensor:
     """Return the mean squared error of a stage's outputs to those of ``call``, relative to what the stage changes."""
-    errors = [
-        energy(output.to(torch.promote_types(output.dtype, torch.float32)) - target) / change
-        for output, target, change in zip(outputs, call.outputs, call.changes)
-    ]
+    errors = [squared_distance(a, b) / change for a, b, change in zip(outputs, call.outputs, call.changes)]
     return torch.stack(errors).mean()

@@ -39,14 +39,14 @@ def tensors_to_train(held: AdapterSet, term_rate: float = TERM_RATE) -> list[Tra
     return _of_adapters(held, term_rate) + [TrainedTensor(p, PRIVATE_RATE) for p in _trainable(held.outside.values())]
 
 
-def names_matching(parameters: Mapping[str, nn.Parameter], patterns: Iterable[str]) -> list[str]:
-    """Return the names of parameters outside the stages that match glob patterns.
+def names_matching(parameters: Mapping[str, nn.Parameter], patterns: str | Iterable[str]) -> list[str]:
+    """Return the names of parameters outside the stages that match a glob pattern, or one of several.
 
     Raises:
         LoRunError: a pattern that matches no parameter.
     """
     names: dict[str, None] = {}
-    for pattern in patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = fnmatch.filter(parameters, pattern)
         if not found:
             raise LoRunError(
@@ -84,7 +84,7 @@ def check_not_empty(trained: list[TrainedTensor]) -> None:
 
 @contextmanager
 def trainable_base(
-    converted: Converted, network: nn.Module, also: Collection[str] = ()
+    converted: Converted, network: nn.Module, also: str | Collection[str] = ()
 ) -> Iterator[list[TrainedTensor]]:
     """Within the ``with`` block, make the base trainable; yield the tensors that recovery trains.
 

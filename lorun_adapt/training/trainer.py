@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..errors import LoRunError
 from ..network.batches import IN_A_ROW, Batch, Batches, finite_batches_of, is_finite
+from ..network.divergence import FAR
 from ..network.recording import StageCall
 from ..util.progress import progress
 from .distill import Distillation
@@ -40,7 +41,6 @@ CHECKING = 0.05  # the fraction of the time that checks may take
 SPIKE = 30.0  # a step whose loss is this many times that of the steps before it is left out
 WORSE = 4.0  # training returns to the best weights if the loss on held-out batches is this many times the best
 LEAST_GAIN = 0.01  # of the loss between two checks: less than this does not count while single stages train
-FAR = 1.0  # a relative error as large as the output: such weights are no better a start than others
 EXACT = 1e-9  # a held-out loss below which there is nothing to recover
 
 
@@ -155,11 +155,9 @@ class Trainer:
                 self._rounding = rounding_psnr(self.objective, self.held_out[0], self.seed)
             if not run.step:
                 self.optimised.set_rates()
-                self.optimised.restart()
                 if not self._judged or run.bfloat16:  # a check ends bfloat16 where its rounding would hide the rest
                     self.judge()
-                run.seconds = broadcast(time.monotonic() - started)
-                run.began, run.phase_began = self.duration.fraction_done(run.seconds, 0), run.seconds
+                run.seconds = run.phase_began = broadcast(time.monotonic() - started)
             for number in range(run.phase, len(self.phases)):
                 if number != run.phase:
                     self._begin(number, started)
@@ -174,9 +172,8 @@ class Trainer:
             self.optimised.put(self.best)
         if before is not None:
             before.recordings.clear()
-        run.seconds = broadcast(time.monotonic() - started)
-        run.phase, run.phase_step, run.began = number, 0, self.duration.fraction_done(run.seconds, run.step)
-        run.phase_began = run.seconds
+        run.seconds = run.phase_began = broadcast(time.monotonic() - started)
+        run.phase, run.phase_step = number, 0
         run.recent_loss, run.rate_factor, run.spikes, run.rollbacks, run.worse = None, 1.0, 0, 0, 0
         self.optimised.restart()
 
@@ -205,7 +202,8 @@ class Trainer:
             drawn = self._drawn(batches.__next__ if forcing is None else partial(forcing.draw, run.phase_step), stop)
             if self._stopped(stop) or drawn is None:
                 return False
-            fraction = min(1.0, (done - run.began) / max(end_of(phase, run, self.duration) - run.began, 1e-9))
+            began = run.began(self.duration)
+            fraction = min(1.0, (done - began) / max(end_of(phase, run, self.duration) - began, 1e-9))
             loss = self._step(phase, drawn, fraction)
             run.step, run.phase_step = run.step + 1, run.phase_step + 1
             run.seconds = broadcast(time.monotonic() - started)
@@ -326,12 +324,12 @@ class Trainer:
         least = LEAST_GAIN * abs(self.run.best) if phase is not None and phase.forcing else 0.0
         if not math.isfinite(self.run.best) or value < self.run.best - least:
             self.run.worse = 0
-        if value <= self.run.best:
-            self.run.best, self.best = value, self.optimised.values()
         if phase is not None and phase.forcing is None and _is_above(value, self.run.best, WORSE):
             self._return_to_best(phase)
-        else:
-            self.run.rollbacks, self.checked = 0, self.optimised.values()
+            return
+        self.run.rollbacks, self.checked = 0, self.optimised.values()
+        if value <= self.run.best:
+            self.run.best, self.best = value, self.checked
 
     def _stopped(self, stop: threading.Event) -> bool:
         """Whether to stop; the main process decides, so that no process waits for another."""

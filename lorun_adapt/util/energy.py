@@ -18,12 +18,20 @@ def energy(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square().sum()
 
 
+def squared_distance(output: Tensor, target: Tensor) -> Tensor:
+    """Return ||output - target||^2, computed in float32 or higher precision; no gradient passes to ``target``.
+
+    >>> float(squared_distance(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])))
+    1.0
+    """
+    # Detached, since a forward that uses autograd internally returns a graph even under no_grad.
+    return energy(output.to(torch.promote_types(output.dtype, torch.float32)) - target.detach())
+
+
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """Return ||output - target||^2 / ||target||^2, computed in float32 or higher precision.
 
     >>> float(relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])))
     0.5
     """
-    target = target.detach()  # a forward that uses autograd internally returns a graph even under no_grad
-    difference = output.to(torch.promote_types(output.dtype, torch.float32)) - target
-    return energy(difference) / energy(target).clamp_min(TINY)
+    return squared_distance(output, target) / energy(target.detach()).clamp_min(TINY)

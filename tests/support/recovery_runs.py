@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -60,6 +60,21 @@ class Stopping:
             elif index == self.at:
                 raise KeyboardInterrupt
             yield batch
+
+
+def saved_storages(run: Callable[[], object]) -> dict[int, int]:
+    """By address, the sizes in bytes of what ``run`` saves for a backward pass."""
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return kept
 
 
 def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:

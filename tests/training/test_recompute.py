@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dun_zoo import Block, Case, Denoiser, ListOfBlocks
-from recovery_runs import measurements, same, teacher, values
+from recovery_runs import measurements, same, saved_storages, teacher, values
 from torch import Tensor, nn
 
 import lorun_adapt
@@ -39,16 +39,7 @@ def test_gradients_are_the_same_for_every_shape(case: Case) -> None:
 def saved_bytes(lorun: lorun_adapt.LoRunModel, batch: tuple[Tensor, ...]) -> int:
     """How many bytes a forward keeps for the backward pass, parameters and inputs aside."""
     held = {p.untyped_storage().data_ptr() for p in (*lorun.parameters(), *batch)}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        alive.append(tensor)
-        return tensor
-
-    alive: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        lorun(*batch).square().mean()
+    kept = saved_storages(lambda: lorun(*batch).square().mean())
     return sum(size for pointer, size in kept.items() if pointer not in held)
 
 

@@ -6,13 +6,24 @@ import copy
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from dun_zoo import Case, Denoiser
 from peft import LoraConfig
-from recovery_runs import Batch, Stopping, distance, launch, mean_squared_error, measurements, same, teacher, values
+from recovery_runs import (
+    Batch,
+    Stopping,
+    distance,
+    launch,
+    mean_squared_error,
+    measurements,
+    same,
+    saved_storages,
+    teacher,
+    values,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -307,18 +318,8 @@ def test_memory_of_a_training_step() -> None:
     lorun = lorun_adapt.convert(net)
     lorun.base.requires_grad_(True)
 
-    def saved(step) -> int:
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            alive.append(tensor)
-            return tensor
-
-        alive: list[Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            step().backward()
-        return sum(kept.values())
+    def saved(step: Callable[[], Tensor]) -> int:
+        return sum(saved_storages(lambda: step().backward()).values())
 
     truth = net(*batch).detach() + 0.1
     plain = saved(lambda: (net(*batch) - truth).square().mean())
