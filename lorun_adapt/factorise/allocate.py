@@ -55,6 +55,7 @@ def allocate(
     stage_map: StageMap,
     budget: int | float,
     sensitivity: Mapping[tuple[str, str], Sensitivity] | None = None,
+    base: bool | None = None,
 ) -> Allocation:
     """The ranks and bases that keep the most energy within a budget of parameters.
 
@@ -64,6 +65,7 @@ def allocate(
     Args:
         budget: parameters of the whole converted network, or a share (0..1) of the original's.
         sensitivity: by group and tensor, as from :func:`sensitivities`.
+        base: whether the tensors have a base; by default those for which it keeps more than the ranks in its place.
 
     Raises:
         LoRunError: the budget is no such number, or below the parameters that rank 1 takes.
@@ -78,18 +80,21 @@ def allocate(
     options = _options(dun, stage_map, sensitivity)
     private = _num_private(dun, stage_map, set(options))
     left = limit - private
-    without_base = {name: option for name, (_, option) in options.items()}  # the cheapest
-    least = private + sum(option.base_cost + option.rank_cost for option in without_base.values())
+    with_base = {name: option for name, (option, _) in options.items()}
+    without_base = {name: option for name, (_, option) in options.items()}
+    cheapest = with_base if base else without_base
+    least = private + sum(option.base_cost + option.rank_cost for option in cheapest.values())
     if limit < least:
         hint = ", or give a share below 1: numbers of 1 and more are parameters" if 1 <= budget <= 100 else ""
         raise LoRunError(
             f"expected a budget of at least {least:,} parameters, which the network takes at rank 1, found {limit:,}: "
             f"raise it{hint}"
         )
-    with_base = {name: option for name, (option, _) in options.items()}
     chosen = max((without_base, with_base), key=lambda choice: _fill(choice, left)[0])
+    if base is not None:
+        chosen = cheapest
     kept, ranks = _fill(chosen, left)
-    better = True
+    better = base is None
     while better:
         better = False
         for name, alternatives in options.items():

@@ -53,6 +53,7 @@ def recover(
     recompute: bool = False,
     resume_from: Path | None = None,
     seed: int = 0,
+    closed_form: bool = True,
 ) -> bool:
     """Train the base and the adapters in place; see :meth:`LoRunModel.recover`.
 
@@ -67,6 +68,7 @@ def recover(
         recompute: run the stages again in the backward pass, to save memory.
         resume_from: the state file.
         seed: seed of all random numbers.
+        closed_form: begin with the factorisation in closed form, and not with the weights as they are.
 
     Returns:
         True if training finished, False if Ctrl-C stopped it.
@@ -108,7 +110,7 @@ def recover(
             seconds = broadcast(trainer.seconds_per_check) / len(held_out)
             if loss is None and _is_slow(duration, seconds):
                 trainer.phases = _phases(forcing, FORCING_UNTIL_IF_SLOW)
-            if _terms_train(converted, trained):
+            if closed_form and _terms_train(converted, trained):
                 fit_in_closed_form(converted, teacher, objective, forcing, held_out, batches, duration, seed, stop)
                 broadcast_tensors(item.parameter for item in trained)
                 trainer.judge()
