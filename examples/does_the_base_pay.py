@@ -228,7 +228,8 @@ class Study:
         optimizer = SOAP([{"params": [p]} for p in inside], weight_decay=0.0, max_precondition_dim=512)
         rates = [RATE * max(float(p.detach().square().mean().sqrt()), 0.01) for p in inside]
         for step, batch in zip(tqdm(range(steps), "pulling together", leave=False), batches):
-            objective(lambda batch=batch: batch, step)[0].backward()
+            example = objective.example(batch, step)
+            objective(lambda example=example: example)[0].backward()
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * learning_rate_schedule(step / steps)
             optimizer.step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,12 +138,6 @@ def denoiser_at(network: nn.Module, site: Site) -> nn.Module:
     """Return the denoiser of one stage; in an assembled network, a looped module has one for each call."""
     module = network.get_submodule(site.module)
     return module.lorun_calls[site.call] if isinstance(module, Called) and site.call is not None else module
-
-
-def num_bytes(calls: Iterable[StageCall]) -> int:
-    """Return how much memory the tensors of recorded calls take, those that several calls share counted once."""
-    tensors = {id(t): t for call in calls for t in tensors_in((call.arguments, call.keywords, call.outputs))}
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _sites_by_module(network: nn.Module, stage_map: StageMap) -> dict[nn.Module, list[Site]]:

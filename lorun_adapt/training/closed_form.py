@@ -116,7 +116,7 @@ def _measure(
         return itertools.islice(while_there_is_time(items, lambda: time_left(MEASURING)), count)
 
     if forcing is not None:
-        recordings = probes(forcing.recordings[i] for i in itertools.count())
+        recordings = probes(forcing.recordings.first())
         bar = progress(recordings, "weighing tensors, stage by stage", "batch", delay=2, leave=False)
         return sensitivities_of_stages(forcing.recorder, teacher, stage_map, bar, seed)
     return sensitivity_on(probes(batches), teacher, stage_map, objective.observer, seed)
@@ -128,9 +128,11 @@ def _error_of_stages(forcing: TeacherForcing, held_out: Sequence[Batch], seed: i
 
 
 def _error_of_network(objective: Distillation, held_out: Sequence[Batch], seed: int) -> Callable[[], float]:
+    examples = [objective.example(batch, seed + i) for i, batch in enumerate(held_out)]
+
     def error() -> float:
         with torch.no_grad():
-            return _or_inf(sum(float(objective.score(batch, seed + i)[0]) for i, batch in enumerate(held_out)))
+            return _or_inf(sum(float(objective(lambda example=example: example)[1]) for example in examples))
 
     return error
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LoRunError
 from ..network.observe import Observer, Outputs
+from ..network.recording import SAME
 from ..util.energy import TINY, relative_error
 from ..util.modules import tensors_of
 from ..util.nested import device_of, to_device
@@ -17,6 +18,20 @@ from ..util.seeds import seeded
 from .recompute import recomputing
 
 Loss = Callable[[Any, Any], Tensor]  # (output of the network, the batch) -> a number
+
+
+class Example(NamedTuple):
+    """What a loss is computed on.
+
+    Attributes:
+        batch: the arguments of the networks, and what the loss takes beyond them.
+        seed: of the random numbers that the networks and the loss draw.
+        target: the outputs of the teacher, if there is one.
+    """
+
+    batch: tuple[Any, ...]
+    seed: int
+    target: Outputs | None = None
 
 
 class Distillation(nn.Module):
@@ -46,8 +61,6 @@ class Distillation(nn.Module):
         self.student, self.observer = student, observer
         self.recomputed = tuple(recomputed)
         self._others = teacher, loss  # in a tuple, so that they are not registered, trained, moved or saved
-        # By id and seed, the batches to judge by, which keeps their ids theirs, and the teacher's outputs.
-        self._targets: dict[tuple[int, int], tuple[tuple[Any, ...], Outputs]] = {}
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
@@ -59,19 +72,30 @@ class Distillation(nn.Module):
         """The network whose rounding error in bfloat16 limits the training: the teacher."""
         return self._others[0]
 
-    def forward(self, draw: Callable[[], tuple[Any, ...]], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Run both networks on a batch with the same random numbers.
+    @torch.no_grad()
+    def example(self, batch: tuple[Any, ...], seed: int) -> Example:
+        """Run the teacher on a batch."""
+        return Example(batch, seed, self.observer.run(self._others[0], batch, seed)._replace(whole=None))
+
+    @torch.no_grad()
+    def is_reusable(self, example: Example) -> bool:
+        """Whether the teacher returns the same again, so that what it returned holds for more than one step."""
+        assert example.target is not None
+        again = self.observer.run(self._others[0], example.batch, example.seed)
+        return all(bool(relative_error(a, b) <= SAME) for a, b in zip(again.final, example.target.final))
+
+    def forward(self, draw: Callable[[], Example]) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the student on an example, with the random numbers that the teacher drew.
 
         Args:
-            draw: returns the batch. It is a function because DDP takes apart the containers it knows.
-            seed: seed of the random numbers of both networks.
+            draw: returns the example. It is a function because DDP takes apart the containers it knows.
 
         Returns:
             The loss to minimise; its part for the final output, detached; and the PSNR of the final output to the
             teacher's in dB, as in :func:`psnr_to`.
         """
-        loss, batch = self._others[1], draw()
-        target = self._target(batch, seed)
+        loss, (batch, seed, target) = self._others[1], draw()
+        assert target is not None
         with recomputing(self.recomputed):
             own = self.observer.run(self.student, batch, seed)
         if loss is None:
@@ -84,17 +108,6 @@ class Distillation(nn.Module):
             between = torch.stack([relative_error(a, b) for a, b in zip(own.stages, target.stages)])
             total = total + (between.sum() if loss is None else between.mean())
         return total, final.detach(), psnr_to(own.final, target.final)
-
-    def score(self, batch: tuple[Any, ...], seed: int) -> tuple[Tensor, Tensor]:
-        """Return the loss and the PSNR of the final output on a batch to judge by, whose target is kept."""
-        self._targets[id(batch), seed] = batch, self._target(batch, seed)
-        return self(lambda: batch, seed)[1:]
-
-    def _target(self, batch: tuple[Any, ...], seed: int) -> Outputs:
-        if (id(batch), seed) in self._targets:
-            return self._targets[id(batch), seed][1]
-        with torch.no_grad():
-            return self.observer.run(self._others[0], batch, seed)
 
 
 @torch.no_grad()

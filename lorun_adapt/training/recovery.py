@@ -28,8 +28,9 @@ from .distill import Distillation, Loss, check_teacher
 from .duration import Duration
 from .fit import ready_to_train
 from .processes import broadcast, broadcast_tensors, num_processes
+from .replay import STEPS_PER_BATCH, Replay
 from .run import Phase
-from .stagewise import Recordings, TeacherForcing
+from .stagewise import TeacherForcing
 from .trained import TrainedTensor, trainable_base
 from .trainer import Trainer
 
@@ -91,7 +92,8 @@ def recover(
         recorder = Recorder(teacher, converted.stage_map, objective.observer, held_out[0])
         recorder.sites = broadcast(recorder.sites)
         batches = (next_finite(calibration) for _ in itertools.count())
-        recordings = Recordings(recorder, batches, seed, num_processes())
+        # Each process records the teacher for the steps of all.
+        recordings = Replay(batches, recorder.record, seed, steps_per_batch=STEPS_PER_BATCH * num_processes())
         forcing = TeacherForcing(network, recorder, recordings) if recorder.sites else None
         trainer = Trainer(
             objective,

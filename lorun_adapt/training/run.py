@@ -10,6 +10,7 @@ from .stagewise import TeacherForcing
 
 EARLIEST_END = 0.2  # the fraction of the duration before which a phase does not end for its number of steps
 LEAST_PEAK = 0.25  # of the learning rate of a short phase
+EXACT = 1e-9  # a held-out loss below which there is nothing to recover
 
 
 @dataclass(frozen=True)
@@ -84,3 +85,8 @@ def peak(phase: Phase, run: Run, duration: Duration) -> float:
         return LEAST_PEAK
     expected = (phase.until - run.began(duration)) * steps
     return min(1.0, max(LEAST_PEAK, math.sqrt(expected / phase.full_rate_steps)))
+
+
+def is_above(value: float, other: float, factor: float) -> bool:
+    """Return whether a loss, which may be negative, is more than so many times as large as another."""
+    return value - other > (factor - 1) * max(abs(other), EXACT)

@@ -86,7 +86,7 @@ def rounding_psnr(objective: Distillation | Supervised, batch: Batch, seed: int)
 def _runs(objective: Distillation | Supervised, batch: Batch, seed: int) -> bool:
     """Whether a forward and a backward succeed in the current memory format and precision."""
     try:
-        objective(lambda: batch, seed)[0].backward()
+        objective(lambda: objective.example(batch, seed))[0].backward()
     except Exception:  # an operation that doesn't support them may raise anything
         return False
     finally:

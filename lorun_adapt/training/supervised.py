@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..network.observe import Observer
 from ..util.nested import device_of, to_device
 from ..util.seeds import seeded
-from .distill import Loss
+from .distill import Example, Loss
 from .recompute import recomputing
 
 
@@ -44,23 +44,26 @@ class Supervised(nn.Module):
         """The network whose rounding error in bfloat16 limits the training; there is only one here."""
         return self.student
 
-    def forward(self, draw: Callable[[], tuple[Any, ...]], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss on a batch.
+    def example(self, batch: tuple[Any, ...], seed: int) -> Example:
+        """A batch with the seed for it."""
+        return Example(batch, seed)
+
+    def is_reusable(self, example: Example) -> bool:
+        """No: there is no teacher whose outputs could be kept."""
+        return False
+
+    def forward(self, draw: Callable[[], Example]) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss on an example.
 
         Args:
-            draw: returns the batch; a function, since DDP takes tuples that it knows apart.
-            seed: of the random numbers that the network and the loss draw.
+            draw: returns the example; a function, since DDP takes tuples that it knows apart.
 
         Returns:
             The loss; the loss without gradient; NaN in the place of a PSNR to the teacher.
         """
-        batch = draw()
+        batch, seed, _ = draw()
         with recomputing(self.recomputed):
             output = self.observer.run(self.student, batch, seed).whole
         with seeded(seed):
             loss = self._loss[0](output, to_device(batch, device_of(self.student)))
         return loss, loss.detach(), torch.tensor(math.nan)
-
-    def score(self, batch: tuple[Any, ...], seed: int) -> tuple[Tensor, Tensor]:
-        """Return the loss, and NaN, on a batch to judge by."""
-        return self(lambda: batch, seed)[1:]

@@ -10,9 +10,8 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,25 +22,25 @@ from ..network.batches import IN_A_ROW, Batch, Batches, finite_batches_of, is_fi
 from ..network.divergence import FAR
 from ..network.recording import StageCall
 from ..util.progress import progress
-from .distill import Distillation
+from .distill import Distillation, Example
 from .duration import Duration, learning_rate_schedule
 from .optimised import Optimised
 from .processes import broadcast, make_accelerator, mean_over_processes, sum_gradients
 from .recompute import explaining
-from .run import Phase, Run, end_of, peak
+from .replay import STEPS_PER_BATCH, Replay
+from .run import EXACT, Phase, Run, end_of, is_above, peak
 from .speed import MARGIN, bfloat16, rounding_psnr, runs_in_bfloat16
 from .state_file import read_state, write_state
 from .supervised import Supervised
 from .trained import TrainedTensor
 
-T = TypeVar("T")
+Drawn = Example | Sequence[StageCall]  # what a step trains on
 
 CHECKS = 25  # of the loss on held-out batches, in a run
 CHECKING = 0.05  # the fraction of the time that checks may take
 SPIKE = 30.0  # a step whose loss is this many times that of the steps before it is left out
 WORSE = 4.0  # training returns to the best weights if the loss on held-out batches is this many times the best
 LEAST_GAIN = 0.01  # of the loss between two checks: less than this does not count while single stages train
-EXACT = 1e-9  # a held-out loss below which there is nothing to recover
 
 
 class Trainer:
@@ -84,7 +83,7 @@ class Trainer:
         restored: Sequence[Tensor] | None = None,
     ) -> None:
         self.restored = restored
-        self.held_out, self.phases = list(held_out), list(phases)
+        self.held_out, self.examples, self.phases = list(held_out), list[Example](), list(phases)
         self.objective, self.calibration = objective, calibration
         self.duration, self.seed, self.resume_from = duration, seed, resume_from
         self.accelerator = make_accelerator()
@@ -133,6 +132,8 @@ class Trainer:
 
     def _hold_out(self) -> None:
         self.held_out = self.held_out or finite_batches_of(self.calibration)
+        if not self.examples:
+            self.examples = [self.objective.example(batch, self.seed + i) for i, batch in enumerate(self.held_out)]
 
     @property
     def improved(self) -> bool:
@@ -179,27 +180,15 @@ class Trainer:
 
     def _train(self, phase: Phase, stop: threading.Event, started: float, bar: tqdm) -> bool:
         """Train in one phase, from where it stands; return False if it was stopped."""
-        run, processes = self.run, self.accelerator.num_processes
+        run, forcing = self.run, phase.forcing
         bar.set_description(phase.label, refresh=False)
-        forcing = phase.forcing
-        if forcing is None:
-            if not math.isfinite(run.best):
-                raise LoRunError(
-                    "the loss is NaN or Inf before training: check what the networks return for the first batches of "
-                    "calibration"
-                )
-            self.loss_of = self.loss_of or self.accelerator.prepare(self.objective)
-            if not run.phase_step:
-                run.drawn = max(run.drawn, self.calibration.drawn)
-            self.calibration.skip_to(run.drawn)
-            used = run.phase_step * processes + self.accelerator.process_index
-            batches = itertools.islice(self.calibration, used, None, processes)
+        for_step: Callable[[int], Drawn] = self._replay().for_step if forcing is None else forcing.for_step
         while (done := self.duration.fraction_done(run.seconds, run.step)) < end_of(phase, run, self.duration):
             if self._is_over(phase):
                 break
             if self._stopped(stop):
                 return False
-            drawn = self._drawn(batches.__next__ if forcing is None else partial(forcing.draw, run.phase_step), stop)
+            drawn = self._drawn(for_step, stop)
             if self._stopped(stop) or drawn is None:
                 return False
             began = run.began(self.duration)
@@ -219,6 +208,24 @@ class Trainer:
             warnings.warn(f"{phase.label}: it ended early, as its steps kept making the loss much larger", stacklevel=2)
         return not self._stopped(stop)
 
+    def _replay(self) -> Replay[Example]:
+        """What this process trains on end to end."""
+        run, objective = self.run, self.objective
+        if not math.isfinite(run.best):
+            raise LoRunError(
+                "the loss is NaN or Inf before training: check what the networks return for the first batches of "
+                "calibration"
+            )
+        self.loss_of = self.loss_of or self.accelerator.prepare(objective)
+        if not run.phase_step:
+            run.drawn = max(run.drawn, self.calibration.drawn)
+        self.calibration.skip_to(run.drawn)
+        index, processes = self.accelerator.process_index, self.accelerator.num_processes
+        batches = itertools.islice(self.calibration, index, None, processes)
+        often = STEPS_PER_BATCH if objective.is_reusable(self.examples[0]) else 1
+        # All processes choose alike; only the random numbers within a batch differ.
+        return Replay(batches, lambda batch, seed: objective.example(batch, seed + index), self.seed, processes, often)
+
     def _is_over(self, phase: Phase) -> bool:
         """Whether a phase ends early: it no longer improves the network, or keeps returning to the best weights."""
         impatient = phase.patience is not None and self.run.worse >= phase.patience
@@ -234,18 +241,18 @@ class Trainer:
 
     # --- one step --------------------------------------------------------------------------------
 
-    def _step(self, phase: Phase, drawn: Batch | Sequence[StageCall], done: float) -> float:
+    def _step(self, phase: Phase, drawn: Drawn, done: float) -> float:
         run = self.run
         value = self._gradients(phase, drawn)
         if not math.isfinite(value):
-            usable = phase.forcing is not None or is_finite(cast(Batch, drawn))
+            usable = phase.forcing is not None or is_finite(cast(Example, drawn).batch)
             if math.isfinite(mean_over_processes(self.accelerator, 0.0 if usable else math.nan)):
                 self._roll_back(f"the loss is {value} at step {run.step}", phase)
             else:
                 self._skip(f"NaN or Inf in the batch of step {run.step}")
             return value
         run.skipped = 0
-        if run.recent_loss is not None and _is_above(value, run.recent_loss, SPIKE):
+        if run.recent_loss is not None and is_above(value, run.recent_loss, SPIKE):
             run.spikes += 1
             self.optimised.clear_gradients()
             if run.spikes > 1:  # not the batch, but the weights
@@ -259,7 +266,7 @@ class Trainer:
         self.optimised.step(peak(phase, run, self.duration) * run.rate_factor * learning_rate_schedule(done))
         return value
 
-    def _gradients(self, phase: Phase, drawn: Batch | Sequence[StageCall]) -> float:
+    def _gradients(self, phase: Phase, drawn: Drawn) -> float:
         """Compute the gradients of a step; return its loss, NaN or Inf where any process has that."""
         run, index, processes = self.run, self.accelerator.process_index, self.accelerator.num_processes
         if phase.forcing is not None:
@@ -269,9 +276,8 @@ class Trainer:
             if processes > 1:
                 sum_gradients(self.optimised.parameters, self.accelerator)
             return processes * mean_over_processes(self.accelerator, value)
-        seed = self.seed + run.step * processes + index
         with bfloat16(run.bfloat16):
-            loss = self.loss_of(lambda: drawn, seed)[0]
+            loss = self.loss_of(lambda: drawn)[0]
         value = mean_over_processes(self.accelerator, float(loss.detach()))
         if math.isfinite(value):
             with explaining() if self.objective.recomputed else contextlib.nullcontext():
@@ -305,7 +311,7 @@ class Trainer:
         """Keep a copy of the tensors if they are the best so far on the held-out batches."""
         started = time.monotonic()
         with torch.no_grad(), self.accelerator.autocast():
-            scores = [self.objective.score(batch, self.seed + i) for i, batch in enumerate(self.held_out)]
+            scores = [self.objective(lambda example=example: example)[1:] for example in self.examples]
         value, psnr = (
             mean_over_processes(self.accelerator, sum(map(float, column)) / len(scores)) for column in zip(*scores)
         )
@@ -324,7 +330,7 @@ class Trainer:
         least = LEAST_GAIN * abs(self.run.best) if phase is not None and phase.forcing else 0.0
         if not math.isfinite(self.run.best) or value < self.run.best - least:
             self.run.worse = 0
-        if phase is not None and phase.forcing is None and _is_above(value, self.run.best, WORSE):
+        if phase is not None and phase.forcing is None and is_above(value, self.run.best, WORSE):
             self._return_to_best(phase)
             return
         self.run.rollbacks, self.checked = 0, self.optimised.values()
@@ -338,10 +344,10 @@ class Trainer:
             return True
         return False
 
-    def _drawn(self, draw: Callable[[], T], stop: threading.Event) -> T | None:
-        """What ``draw`` returns, or None if Ctrl-C interrupted it."""
+    def _drawn(self, for_step: Callable[[int], Drawn], stop: threading.Event) -> Drawn | None:
+        """What to train on in this step, or None if Ctrl-C interrupted it."""
         try:
-            return draw()
+            return for_step(self.run.phase_step)
         except KeyboardInterrupt:
             stop.set()
         except Exception:  # Ctrl-C also ends the workers of a loader, which then raises
@@ -390,8 +396,3 @@ class Trainer:
         self._shown |= values
         if bar is not None:
             bar.set_postfix(self._shown, refresh=False)
-
-
-def _is_above(value: float, other: float, factor: float) -> bool:
-    """Whether a loss, which may be negative, is more than so many times as large as another."""
-    return value - other > (factor - 1) * max(abs(other), EXACT)

@@ -29,6 +29,16 @@ def tensors_in(value: Any) -> list[Tensor]:
     return []
 
 
+def num_bytes(value: Any) -> int:
+    """Return how much memory the floating-point and complex tensors in ``value`` take, each counted once.
+
+    >>> image = torch.ones(4)
+    >>> num_bytes([image, {"again": image}])
+    16
+    """
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors_in(value)}.values())
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """Return ``value`` on ``device``: copies of its tensors, within lists, tuples, dicts and objects with ``.to``.
 

@@ -20,7 +20,8 @@ from lorun_adapt.network.observe import Observer
 from lorun_adapt.network.recording import Recorder
 from lorun_adapt.stages.tensors import stage_parameters
 from lorun_adapt.training import closed_form
-from lorun_adapt.training.stagewise import Recordings, TeacherForcing
+from lorun_adapt.training.replay import Replay
+from lorun_adapt.training.stagewise import TeacherForcing
 from lorun_adapt.training.trained import BASE_RATE, trainable_base
 from lorun_adapt.training.trainer import Trainer
 
@@ -125,7 +126,7 @@ def test_the_closed_form_alone_helps_every_shape(case: Case, monkeypatch: pytest
     """Stages that take the original's inputs come nearer to it, and none goes farther away."""
     lorun = lorun_adapt.convert(case.net, rank=1, **case.find())
     recorder = Recorder(case.net, lorun.stage_map, Observer(case.net, lorun.stage_map, case.inputs), case.inputs)
-    forcing = TeacherForcing(lorun.network, recorder, Recordings(recorder, Batches([case.inputs]), 0))
+    forcing = TeacherForcing(lorun.network, recorder, Replay(Batches([case.inputs]), recorder.record, 0))
     calls = [recorder.record(case.inputs, 0)]
     before = forcing.error(calls)
     monkeypatch.setattr(Trainer, "train", lambda self, stop: True)

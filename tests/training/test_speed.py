@@ -94,7 +94,7 @@ def test_it_repeats_and_resumes_to_the_bit(matrix_units, steps, tmp_path) -> Non
         lorun.recover(net, Stopping(-1, "exception"), steps=30)
     assert same(values(runs[0]), values(runs[1])) and steps[0][0]
     with pytest.warns(UserWarning, match="stopped"):
-        runs[2].recover(net, Stopping(16, "exception"), steps=30, resume_from=checkpoint)
+        runs[2].recover(net, Stopping(11, "exception"), steps=30, resume_from=checkpoint)
     runs[2].recover(net, Stopping(-1, "exception"), steps=30, resume_from=checkpoint)
     assert same(values(runs[2]), values(runs[0]))
 

@@ -16,7 +16,8 @@ from lorun_adapt.network.batches import Batches
 from lorun_adapt.network.observe import Observer
 from lorun_adapt.network.recording import Recorder, denoiser_at
 from lorun_adapt.stages.stage_map import StageMap
-from lorun_adapt.training.stagewise import Recordings, TeacherForcing
+from lorun_adapt.training.replay import Replay
+from lorun_adapt.training.stagewise import TeacherForcing
 
 
 def recorder_of(net: nn.Module, stage_map: StageMap, batch: tuple[Any, ...]) -> Recorder:
@@ -31,7 +32,7 @@ def test_every_stage_of_every_shape_runs_alone(case: Case) -> None:
     assert len(recorder.sites) == sum(len(group.sites) for group in stage_map.groups)
     calls = recorder.record(case.inputs, 0)
     assert [call.site for call in calls] == recorder.sites
-    forcing = TeacherForcing(lorun.network, recorder, Recordings(recorder, Batches([case.inputs]), 0))
+    forcing = TeacherForcing(lorun.network, recorder, Replay(Batches([case.inputs]), recorder.record, 0))
     assert forcing.error([calls]) < 1e-6
     lorun.base.requires_grad_(True)
     for call in calls:
@@ -120,7 +121,7 @@ def test_batches_repeat_and_come_in_turn(monkeypatch: pytest.MonkeyPatch) -> Non
     recorder = recorder_of(net, stage_map, batches[0])
 
     def drawn(steps: int) -> list[int]:
-        recordings = Recordings(recorder, Batches(batches), 3)
+        recordings = Replay(Batches(batches), recorder.record, 3)
         firsts = [recordings.for_step(step)[0].outputs[0] for step in range(steps)]
         known = [recorder.record(batch, 0)[0].outputs[0] for batch in batches]
         return [next(i for i, other in enumerate(known) if torch.equal(first, other)) for first in firsts]
@@ -128,18 +129,18 @@ def test_batches_repeat_and_come_in_turn(monkeypatch: pytest.MonkeyPatch) -> Non
     order = drawn(12)
     assert order == drawn(12) and order[::3] == [0, 1, 2, 3]
     assert all(index <= step // 3 for step, index in enumerate(order))
-    monkeypatch.setattr("lorun_adapt.training.stagewise.MAX_BYTES", 1)
-    assert drawn(6) == [0] * 6
+    monkeypatch.setattr("lorun_adapt.training.replay.MAX_BYTES", 1)
+    assert drawn(6) == [0, 0, 0, 1, 1, 1]
 
 
 def test_large_outputs_train_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     net, batch = teacher(), measurements()[0]
     stage_map = lorun_adapt.find_stages(net)
     recorder = recorder_of(net, stage_map, batch)
-    forcing = TeacherForcing(net, recorder, Recordings(recorder, Batches([batch]), 0))
-    assert len(forcing.draw(0)) == 3
+    forcing = TeacherForcing(net, recorder, Replay(Batches([batch]), recorder.record, 0))
+    assert len(forcing.for_step(0)) == 3
     monkeypatch.setattr("lorun_adapt.training.stagewise.MAX_NUMBERS", 4 * 64)
-    stages = [call.site.stage for step in range(6) for call in forcing.draw(step)]
+    stages = [call.site.stage for step in range(6) for call in forcing.for_step(step)]
     assert stages == [0, 1, 2, 0, 1, 2]
 
 
