@@ -38,7 +38,8 @@ ENOUGH_STEPS = 500  # of teacher forcing
 FORCING_UNTIL = 0.6  # the fraction of the budget at which it ends at the latest,
 FORCING_UNTIL_IF_SLOW = 0.85  # where it ends if there is no time for many end-to-end steps,
 FORCING_UNTIL_WITH_LOSS = 0.3  # and where it ends if there is a loss other than the distance to the teacher
-MANY_STEPS = 80  # end to end
+MANY_STEPS = 80  # end to end,
+FORWARDS_PER_STEP = 3.5  # each of which takes so many forwards of one network
 FULL_RATE_STEPS = 800  # with fewer end-to-end steps, the learning rate is lower
 PATIENCE = 4  # teacher forcing ends after so many checks without a better result
 
@@ -109,7 +110,7 @@ def recover(
         )
         if resume_from is None or not resume_from.exists():
             trainer.judge()
-            seconds = broadcast(trainer.seconds_per_check) / len(held_out)
+            seconds = broadcast(trainer.seconds_per_check) * num_processes() / len(held_out)
             if loss is None and _is_slow(duration, seconds):
                 trainer.phases = _phases(forcing, FORCING_UNTIL_IF_SLOW)
             if closed_form and _terms_train(converted, trained):
@@ -140,9 +141,12 @@ def _is_slow(duration: Duration, seconds: float) -> bool:
 
     Args:
         duration: of the whole run.
-        seconds: what one forward of both networks takes. A step takes about twice as long.
+        seconds: what one forward takes.
     """
-    return duration.minutes is not None and (1 - FORCING_UNTIL) * 60 * duration.minutes < MANY_STEPS * 2 * seconds
+    return (
+        duration.minutes is not None
+        and (1 - FORCING_UNTIL) * 60 * duration.minutes < MANY_STEPS * FORWARDS_PER_STEP * seconds
+    )
 
 
 def _terms_train(converted: Converted, trained: Sequence[TrainedTensor]) -> bool:

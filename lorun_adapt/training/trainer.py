@@ -61,7 +61,7 @@ class Trainer:
         restored: the tensors that resuming restores beside the trained ones; by default all others of the student.
 
     Attributes:
-        seconds_per_check: how long the last check of the held-out batches took.
+        seconds_per_check: how long the last check of the held-out batches took, a forward of the student on each.
 
     Raises:
         LoRunError: a tensor to train has 16 bits only.
@@ -308,13 +308,13 @@ class Trainer:
         self.optimised.restart()
 
     def _check(self, bar: tqdm | None, phase: Phase | None = None) -> None:
-        """Keep a copy of the tensors if they are the best so far on the held-out batches."""
-        started = time.monotonic()
+        """Keep a copy of the tensors if they are the best so far on the held-out batches, which the processes share."""
+        started, processes = time.monotonic(), self.accelerator.num_processes
         with torch.no_grad(), self.accelerator.autocast():
-            scores = [self.objective(lambda example=example: example)[1:] for example in self.examples]
-        value, psnr = (
-            mean_over_processes(self.accelerator, sum(map(float, column)) / len(scores)) for column in zip(*scores)
-        )
+            own = self.examples[self.accelerator.process_index :: processes]
+            scores = [self.objective(lambda example=example: example)[1:] for example in own]
+        sums = [sum(float(score[part]) for score in scores) * processes / len(self.examples) for part in (0, 1)]
+        value, psnr = (mean_over_processes(self.accelerator, part) for part in sums)
         self._checked = time.monotonic()
         self.seconds_per_check = self._checked - started
         if not math.isfinite(value):

@@ -186,4 +186,4 @@ def test_two_processes_on_two_cores_are_faster_than_one_on_one(tmp_path) -> None
             seconds[processes].append(launch(TIMED, tmp_path, processes)["seconds"])
     one, two = (torch.stack(values).min(0).values for values in seconds.values())
     print(f"two processes are {one[0] / two[0]:.2f} times as fast as one, {one[1] / two[1]:.2f} by the clock")
-    assert one[0] > 1.3 * two[0]
+    assert one[0] > 1.5 * two[0]
