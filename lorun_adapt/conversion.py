@@ -21,7 +21,7 @@ from .network.adapter import StageAdapter
 from .network.assemble import share
 from .network.batches import Batches
 from .network.converted import AdapterSet, Converted
-from .network.divergence import warn_if_far
+from .network.divergence import warn_if_it_diverges
 from .peft_format.options import config_of_ranks
 from .stages.checks import check_dense, check_finite, check_parameters, check_reachable
 from .stages.find import find_stages
@@ -136,9 +136,8 @@ def convert(
             resume_from=resume_from,
             seed=seed,
         )
-        warn_if_far(lorun.network, dun, lorun.stage_map, batches.first, "train for longer, or choose a higher rank")
     elif example_inputs is not None:
-        warn_if_far(lorun.network, dun, lorun.stage_map, example_inputs, "recover it with calibration=")
+        warn_if_it_diverges(lorun.network, dun, lorun.stage_map, example_inputs, "recover it with calibration=")
     return lorun
 
 

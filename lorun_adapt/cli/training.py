@@ -83,7 +83,7 @@ def convert_(
     from ..conversion import collapse
     from ..model.lorun_model import LoRunModel
     from ..network.batches import Batches
-    from ..network.divergence import warn_if_far
+    from ..network.divergence import warn_if_it_diverges
     from ..training.duration import Duration
 
     started = time.monotonic()
@@ -108,13 +108,11 @@ def convert_(
         )
     lorun = LoRunModel(converted)
     if crops is None:
-        warn_if_far(lorun.network, net, lorun.stage_map, inputs, "recover it with --calibration")
+        warn_if_it_diverges(lorun.network, net, lorun.stage_map, inputs, "recover it with --calibration")
     else:
         left = Duration(training["minutes"], training["steps"]).after(time.monotonic() - started)
         training |= {"minutes": left.minutes, "steps": left.steps}
     finished = crops is None or _recover(lorun, spec, net, crops, seed, training)
-    if crops is not None:
-        warn_if_far(lorun.network, net, lorun.stage_map, inputs, "train for longer, or choose a higher rank")
     _save(lorun, spec, out, dtype, finished)
 
 

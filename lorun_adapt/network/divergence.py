@@ -20,10 +20,10 @@ from .observe import Observer
 FAR = 1.0  # an error as large as the output itself
 
 
-def warn_if_far(
+def warn_if_it_diverges(
     network: nn.Module, original: nn.Module, stage_map: StageMap, inputs: Sequence[Any], advice: str
 ) -> None:
-    """Warn if the output of ``network`` is farther from the original's than zero would be.
+    """Run a conversion and the original, and warn as :func:`warn_if_far` does.
 
     The stages of an unfolded iteration pass their errors on, and in many networks these grow from stage to stage.
 
@@ -38,10 +38,21 @@ def warn_if_far(
         factor = error_factor(network, original, stage_map, tuple(inputs)) if is_finite(tuple(inputs)) else 0.0
     except LoRunError:  # the inputs may have served to find the stages only
         return
+    warn_if_far(factor, original, advice)
+
+
+def warn_if_far(factor: float, original: nn.Module, advice: str) -> None:
+    """Warn if the output of a conversion is farther from the original's than zero would be.
+
+    Args:
+        factor: the norm of the difference, relative to that of the original's output.
+        original: the original network.
+        advice: what to do; the end of the warning.
+    """
     if not factor <= FAR:
         size = f"{factor:,.4g} times as large as the original's output" if math.isfinite(factor) else "NaN or Inf"
         warnings.warn(
-            f"the conversion of {type(original).__name__} diverges: its error is {size}; {advice}", stacklevel=3
+            f"the conversion of {type(original).__name__} diverges: its error is {size}; {advice}", stacklevel=4
         )
 
 

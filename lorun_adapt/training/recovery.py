@@ -9,6 +9,7 @@ effect on the network's output, and teacher forcing is skipped.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 import warnings
 from collections.abc import Collection, Sequence
@@ -20,6 +21,7 @@ from ..errors import LoRunError
 from ..network.adapter import terms_of
 from ..network.batches import Batches, finite_batches_of, next_finite
 from ..network.converted import Converted
+from ..network.divergence import warn_if_far
 from ..network.recording import Recorder
 from ..util.fingerprint import fingerprint_of
 from ..util.modules import distinct_tensors, unchanged
@@ -35,6 +37,8 @@ from .trained import TrainedTensor, trainable_base
 from .trainer import Trainer
 
 ENOUGH_STEPS = 500  # of teacher forcing
+SLOW_START = 0.1  # the fraction of the minutes after which there is time to judge on one batch only,
+TOO_LATE = 0.5  # and after which there is none left for the closed form
 FORCING_UNTIL = 0.6  # the fraction of the budget at which it ends at the latest,
 FORCING_UNTIL_IF_SLOW = 0.85  # where it ends if there is no time for many end-to-end steps,
 FORCING_UNTIL_WITH_LOSS = 0.3  # and where it ends if there is a loss other than the distance to the teacher
@@ -109,15 +113,20 @@ def recover(
             held_out=held_out,
         )
         if resume_from is None or not resume_from.exists():
+            if _is_later(duration, started, SLOW_START):
+                trainer.run.judged = 1
             trainer.judge()
-            seconds = broadcast(trainer.seconds_per_check) * num_processes() / len(held_out)
+            judged = held_out[: trainer.run.judged]
+            seconds = broadcast(trainer.seconds_per_check) * num_processes() / len(judged)
             if loss is None and _is_slow(duration, seconds):
                 trainer.phases = _phases(forcing, FORCING_UNTIL_IF_SLOW)
-            if closed_form and _terms_train(converted, trained):
-                fit_in_closed_form(converted, teacher, objective, forcing, held_out, batches, duration, seed, stop)
+            if closed_form and _terms_train(converted, trained) and not _is_later(duration, started, TOO_LATE):
+                fit_in_closed_form(converted, teacher, objective, forcing, judged, batches, duration, seed, stop)
                 broadcast_tensors(item.parameter for item in trained)
                 trainer.judge()
         finished = trainer.train(stop)
+        if loss is None:
+            warn_if_far(math.sqrt(trainer.run.best), teacher, "train for longer, or choose a higher rank")
     if not finished:
         warnings.warn("recovery was stopped: the best weights so far are kept", stacklevel=3)
     elif not trainer.improved:
@@ -134,6 +143,12 @@ def _phases(forcing: TeacherForcing | None, until: float) -> list[Phase]:
     if forcing is None:
         return [end_to_end]
     return [Phase("recovering, stage by stage", until, PATIENCE, forcing, enough_steps=ENOUGH_STEPS), end_to_end]
+
+
+def _is_later(duration: Duration, started: float, fraction: float) -> bool:
+    """Whether so much of the minutes is over."""
+    over = duration.minutes is not None and time.monotonic() - started > fraction * 60 * duration.minutes
+    return broadcast(over)
 
 
 def _is_slow(duration: Duration, seconds: float) -> bool:

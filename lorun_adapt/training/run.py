@@ -54,6 +54,7 @@ class Run:
     best: float = math.inf  # the lowest so far
     worse: int = 0  # checks since the best one
     bfloat16: bool = False
+    judged: int | None = None  # how many of the held-out batches to judge on; None for all
 
     def began(self, duration: Duration) -> float:
         """The fraction of the duration at which the phase began."""

