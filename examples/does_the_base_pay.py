@@ -305,6 +305,7 @@ def run(args: argparse.Namespace) -> None:
                 try:
                     lorun = WAYS[way](Study(net, crops, share, steps, folder))
                 except LoRunError as error:  # there is no room for so many bases
+                    shutil.rmtree(folder)
                     print(f"{key}: {error}", flush=True)
                     continue
                 seconds = time.process_time() - started

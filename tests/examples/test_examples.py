@@ -22,6 +22,7 @@ from lorun_adapt.cli.demo import shipped
 from lorun_adapt.factorise import weigh
 from lorun_adapt.task.evaluate import evaluate
 from lorun_adapt.task.task import load_task
+from lorun_adapt.terms.registry import TERMS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = ("linear estimate", "original", "rank 8, as converted", "rank 8, recovered")
@@ -191,6 +192,7 @@ def test_comparison_of_methods(small, monkeypatch, capsys) -> None:
 
 def test_study_of_the_base(small, monkeypatch, capsys) -> None:
     """Of all ways, on a small network and for no time: budgets are kept, and what is done is not done again."""
+    monkeypatch.setitem(TERMS, "SCALED", None)  # the script's own kind of term, which goes with this test
     results = small / "results.jsonl"
     arguments = (
         "does_the_base_pay.py", monkeypatch, capsys, "run", small / "task.py", small / "images", "--judge",
