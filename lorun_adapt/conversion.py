@@ -62,8 +62,8 @@ def convert(
 
     The original network is not changed. Conversion alone reduces the quality, since the stages of a trained network
     have little in common; recovery on ``calibration`` restores it. With ``example_inputs`` or ``calibration``, a
-    warning says if the result diverges. A module that is called in a loop is already
-    shared, so its adapters start at zero.
+    warning says if the result diverges. A module that is called in a loop is already shared, so its adapters start at
+    zero.
 
     Args:
         dun: the trained network.

@@ -96,5 +96,6 @@ def _runs(objective: Distillation | Supervised, batch: Batch, seed: int) -> bool
 
 
 def _multiplies_in_bfloat16() -> bool:
-    """Whether this CPU has Intel's matrix units (AMX)."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+    """Whether this CPU has instructions that multiply in bfloat16: AMX, or those of AVX-512."""
+    asked = (getattr(torch.cpu, name, bool) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(has() for has in asked)

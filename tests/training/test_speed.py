@@ -1,4 +1,4 @@
-"""How recovery runs fast on a CPU: convolutions channels last, and in bfloat16 where there are matrix units."""
+"""How recovery runs fast on a CPU: convolutions channels last, and in bfloat16 where the CPU multiplies in it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorun_adapt.training.trainer import Trainer
 
 
 @pytest.fixture
-def matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+def bfloat16_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "_multiplies_in_bfloat16", lambda: True)
 
 
@@ -64,7 +64,7 @@ def network(denoiser: type[Denoiser] = Denoiser) -> nn.Module:
 
 
 @pytest.mark.parametrize("denoiser, runs", [(Denoiser, True), (ComplexNumbers, False)])
-def test_networks_that_run_in_bfloat16_train_in_it(denoiser, runs, matrix_units, steps) -> None:
+def test_networks_that_run_in_bfloat16_train_in_it(denoiser, runs, bfloat16_units, steps) -> None:
     net = network(denoiser)
     lorun = lorun_adapt.convert(net, rank=1)
     before = distance(lorun, net)
@@ -74,7 +74,7 @@ def test_networks_that_run_in_bfloat16_train_in_it(denoiser, runs, matrix_units,
     assert all(tensor.dtype == torch.float32 for tensor in lorun.state_dict().values())
 
 
-def test_it_ends_where_rounding_would_hide_what_is_left(matrix_units, steps, monkeypatch) -> None:
+def test_it_ends_where_rounding_would_hide_what_is_left(bfloat16_units, steps, monkeypatch) -> None:
     monkeypatch.setattr(training, "MARGIN", 27)  # small networks of smooth functions round well
     net = network()
     lorun = lorun_adapt.convert(net, rank=2)
@@ -87,7 +87,7 @@ def test_it_ends_where_rounding_would_hide_what_is_left(matrix_units, steps, mon
     assert not any(low for low, _ in steps)
 
 
-def test_it_repeats_and_resumes_to_the_bit(matrix_units, steps, tmp_path) -> None:
+def test_it_repeats_and_resumes_to_the_bit(bfloat16_units, steps, tmp_path) -> None:
     net, checkpoint = teacher(), tmp_path / "state.safetensors"
     runs = [lorun_adapt.convert(net, rank=1) for _ in range(3)]
     for lorun in runs[:2]:
