@@ -63,6 +63,8 @@ class Report:
         network_after: the size of the converted network with its active adapters.
         relative_error: the relative residual at conversion over all adapted tensors: the norm of all differences
             divided by the norm of all tensors.
+        num_adapted: the number of tensors of a denoiser that have a low-rank term.
+        num_without_base: the number of these that have no base, as a budget chooses.
 
     >>> import lorun_adapt
     >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -78,6 +80,8 @@ class Report:
     network_before: Size
     network_after: Size
     relative_error: float
+    num_adapted: int
+    num_without_base: int
 
     def tables(self) -> list[Table]:
         """Return the report as one table: a row for each stage, the shared base, all denoisers, the whole network."""
@@ -91,7 +95,13 @@ class Report:
         rows.append(
             ("", "whole network", *_cells(self.network_before, self.network_after), f"{self.relative_error:.3f}")
         )
-        return [table("", columns, rows)]
+        title = ""
+        if self.num_without_base:
+            title = (
+                f"{self.num_without_base} of {self.num_adapted} adapted tensors have no shared base: "
+                "in its place, more ranks in each stage keep more"
+            )
+        return [table(title, columns, rows)]
 
     def __str__(self) -> str:
         return plain_text(*self.tables())
@@ -152,6 +162,8 @@ def make_report(converted: Converted) -> Report:
         whole - base + before,
         whole + adapters + outside,
         (lost / norm) ** 0.5 if norm else 0.0,
+        sum(len(converted.stage_map.adapted(group)) for group in groups),
+        sum(spec.without_base for group in groups for spec in group.tensors),
     )
 
 

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 import lorun_adapt
 from lorun_adapt import LoRunError
+from lorun_adapt.conversion import collapse
+from lorun_adapt.factorise.allocate import allocate
+from lorun_adapt.network.report import make_report
+from lorun_adapt.peft_format.options import config_of_ranks
 
 
 def least_budget(net: nn.Module) -> int:
@@ -86,6 +90,20 @@ def test_budget_is_spent_on_what_the_output_is_sensitive_to() -> None:
     assert lorun.num_parameters() <= budget
 
 
+@pytest.mark.parametrize("base", [True, False])
+def test_all_tensors_can_be_given_a_base_or_none(base) -> None:
+    net = teacher()
+    stage_map, before = lorun_adapt.find_stages(net), sum(p.numel() for p in net.parameters())
+    names = {spec.name for spec in stage_map.groups[0].tensors if spec.smaller(1)}
+    for budget in (0.8, 0.95):
+        found = allocate(net, stage_map, budget, base=base)
+        assert found.without_base == (frozenset() if base else names) and found.ranks.keys() == names
+        converted = collapse(net, config_of_ranks(found.ranks), without_base=found.without_base)
+        assert make_report(converted).network_after.num_parameters <= budget * before
+    with pytest.raises(LoRunError, match="at least [0-9,]+ parameters"):
+        allocate(net, stage_map, 10, base=base)
+
+
 def test_a_budget_goes_to_a_base_only_where_stages_have_much_in_common(tmp_path) -> None:
     net = teacher()
     body = "denoiser.body.weight"
@@ -98,6 +116,10 @@ def test_a_budget_goes_to_a_base_only_where_stages_have_much_in_common(tmp_path)
     assert {spec.name: spec.without_base for spec in tensors if spec.smaller(1)}[body] is False
     without = [spec.name for spec in tensors if spec.without_base]
     assert without  # the other kernels are drawn anew for each stage
+    report, adapted = lorun.report(), sum(spec.smaller(1) for spec in tensors)
+    assert (report.num_without_base, report.num_adapted) == (len(without), adapted)
+    assert f"{len(without)} of {adapted} adapted tensors have no shared base" in str(report)
+    assert "no shared base" not in str(lorun_adapt.convert(net, rank=2).report())
     for name in without:
         base = lorun.base.get_parameter(f"blocks.0.{name}")
         assert not base.any() and not base.requires_grad
