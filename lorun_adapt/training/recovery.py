@@ -125,8 +125,8 @@ def recover(
                 broadcast_tensors(item.parameter for item in trained)
                 trainer.judge()
         finished = trainer.train(stop)
-        if loss is None:
-            warn_if_far(math.sqrt(trainer.run.best), teacher, "train for longer, or choose a higher rank")
+    if finished and loss is None:
+        warn_if_far(math.sqrt(trainer.run.best), teacher, "train for longer, or choose a higher rank")
     if not finished:
         warnings.warn("recovery was stopped: the best weights so far are kept", stacklevel=3)
     elif not trainer.improved:

@@ -19,15 +19,15 @@ MAX_BYTES = 1 << 30
 class Replay(Generic[T]):
     """Computes something of each batch, and picks a batch for each step: a new one, or one that is kept.
 
-    Of so many steps, the first has a new batch; the others have one of those kept, at random. The newest ones are kept,
-    as many as fit in 1 GiB with what was computed of them. A batch with NaN or Inf is used for one step only.
+    Every third step has a new batch. The others have one of those that are kept, at random: the newest ones, as many as
+    fit in 1 GiB with what was computed of them. A batch with NaN or Inf is used in one step only.
 
     Args:
         batches: the batches; they are drawn when they are needed.
         compute: what is needed of a batch, from the batch and a seed.
-        seed: of the choice; the seed of a batch is this plus its number.
-        stride: by how much the seeds of two batches differ.
-        steps_per_batch: the number of steps for each new batch.
+        seed: seed of the choice, and of the first batch.
+        stride: by how much the seeds of a batch and the next one differ.
+        steps_per_batch: how many steps there are for each new batch, if not three.
 
     >>> import torch
     >>> batches = (torch.full((1,), float(i)) for i in range(9))
@@ -48,6 +48,7 @@ class Replay(Generic[T]):
         self._steps_per_batch = steps_per_batch
         self._drawn = 0
         self._kept: dict[int, Batch] = {}  # by their numbers, counted from 0, in order
+        self._finite: set[int] = set()
         self._computed: dict[int, T] = {}
         self._most: int | None = None  # batches that there is room for, as the first one shows
 
@@ -66,7 +67,7 @@ class Replay(Generic[T]):
         for number in [number for number in self._kept if number < oldest]:
             self._kept.pop(number)
             self._computed.pop(number, None)
-        usable = [number for number, batch in self._kept.items() if number <= newest and is_finite(batch)]
+        usable = [number for number in self._kept if number <= newest and number in self._finite]
         return self._item(random.Random(self._seed + step).choice(usable) if rest and usable else newest)
 
     def clear(self) -> None:
@@ -76,7 +77,9 @@ class Replay(Generic[T]):
 
     def _draw(self, number: int) -> None:
         while self._drawn <= number:
-            self._kept[self._drawn] = next(self._batches)
+            batch = self._kept[self._drawn] = next(self._batches)
+            if is_finite(batch):
+                self._finite.add(self._drawn)
             self._drawn += 1
 
     def _item(self, number: int) -> T:

@@ -19,7 +19,7 @@ from lorun_adapt.network.batches import Batches
 from lorun_adapt.network.observe import Observer
 from lorun_adapt.network.recording import Recorder
 from lorun_adapt.stages.tensors import stage_parameters
-from lorun_adapt.training import closed_form
+from lorun_adapt.training import closed_form, recovery
 from lorun_adapt.training.replay import Replay
 from lorun_adapt.training.stagewise import TeacherForcing
 from lorun_adapt.training.trained import BASE_RATE, trainable_base
@@ -100,6 +100,32 @@ def test_minutes_are_kept_and_steps_are_done(monkeypatch: pytest.MonkeyPatch) ->
     lorun_adapt.convert(net, rank=1, calibration=measurements(), minutes=4 / 60)
     assert time.monotonic() - started < 6
     assert len(fitted) < 8 and len(steps) > 3
+
+
+class Slow(nn.Module):
+    """A network whose forward takes a tenth of a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = teacher()
+
+    def forward(self, y: Tensor, mask: Tensor) -> Tensor:
+        time.sleep(0.1)
+        return self.net(y, mask)
+
+
+@pytest.mark.parametrize("seconds, judged, fits", [(1, 1, False), (40, 2, True)])
+def test_a_slow_start_leaves_out_what_there_is_no_time_for(seconds, judged, fits, monkeypatch) -> None:
+    ran, held_out = [], []
+    monkeypatch.setattr(recovery, "fit_in_closed_form", lambda *_: ran.append(1))
+    monkeypatch.setattr(Trainer, "train", lambda self, stop: held_out.append(len(self.examples)) or True)
+    net = Slow().eval()
+    started = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing gets better
+        lorun_adapt.convert(net, rank=1, calibration=measurements(), minutes=seconds / 60)
+    assert held_out == [judged] and bool(ran) is fits
+    assert time.monotonic() - started < 3
 
 
 def test_few_steps_need_few_probes(monkeypatch: pytest.MonkeyPatch) -> None:
