@@ -4,7 +4,8 @@
     python examples/does_the_base_pay.py show base.jsonl --plot base.png
 
 ``run`` adds a line to the file for each way, share of the parameters and number of steps, and skips those that it has.
-A run that was stopped goes on where it was, if its folder is still there. ``show`` prints tables and draws curves.
+A run that was stopped goes on where it was, if its folder is still there (the first part of ``gradual`` begins again).
+``show`` prints tables and draws curves.
 
 The ways, for kernels W_k of the stages k, folded to matrices:
 
@@ -15,7 +16,8 @@ The ways, for kernels W_k of the stages k, folded to matrices:
     tie first       as base, but for a fifth of the steps one denoiser learns to be all stages; then the terms start
     gradual         as base, but for a fifth of the steps the original's kernels train while they are pulled together
 
-Ranks are chosen in each way to keep the most energy, weighted by its effect on the output. All train as recovery does.
+Ranks are chosen in each way to keep the most energy, weighted by its effect on the output. All train as recovery does,
+apart from the first part of ``gradual``; only the first four begin with its closed form.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ import copy
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,10 @@ TERMS["SCALED"] = Scaled
 # --- the ways ------------------------------------------------------------------------------------
 
 
+class NoRoom(Exception):
+    """The budget, or the number of stages, is too small for two bases."""
+
+
 @dataclass
 class Study:
     """A network to make smaller to a share of its parameters in so many steps, with a folder for unfinished work."""
@@ -146,11 +151,11 @@ class Study:
             size = math.ceil(len(paths) / count)
             try:
                 lorun = self._collapsed(self.net, [paths[i : i + size] for i in range(0, len(paths), size)])
-                break
-            except LoRunError:
-                if count == 2:
-                    raise
-        return self._recovered(lorun)
+            except LoRunError as error:
+                reason = error
+            else:
+                return self._recovered(lorun)
+        raise NoRoom(str(reason)) from reason
 
     def tie_first(self) -> LoRunModel:
         return self._continued(self._first("tied", self._tie))
@@ -234,8 +239,9 @@ class Study:
                 group["lr"] = rate * learning_rate_schedule(step / steps)
             optimizer.step()
             optimizer.zero_grad()
-            if step % EVERY == EVERY - 1:
-                shrink(net, stage_map, ranks, max(0.0, steps - step - 1) / (steps - step - 1 + EVERY))
+            left = steps - step - 1
+            if left % EVERY == 0:
+                shrink(net, stage_map, ranks, left / (left + EVERY))
         return net
 
 
@@ -301,21 +307,18 @@ def run(args: argparse.Namespace) -> None:
                     continue
                 folder = args.results.with_suffix("") / "-".join(map(str, key.values())).replace(" ", "_")
                 folder.mkdir(parents=True, exist_ok=True)
-                started = time.process_time()
                 try:
                     lorun = WAYS[way](Study(net, crops, share, steps, folder))
-                except LoRunError as error:  # there is no room for so many bases
+                except NoRoom as error:
                     shutil.rmtree(folder)
                     print(f"{key}: {error}", flush=True)
                     continue
-                seconds = time.process_time() - started
                 original = original or evaluate(task, judged, net, None).mean()["psnr"]
                 row = {
                     **key,
                     "parameters": lorun.report().network_after.num_parameters,
                     "psnr": evaluate(task, judged, lorun, None).mean()["psnr"],
                     "original": original,
-                    "processor_minutes": seconds / 60,
                 }
                 with args.results.open("a") as file:
                     print(json.dumps(row), file=file)

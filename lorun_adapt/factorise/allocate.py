@@ -65,7 +65,8 @@ def allocate(
     Args:
         budget: parameters of the whole converted network, or a share (0..1) of the original's.
         sensitivity: by group and tensor, as from :func:`sensitivities`.
-        base: whether the tensors have a base; by default those for which it keeps more than the ranks in its place.
+        base: whether every tensor gets a base; by default only those for which a base keeps more than the ranks it
+            costs.
 
     Raises:
         LoRunError: the budget is no such number, or below the parameters that rank 1 takes.
@@ -90,9 +91,8 @@ def allocate(
             f"expected a budget of at least {least:,} parameters, which the network takes at rank 1, found {limit:,}: "
             f"raise it{hint}"
         )
-    chosen = max((without_base, with_base), key=lambda choice: _fill(choice, left)[0])
-    if base is not None:
-        chosen = cheapest
+    candidates = (without_base, with_base) if base is None else (cheapest,)
+    chosen = max(candidates, key=lambda choice: _fill(choice, left)[0])
     kept, ranks = _fill(chosen, left)
     better = base is None
     while better:

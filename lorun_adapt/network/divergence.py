@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import LoRunError
 from ..stages.stage_map import StageMap
@@ -65,6 +65,10 @@ def error_factor(network: nn.Module, original: nn.Module, stage_map: StageMap, i
     original, network = copy_network(original), copy_network(network)  # a forward may change their buffers
     with torch.no_grad(), evaluating(original), evaluating(network):
         observer = Observer(original, stage_map, inputs)
-        outputs, targets = (observer.run(net, inputs, 0).final for net in (network, original))
-        errors = [relative_error(a, b) for a, b in zip(outputs, targets) if bool(b.any())]
+        return factor_between(*(observer.run(net, inputs, 0).final for net in (network, original)))
+
+
+def factor_between(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
+    """Return the norm of the difference from the targets, relative to theirs; the largest where there are several."""
+    errors = [relative_error(a, b) for a, b in zip(outputs, targets) if bool(b.any())]
     return math.sqrt(float(torch.stack(errors).max())) if errors else 0.0

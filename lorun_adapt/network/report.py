@@ -63,7 +63,7 @@ class Report:
         network_after: the size of the converted network with its active adapters.
         relative_error: the relative residual at conversion over all adapted tensors: the norm of all differences
             divided by the norm of all tensors.
-        num_adapted: the number of tensors of a denoiser that have a low-rank term.
+        num_adapted: the number of tensors that have a low-rank term, summed over the groups.
         num_without_base: the number of these that have no base, as a budget chooses.
 
     >>> import lorun_adapt
@@ -99,7 +99,7 @@ class Report:
         if self.num_without_base:
             title = (
                 f"{self.num_without_base} of {self.num_adapted} adapted tensors have no shared base: "
-                "in its place, more ranks in each stage keep more"
+                "a higher rank in each stage keeps more"
             )
         return [table(title, columns, rows)]
 

@@ -64,7 +64,7 @@ class Distillation(nn.Module):
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
-        """The networks that ``forward`` runs."""
+        """The teacher and the student."""
         return self._others[0], self.student
 
     @property
@@ -75,14 +75,18 @@ class Distillation(nn.Module):
     @torch.no_grad()
     def example(self, batch: tuple[Any, ...], seed: int) -> Example:
         """Run the teacher on a batch."""
-        return Example(batch, seed, self.observer.run(self._others[0], batch, seed)._replace(whole=None))
+        outputs = self.observer.run(self._others[0], batch, seed)
+        # Copies, as the network may use its buffers again; without the graph that some forwards record regardless.
+        final, stages = [t.detach().clone() for t in outputs.final], [t.detach() for t in outputs.stages]
+        return Example(batch, seed, Outputs(None, final, stages))
 
     @torch.no_grad()
     def is_reusable(self, example: Example) -> bool:
         """Whether the teacher returns the same again, so that what it returned holds for more than one step."""
         assert example.target is not None
-        again = self.observer.run(self._others[0], example.batch, example.seed)
-        return all(bool(relative_error(a, b) <= SAME) for a, b in zip(again.final, example.target.final))
+        again, known = self.observer.run(self._others[0], example.batch, example.seed), example.target
+        pairs = zip([*again.final, *again.stages], [*known.final, *known.stages])
+        return all(bool(relative_error(a, b) <= SAME) for a, b in pairs)
 
     def forward(self, draw: Callable[[], Example]) -> tuple[Tensor, Tensor, Tensor]:
         """Run the student on an example, with the random numbers that the teacher drew.

@@ -66,8 +66,11 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def explaining() -> Iterator[None]:
+def explaining(recomputed: bool) -> Iterator[None]:
     """In the block, a backward pass that cannot run a stage again says so.
+
+    Args:
+        recomputed: whether stages run again; if not, errors pass as they are.
 
     Raises:
         LoRunError: a stage's input was changed in place after the stage took it.
@@ -75,6 +78,6 @@ def explaining() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "inplace operation" in str(error) or "changed in place" in str(error):
+        if recomputed and ("inplace operation" in str(error) or "changed in place" in str(error)):
             raise LoRunError(CHANGED) from error
         raise

@@ -15,18 +15,19 @@ import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ..errors import LoRunError
 from ..network.adapter import terms_of
 from ..network.batches import Batches, finite_batches_of, next_finite
 from ..network.converted import Converted
-from ..network.divergence import warn_if_far
+from ..network.divergence import factor_between, warn_if_far
 from ..network.recording import Recorder
 from ..util.fingerprint import fingerprint_of
 from ..util.modules import distinct_tensors, unchanged
 from .closed_form import fit_in_closed_form
-from .distill import Distillation, Loss, check_teacher
+from .distill import Distillation, Example, Loss, check_teacher
 from .duration import Duration
 from .fit import ready_to_train
 from .processes import broadcast, broadcast_tensors, num_processes
@@ -108,7 +109,7 @@ def recover(
             seed=seed,
             resume_from=resume_from,
             run_id=f"{converted.stage_map.network} {fingerprint_of(distinct_tensors(teacher))}",
-            phases=_phases(forcing, FORCING_UNTIL if loss is None else FORCING_UNTIL_WITH_LOSS),
+            phases=_phases(forcing, loss),
             started=started,
             held_out=held_out,
         )
@@ -117,16 +118,15 @@ def recover(
                 trainer.run.judged = 1
             trainer.judge()
             judged = held_out[: trainer.run.judged]
-            seconds = broadcast(trainer.seconds_per_check) * num_processes() / len(judged)
-            if loss is None and _is_slow(duration, seconds):
-                trainer.phases = _phases(forcing, FORCING_UNTIL_IF_SLOW)
+            seconds = broadcast(trainer.seconds_per_check) / math.ceil(len(judged) / num_processes())
+            trainer.run.slow = _is_slow(duration, seconds)
             if closed_form and _terms_train(converted, trained) and not _is_later(duration, started, TOO_LATE):
                 fit_in_closed_form(converted, teacher, objective, forcing, judged, batches, duration, seed, stop)
                 broadcast_tensors(item.parameter for item in trained)
                 trainer.judge()
         finished = trainer.train(stop)
-    if finished and loss is None:
-        warn_if_far(math.sqrt(trainer.run.best), teacher, "train for longer, or choose a higher rank")
+        for example in trainer.examples[:1]:  # there is none if it was stopped at once
+            _warn_if_it_diverges(objective, example, teacher)
     if not finished:
         warnings.warn("recovery was stopped: the best weights so far are kept", stacklevel=3)
     elif not trainer.improved:
@@ -138,11 +138,27 @@ def recover(
     return finished
 
 
-def _phases(forcing: TeacherForcing | None, until: float) -> list[Phase]:
+def _phases(forcing: TeacherForcing | None, loss: Loss | None) -> list[Phase]:
     end_to_end = Phase("recovering, end to end", full_rate_steps=FULL_RATE_STEPS)
     if forcing is None:
         return [end_to_end]
-    return [Phase("recovering, stage by stage", until, PATIENCE, forcing, enough_steps=ENOUGH_STEPS), end_to_end]
+    stage_by_stage = Phase(
+        "recovering, stage by stage",
+        FORCING_UNTIL if loss is None else FORCING_UNTIL_WITH_LOSS,
+        FORCING_UNTIL_IF_SLOW if loss is None else None,
+        PATIENCE,
+        forcing,
+        enough_steps=ENOUGH_STEPS,
+    )
+    return [stage_by_stage, end_to_end]
+
+
+@torch.no_grad()
+def _warn_if_it_diverges(objective: Distillation, example: Example, teacher: nn.Module) -> None:
+    assert example.target is not None
+    outputs = objective.observer.run(objective.student, example.batch, example.seed).final
+    advice = "train for longer, or choose a higher rank"
+    warn_if_far(factor_between(outputs, example.target.final), teacher, advice)
 
 
 def _is_later(duration: Duration, started: float, fraction: float) -> bool:

@@ -7,8 +7,10 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from ..network.batches import Batch, is_finite
-from ..util.nested import num_bytes
+import torch
+
+from ..network.batches import Batch
+from ..util.nested import num_bytes, tensors_in, to_device
 
 T = TypeVar("T")
 
@@ -20,7 +22,7 @@ class Replay(Generic[T]):
     """Computes something of each batch, and picks a batch for each step: a new one, or one that is kept.
 
     Every third step has a new batch. The others have one of those that are kept, at random: the newest ones, as many as
-    fit in 1 GiB with what was computed of them. A batch with NaN or Inf is used in one step only.
+    fit in 1 GiB with what was computed of them.
 
     Args:
         batches: the batches; they are drawn when they are needed.
@@ -28,6 +30,10 @@ class Replay(Generic[T]):
         seed: seed of the choice, and of the first batch.
         stride: by how much the seeds of a batch and the next one differ.
         steps_per_batch: how many steps there are for each new batch, if not three.
+
+    Attributes:
+        left_out: numbers of batches, counted from 0, that are not to be used again.
+        last: the number of the batch of the last step.
 
     >>> import torch
     >>> batches = (torch.full((1,), float(i)) for i in range(9))
@@ -46,9 +52,10 @@ class Replay(Generic[T]):
     ) -> None:
         self._batches, self._compute, self._seed, self._stride = batches, compute, seed, stride
         self._steps_per_batch = steps_per_batch
+        self.left_out: list[int] = []
+        self.last = 0
         self._drawn = 0
         self._kept: dict[int, Batch] = {}  # by their numbers, counted from 0, in order
-        self._finite: set[int] = set()
         self._computed: dict[int, T] = {}
         self._most: int | None = None  # batches that there is room for, as the first one shows
 
@@ -62,24 +69,26 @@ class Replay(Generic[T]):
         newest, rest = divmod(step, self._steps_per_batch)
         if self._most is None:
             self._item(0)
-        self._draw(newest)
         oldest = newest + 1 - (self._most or 1)
+        self._draw(newest, oldest)
         for number in [number for number in self._kept if number < oldest]:
             self._kept.pop(number)
             self._computed.pop(number, None)
-        usable = [number for number in self._kept if number <= newest and number in self._finite]
-        return self._item(random.Random(self._seed + step).choice(usable) if rest and usable else newest)
+        usable = [number for number in self._kept if number <= newest and number not in self.left_out]
+        self.last = random.Random(self._seed + step).choice(usable) if rest and usable else newest
+        return self._item(self.last)
 
     def clear(self) -> None:
         """Forget what is kept."""
         self._kept.clear()
         self._computed.clear()
 
-    def _draw(self, number: int) -> None:
+    def _draw(self, number: int, oldest: int = 0) -> None:
+        """Draw the batches up to this number, and keep those from ``oldest`` on."""
         while self._drawn <= number:
-            batch = self._kept[self._drawn] = next(self._batches)
-            if is_finite(batch):
-                self._finite.add(self._drawn)
+            batch = next(self._batches)
+            if self._drawn >= oldest:
+                self._kept[self._drawn] = _own(batch)
             self._drawn += 1
 
     def _item(self, number: int) -> T:
@@ -93,3 +102,9 @@ class Replay(Generic[T]):
         if len(self._computed) < self._most:
             self._computed[number] = item
         return item
+
+
+def _own(batch: Batch) -> Batch:
+    """The batch, copied if it is in shared memory, of which workers of a ``DataLoader`` need little at a time."""
+    shared = any(tensor.device.type == "cpu" and tensor.is_shared() for tensor in tensors_in(batch))
+    return to_device(batch, torch.device("cpu")) if shared else batch

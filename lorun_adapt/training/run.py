@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .duration import Duration
 from .stagewise import TeacherForcing
@@ -20,6 +20,7 @@ class Phase:
     Attributes:
         label: text of the progress bar.
         until: the fraction of the duration at which it ends at the latest.
+        until_if_slow: the same, where there is no time for many steps in the phases after it.
         enough_steps: after so many steps it ends earlier, but not before a fifth of the duration is over; 0 for never.
         patience: the number of checks in a row without a better result after which it ends early.
         forcing: what to minimise instead of the trainer's objective: the errors of single stages.
@@ -29,6 +30,7 @@ class Phase:
 
     label: str
     until: float = 1.0
+    until_if_slow: float | None = None
     patience: int | None = None
     forcing: TeacherForcing | None = None
     full_rate_steps: int = 0
@@ -55,6 +57,14 @@ class Run:
     worse: int = 0  # checks since the best one
     bfloat16: bool = False
     judged: int | None = None  # how many of the held-out batches to judge on; None for all
+    slow: bool = False  # there is no time for many steps
+    left_out: list[int] = field(default_factory=list)  # batches of this phase whose loss was NaN or Inf
+
+    def begin(self, phase: int, seconds: float) -> None:
+        """Begin a phase, so many seconds after the start."""
+        self.phase, self.phase_step, self.seconds, self.phase_began = phase, 0, seconds, seconds
+        self.recent_loss, self.rate_factor, self.spikes, self.rollbacks, self.worse = None, 1.0, 0, 0, 0
+        self.left_out = []
 
     def began(self, duration: Duration) -> float:
         """The fraction of the duration at which the phase began."""
@@ -72,9 +82,10 @@ class Run:
 def end_of(phase: Phase, run: Run, duration: Duration) -> float:
     """The fraction of the duration at which a phase ends, as far as its steps so far let foresee."""
     steps = run.steps_in(duration)
+    until = phase.until_if_slow if run.slow and phase.until_if_slow else phase.until
     if not phase.enough_steps or steps is None:
-        return phase.until
-    return min(phase.until, max(EARLIEST_END, run.began(duration) + phase.enough_steps / steps))
+        return until
+    return min(until, max(EARLIEST_END, run.began(duration) + phase.enough_steps / steps))
 
 
 def peak(phase: Phase, run: Run, duration: Duration) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import threading
@@ -53,7 +52,7 @@ class Trainer:
         duration: how long to train.
         seed: of all random numbers. On a CPU, the same seed and number of steps give the same tensors to the bit.
         resume_from: the state file, which keeps the state of the run while it lasts. If it exists, the run resumes
-            from it; the batches that were used up are drawn again, without computing anything.
+            from it; the batches that were used up are drawn again.
         run_id: identifies the run, so that it does not resume from the state file of another one.
         phases: what to train on, one after another; each begins with the best tensors so far.
         started: when the duration began, by ``time.monotonic()``.
@@ -174,16 +173,16 @@ class Trainer:
             self.optimised.put(self.best)
         if before is not None:
             before.recordings.clear()
-        run.seconds = run.phase_began = broadcast(time.monotonic() - started)
-        run.phase, run.phase_step = number, 0
-        run.recent_loss, run.rate_factor, run.spikes, run.rollbacks, run.worse = None, 1.0, 0, 0, 0
+        run.begin(number, broadcast(time.monotonic() - started))
         self.optimised.restart()
 
     def _train(self, phase: Phase, stop: threading.Event, started: float, bar: tqdm) -> bool:
         """Train in one phase, from where it stands; return False if it was stopped."""
         run, forcing = self.run, phase.forcing
         bar.set_description(phase.label, refresh=False)
-        for_step: Callable[[int], Drawn] = self._replay().for_step if forcing is None else forcing.for_step
+        replay: Replay[Any] = self._replay() if forcing is None else forcing.recordings
+        for_step: Callable[[int], Drawn] = replay.for_step if forcing is None else forcing.for_step
+        replay.left_out = run.left_out
         while (done := self.duration.fraction_done(run.seconds, run.step)) < end_of(phase, run, self.duration):
             if self._is_over(phase):
                 break
@@ -194,7 +193,9 @@ class Trainer:
                 return False
             began = run.began(self.duration)
             fraction = min(1.0, (done - began) / max(end_of(phase, run, self.duration) - began, 1e-9))
-            loss = self._step(phase, drawn, fraction)
+            loss = math.nan if replay.last in run.left_out else self._step(phase, drawn, fraction)
+            if not math.isfinite(loss):
+                run.left_out.append(replay.last)
             run.step, run.phase_step = run.step + 1, run.phase_step + 1
             run.seconds = broadcast(time.monotonic() - started)
             bar.update(self.duration.position(run.seconds, run.step) - bar.n)
@@ -223,7 +224,7 @@ class Trainer:
         self.calibration.skip_to(run.drawn)
         index, processes = self.accelerator.process_index, self.accelerator.num_processes
         batches = itertools.islice(self.calibration, index, None, processes)
-        often = STEPS_PER_BATCH if objective.is_reusable(self.examples[0]) else 1
+        often = STEPS_PER_BATCH if broadcast(objective.is_reusable(self.examples[0])) else 1
         # All processes choose alike; only the random numbers within a batch differ.
         return Replay(batches, lambda batch, seed: objective.example(batch, seed + index), self.seed, processes, often)
 
@@ -281,7 +282,7 @@ class Trainer:
             loss = self.loss_of(lambda: drawn)[0]
         value = mean_over_processes(self.accelerator, float(loss.detach()))
         if math.isfinite(value):
-            with explaining() if self.objective.recomputed else contextlib.nullcontext():
+            with explaining(bool(self.objective.recomputed)):
                 self.accelerator.backward(loss)
         return value
 
