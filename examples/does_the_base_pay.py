@@ -34,28 +34,31 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from pytorch_optimizer import SOAP
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lorun_adapt import Crops, LoRunError, LoRunModel, StageMap, evaluate, find_stages, load_task
 from lorun_adapt.conversion import collapse
-from lorun_adapt.disk.reading import Slot
-from lorun_adapt.factorise.allocate import allocate
+from lorun_adapt.factorise.allocate import Allocation, allocate
+from lorun_adapt.factorise.ranks import adaptable, matrices_of
 from lorun_adapt.factorise.weigh import measure_sensitivity
 from lorun_adapt.network.adapter import terms_of
 from lorun_adapt.network.batches import Batches
 from lorun_adapt.network.observe import Observer
 from lorun_adapt.peft_format.options import config_of_ranks
-from lorun_adapt.stages.stage_map import Site, TensorSpec
+from lorun_adapt.stages.stage_map import TensorSpec
+from lorun_adapt.stages.tensors import stage_parameters
 from lorun_adapt.terms.factors import factorise
 from lorun_adapt.terms.lowrank import LowRank
 from lorun_adapt.terms.registry import TERMS
 from lorun_adapt.terms.term import Fitted, Setting, Term, Weighting
 from lorun_adapt.training.distill import Distillation
 from lorun_adapt.training.duration import Duration, learning_rate_schedule
+from lorun_adapt.training.optimised import Optimised
+from lorun_adapt.training.processes import make_accelerator
 from lorun_adapt.training.recovery import recover
+from lorun_adapt.training.trained import TrainedTensor
 from lorun_adapt.util.seeds import seeded
 
 FIRST = 0.2  # the fraction of the steps of the first part, in the ways that have two
@@ -66,7 +69,10 @@ RATE = 0.02  # learning rate while the kernels are pulled together, relative to 
 
 
 class Scaled(Term):
-    """W_k = diag(a_k) W_0 diag(b_k) + B_k A_k: a rank more than that of the product, for the scales."""
+    """W_k = diag(a_k) W_0 diag(b_k) + B_k A_k: a rank more than that of the product, for the scales.
+
+    It has no form in files, as the study saves none.
+    """
 
     def __init__(self, rows: Tensor, columns: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> None:
         super().__init__()
@@ -104,10 +110,6 @@ class Scaled(Term):
     @classmethod
     def size(cls, spec: TensorSpec, rank: int) -> int:
         return LowRank.size(spec, rank)
-
-    @classmethod
-    def file_slots(cls, spec: TensorSpec) -> dict[str, Slot]:
-        raise NotImplementedError
 
 
 class ScaledConfig(LoraConfig):
@@ -167,11 +169,7 @@ class Study:
         self, net: nn.Module, stages: list[list[str]] | None = None, *, base: bool = True, scaled: bool = False
     ) -> LoRunModel:
         """Factorise ``net``, with ranks for the budget that depend on the original."""
-        stage_map = find_stages(self.net, stages=stages)
-        with seeded(0):
-            batches = Batches(self.crops)
-        known = measure_sensitivity(self.net, stage_map, batches, 0)
-        allocation = allocate(self.net, stage_map, self.share, known, base)
+        allocation = self._allocated(stages, base)
         config = config_of_ranks(allocation.ranks)
         if scaled:
             config = ScaledConfig(
@@ -182,18 +180,24 @@ class Study:
             )
         return LoRunModel(collapse(net, config, stages=stages, without_base=allocation.without_base))
 
+    def _allocated(self, stages: list[list[str]] | None = None, base: bool = True) -> Allocation:
+        stage_map = find_stages(self.net, stages=stages)
+        known = measure_sensitivity(self.net, stage_map, self._batches(), 0)
+        return allocate(self.net, stage_map, self.share, known, base)
+
+    def _batches(self) -> Batches:
+        with seeded(0):
+            return Batches(self.crops)
+
     def _recovered(self, lorun: LoRunModel, steps: int | None = None, closed_form: bool = True) -> LoRunModel:
         """Recover as ``LoRunModel.recover`` does, from the weights as they are if not in closed form."""
-        with seeded(0):
-            batches = Batches(self.crops)
-        duration, path = Duration(steps=steps or self.steps), self.folder / "recovery.state"
         if not recover(
             lorun.converted(),
             lorun.network,
             self.net,
-            batches,
-            duration,
-            resume_from=path,
+            self._batches(),
+            Duration(steps=steps or self.steps),
+            resume_from=self.folder / "recovery.state",
             closed_form=closed_form,
         ):
             raise KeyboardInterrupt
@@ -222,57 +226,42 @@ class Study:
 
     def _pull(self) -> nn.Module:
         """The original, trained while the part of its kernels that a base and the terms cannot hold shrinks to zero."""
-        net, stage_map = copy.deepcopy(self.net), find_stages(self.net)
-        ranks, steps = self._collapsed(self.net).stage_map.ranks, round(FIRST * self.steps)
-        with seeded(0):
-            batches = Batches(self.crops)
-        objective = Distillation(net.eval(), self.net.eval(), Observer(self.net, stage_map, batches.first))
-        inside = [p for group in stage_map.groups for site in group.sites for p in parameters_at(net, site)]
-        for parameter in net.parameters():
-            parameter.requires_grad_(any(parameter is other for other in inside))
-        optimizer = SOAP([{"params": [p]} for p in inside], weight_decay=0.0, max_precondition_dim=512)
-        rates = [RATE * max(float(p.detach().square().mean().sqrt()), 0.01) for p in inside]
+        net, stage_map = copy.deepcopy(self.net).eval(), find_stages(self.net)
+        ranks, steps = self._allocated().ranks, round(FIRST * self.steps)
+        batches = self._batches()
+        objective = Distillation(net, self.net.eval(), Observer(self.net, stage_map, batches.first))
+        net.requires_grad_(False)
+        inside = [p for site in stage_map.sites for p in net.get_submodule(site.module).parameters()]
+        optimised = Optimised([TrainedTensor(p.requires_grad_(), RATE) for p in inside], make_accelerator())
         for step, batch in zip(tqdm(range(steps), "pulling together", leave=False), batches):
             example = objective.example(batch, step)
             objective(lambda example=example: example)[0].backward()
-            for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * learning_rate_schedule(step / steps)
-            optimizer.step()
-            optimizer.zero_grad()
+            optimised.step(learning_rate_schedule(step / steps))
             left = steps - step - 1
             if left % EVERY == 0:
                 shrink(net, stage_map, ranks, left / (left + EVERY))
         return net
 
 
-def parameters_at(net: nn.Module, site: Site) -> list[nn.Parameter]:
-    return list(net.get_submodule(site.module).parameters())
+@torch.no_grad()
+def shrink(net: nn.Module, stage_map: StageMap, ranks: Mapping[str, int], factor: float) -> None:
+    """Multiply by ``factor`` what a base and terms of these ranks lose of the kernels."""
+    for group, spec in adaptable(stage_map):
+        stack = matrices_of(net, group, spec)
+        fitted = factorise(stack, ranks[spec.name])
+        near = (fitted.base + fitted.b @ fitted.a).to(stack)
+        for kernel, value in zip(stage_parameters(net, group, spec), near + factor * (stack - near)):
+            kernel.copy_(value.view(kernel.shape))
 
 
 @torch.no_grad()
-def shrink(net: nn.Module, stage_map: StageMap, ranks: Mapping[str, Mapping[str, int]], factor: float) -> None:
-    """Multiply by ``factor`` what a base and terms of these ranks lose of the kernels."""
-    for group in stage_map.groups:
-        for spec in group.tensors:
-            if spec.name in ranks[group.name]:
-                kernels = [net.get_parameter(f"{site.module}.{spec.name}") for site in group.sites]
-                stack = torch.stack([kernel.reshape(spec.matrix) for kernel in kernels])
-                fitted = factorise(stack, ranks[group.name][spec.name])
-                near = (fitted.base + fitted.b @ fitted.a).to(stack)
-                for kernel, value in zip(kernels, near + factor * (stack - near)):
-                    kernel.copy_(value.view(kernel.shape))
-
-
 def with_mean_kernels(net: nn.Module) -> nn.Module:
     """A copy in which all stages have the mean of the kernels that are to be adapted; it shares no tensor."""
     net = copy.deepcopy(net)
-    for group in find_stages(net).groups:
-        for spec in group.tensors:
-            if spec.smaller(1):
-                kernels = [net.get_parameter(f"{site.module}.{spec.name}") for site in group.sites]
-                mean = torch.stack([kernel.detach() for kernel in kernels]).mean(0)
-                for kernel in kernels:
-                    kernel.data.copy_(mean)
+    for group, spec in adaptable(find_stages(net)):
+        mean = matrices_of(net, group, spec).mean(0)
+        for kernel in stage_parameters(net, group, spec):
+            kernel.copy_(mean.view(kernel.shape))
     return net
 
 

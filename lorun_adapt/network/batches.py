@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoRunError
-from ..util.nested import tensors_in
+from ..util.nested import num_bytes, tensors_in
 
 Batch = tuple[Any, ...]  # the arguments of a network's forward
 
@@ -77,7 +77,7 @@ def _endless(calibration: Iterable[Any]) -> Iterator[Batch]:
             batch = _as_batch(item, count - 1)
             if once and turn == 0 and room > 0:
                 kept.append(batch)
-                room -= sum(tensor.nbytes for tensor in tensors_in(batch))
+                room -= num_bytes(batch)
             yield batch
         if not count:
             raise LoRunError(

@@ -19,7 +19,7 @@ from ..factorise.weigh import sensitivity_on
 from ..network.batches import Batch, while_there_is_time
 from ..network.converted import Converted
 from ..util.progress import progress
-from .distill import Distillation
+from .distill import Distillation, Example
 from .duration import Duration
 from .processes import broadcast
 from .stagewise import TeacherForcing
@@ -39,7 +39,7 @@ def fit_in_closed_form(
     teacher: nn.Module,
     objective: Distillation,
     forcing: TeacherForcing | None,
-    held_out: Sequence[Batch],
+    examples: Sequence[Example],
     batches: Iterator[Batch],
     duration: Duration,
     seed: int,
@@ -55,7 +55,7 @@ def fit_in_closed_form(
         teacher: the original network.
         objective: knows the network that has these tensors.
         forcing: runs its stages alone; None if they can't.
-        held_out: batches to choose on.
+        examples: held-out batches to choose on.
         batches: batches to measure sensitivities on, where stages cannot run alone.
         duration: of the whole run. Of minutes, this takes about a tenth. It takes longer, but less than a third, where
             one batch to measure on and one fit take longer.
@@ -63,7 +63,7 @@ def fit_in_closed_form(
         stop: ends the work early.
     """
     tensors = list(objective.student.state_dict().values())  # they share memory with the network's tensors
-    error = _error_of_stages(forcing, held_out, seed) if forcing else _error_of_network(objective, held_out, seed)
+    error = _error_of_stages(forcing, examples) if forcing else _error_of_network(objective, examples)
     time_left = _clock(duration, stop)
     best, least = [tensor.clone() for tensor in tensors], error()
     try:
@@ -122,14 +122,12 @@ def _measure(
     return sensitivity_on(probes(batches), teacher, stage_map, objective.observer, seed)
 
 
-def _error_of_stages(forcing: TeacherForcing, held_out: Sequence[Batch], seed: int) -> Callable[[], float]:
-    recordings = [forcing.recorder.record(batch, seed + i) for i, batch in enumerate(held_out)]
+def _error_of_stages(forcing: TeacherForcing, examples: Sequence[Example]) -> Callable[[], float]:
+    recordings = [forcing.recorder.record(example.batch, example.seed) for example in examples]
     return lambda: _or_inf(forcing.error(recordings))
 
 
-def _error_of_network(objective: Distillation, held_out: Sequence[Batch], seed: int) -> Callable[[], float]:
-    examples = [objective.example(batch, seed + i) for i, batch in enumerate(held_out)]
-
+def _error_of_network(objective: Distillation, examples: Sequence[Example]) -> Callable[[], float]:
     def error() -> float:
         with torch.no_grad():
             return _or_inf(sum(float(objective(lambda example=example: example)[1]) for example in examples))

@@ -117,11 +117,11 @@ def recover(
             if _is_later(duration, started, SLOW_START):
                 trainer.run.judged = 1
             trainer.judge()
-            judged = held_out[: trainer.run.judged]
-            seconds = broadcast(trainer.seconds_per_check) / math.ceil(len(judged) / num_processes())
+            examples = trainer.examples
+            seconds = broadcast(trainer.seconds_per_check) / math.ceil(len(examples) / num_processes())
             trainer.run.slow = _is_slow(duration, seconds)
             if closed_form and _terms_train(converted, trained) and not _is_later(duration, started, TOO_LATE):
-                fit_in_closed_form(converted, teacher, objective, forcing, judged, batches, duration, seed, stop)
+                fit_in_closed_form(converted, teacher, objective, forcing, examples, batches, duration, seed, stop)
                 broadcast_tensors(item.parameter for item in trained)
                 trainer.judge()
         finished = trainer.train(stop)

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 from ..network.batches import Batch
-from .distill import Distillation, psnr_to
+from .distill import Distillation, Example, psnr_to
 from .processes import launched
 from .supervised import Supervised
 
@@ -73,14 +73,14 @@ def runs_in_bfloat16(objective: Distillation | Supervised, batch: Batch, seed: i
         return _runs(objective, batch, seed)
 
 
-def rounding_psnr(objective: Distillation | Supervised, batch: Batch, seed: int) -> float:
+def rounding_psnr(objective: Distillation | Supervised, example: Example) -> float:
     """PSNR in dB of the reference's output in bfloat16 to its output in its own precision."""
-    observer, reference = objective.observer, objective.reference
+    observer, reference, (batch, seed, target) = objective.observer, objective.reference, example
     with torch.no_grad():
-        target = observer.run(reference, batch, seed).final
+        target = target or observer.run(reference, batch, seed)
         with bfloat16(True):
-            rounded = observer.run(reference, batch, seed).final
-    return float(psnr_to(rounded, target))
+            rounded = observer.run(reference, batch, seed)
+    return float(psnr_to(rounded.final, target.final))
 
 
 def _runs(objective: Distillation | Supervised, batch: Batch, seed: int) -> bool:

@@ -153,7 +153,7 @@ class Trainer:
             if not run.step:
                 run.bfloat16 = runs_in_bfloat16(self.objective, self.held_out[0], self.seed)
             if run.bfloat16:
-                self._rounding = rounding_psnr(self.objective, self.held_out[0], self.seed)
+                self._rounding = rounding_psnr(self.objective, self.examples[0])
             if not run.step:
                 self.optimised.set_rates()
                 if not self._judged or run.bfloat16:  # a check ends bfloat16 where its rounding would hide the rest
