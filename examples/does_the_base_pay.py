@@ -331,11 +331,14 @@ def show(args: argparse.Namespace) -> None:
                 drops = [f"{original - found[n]['psnr']:.2f}" if n in found else "" for n in lengths]
                 print(f"| {way} | {max(row['parameters'] for row in found.values()):,} | {' | '.join(drops)} |")
     if args.plot:
-        plot(rows, args.plot)
+        plot(rows, args.plot, args.pace)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw PSNR against steps, a line for each way, a panel for each network and share."""
+def plot(rows: list[dict[str, Any]], path: Path, pace: float | None) -> None:
+    """Draw PSNR against steps, or minutes of ``pace`` steps; a line for each way, a panel for each network and share.
+
+    Each point is a run of its own, whose learning rate fell to zero.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -346,11 +349,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, (network, share) in zip(axes[0], panels):
         part = [row for row in rows if (row["network"], -row["share"]) == (network, share)]
         for number, way in enumerate(WAYS):
-            points = sorted((row["steps"], row["psnr"]) for row in part if row["way"] == way)
+            points = sorted((row["steps"] / (pace or 1), row["psnr"]) for row in part if row["way"] == way)
             if points:
                 axis.plot(*zip(*points), "osD^vP"[number] + "-", color=f"C{number}", label=way)
         axis.axhline(part[0]["original"], color="black", linewidth=0.8, linestyle="--", label="original")
-        axis.set(title=f"{network}, {-1 / share:.1f} times smaller", xscale="log", xlabel="steps", ylabel="PSNR (dB)")
+        axis.set(title=f"{network}, {-1 / share:.1f} times smaller", xscale="log", ylabel="PSNR (dB)")
+        axis.set_xlabel(f"minutes, at {pace:g} steps each" if pace else "steps")
         axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -374,7 +378,10 @@ def main() -> None:
     showing.set_defaults(command=show)
     showing.add_argument("results", type=Path)
     showing.add_argument("--plot", type=Path, help="picture to draw")
+    showing.add_argument("--pace", type=float, help="steps in a minute, to draw minutes instead of steps")
     args = parser.parse_args()
+    if args.command is show and args.pace and not args.plot:
+        parser.error("--pace is for the axis of --plot: give both")
     args.command(args)
 
 

@@ -235,7 +235,7 @@ class Task:
             raise LoRunError(f"{what} failed with {type(error).__name__}: {error}; see {_line_of(error)}") from error
 
 
-def load_task(name: str) -> Task:
+def load_task(name: str | os.PathLike[str]) -> Task:
     """Read a task file, or import a task module.
 
     Args:
@@ -249,6 +249,7 @@ def load_task(name: str) -> Task:
         ...
     lorun_adapt.errors.LoRunError: no task file at examples/no_such_task.py: give an existing .py file
     """
+    name = os.fspath(name)
     try:
         module = _module_of_file(Path(name)) if name.endswith(".py") else _module_by_name(name)
     except LoRunError:

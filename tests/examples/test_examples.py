@@ -208,7 +208,11 @@ def test_study_of_the_base(small, monkeypatch, capsys) -> None:
     assert not list(results.with_suffix("").iterdir())  # nothing unfinished
     run_example(*arguments)
     assert len(results.read_text().splitlines()) == 5
-    out = run_example("does_the_base_pay.py", monkeypatch, capsys, "show", results)
+    picture = small / "base.png"
+    out = run_example("does_the_base_pay.py", monkeypatch, capsys, "show", results, "--plot", picture, "--pace", 150)
+    with Image.open(picture) as drawn:
+        colours = {colour for _, colour in drawn.convert("RGB").getcolors(drawn.width * drawn.height)}
+    assert {(31, 119, 180), (255, 127, 14)} <= colours  # the lines of the first ways
     assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")][2:] == [
         row["way"] for row in rows
     ]

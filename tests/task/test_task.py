@@ -58,7 +58,7 @@ def test_a_forward_that_differentiates(task_file: Path) -> None:
             y = y - 0.1 * torch.autograd.grad(z.square().sum(), z)[0]
         flat = y.reshape"""
     task_file.write_text(COLOUR_TASK.replace("flat = y.reshape", step))
-    task = load_task(str(task_file))
+    task = load_task(task_file)
     image = torch.rand(1, 3, 16, 16)
     assert task.run(task.build(), task.measure(image), image).shape == image.shape
 
