@@ -28,7 +28,7 @@ from .stages.find import find_stages
 from .stages.fold import DEFAULT_RANK
 from .terms.registry import kind_of
 from .training.duration import Duration
-from .util.modules import copy_network
+from .util.copying import check_separate, copy_network
 from .util.seeds import seeded
 
 if TYPE_CHECKING:
@@ -196,6 +196,7 @@ def collapse(
     stage_map = stage_map.dropping_bases({name: set(without_base) & p.settings.keys() for name, p in plans.items()})
 
     base = copy_network(dun)
+    check_separate(dun, base)
     factorised = {group.name: factorise_group(dun, group, plans[group.name], kind) for group in stage_map.groups}
     adapters: dict[int, dict[str, StageAdapter]] = {stage: {} for stage in range(len(stage_map))}
     for group in stage_map.groups:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conversions import relative
 from dun_zoo import ZOO, Attention, Block, Denoiser, Layers, ListOfBlocks, ListOfDenoisers, dncnn
 from peft import LoraConfig
@@ -366,7 +368,11 @@ def test_activations_kept_as_attributes() -> None:
 
 @pytest.mark.parametrize(
     "hide",
-    [lambda d: setattr(d, "kernels", [d.body.weight]), lambda d: setattr(d, "run", lambda x: d.body(x))],
+    [
+        lambda d: setattr(d, "kernels", [d.body.weight]),
+        lambda d: setattr(d, "run", lambda x, kernel=d.body.weight: F.conv2d(x, kernel)),
+        lambda d: setattr(d, "run", {"body": partial(F.conv2d, weight=d.body.weight)}),
+    ],
 )
 def test_parameters_out_of_reach_are_an_error(hide) -> None:
     net = ListOfDenoisers([Denoiser() for _ in range(3)])

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from ..stages.stage_map import Group
 from ..terms.term import Setting, Term
-from ..util.modules import copy_network
+from ..util.copying import copy_network
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ACTIVATIONS = (

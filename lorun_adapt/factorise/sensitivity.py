@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..network.recording import Recorder, StageCall
 from ..stages.stage_map import StageMap
 from ..stages.tensors import stage_parameters
-from ..util.modules import copy_network
+from ..util.copying import copy_network
 
 MAX_SIDE = 1024  # of a moment that is stored; above it, all directions get the same weight
 

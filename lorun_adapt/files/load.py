@@ -19,7 +19,8 @@ from ..network.converted import Card, Converted
 from ..stages.checks import check_dense
 from ..stages.stage_map import StageMap
 from ..stages.tensors import base_tensors, stage_values
-from ..util.modules import buffer_names, copy_network, distinct_tensors, has_valid_values, tensors_of
+from ..util.copying import check_separate, copy_network
+from ..util.modules import buffer_names, distinct_tensors, has_valid_values, tensors_of
 from .description import read_description, stage_map_of
 from .layout import ADAPTERS_FOLDER, BASE_FILE, CONFIG_FILE
 from .saved import SavedFolder
@@ -44,6 +45,7 @@ def load(folder: Path, dun: nn.Module) -> Converted:
     slots = {name: Slot(tuple(tensor.shape), tensor.dtype) for name, tensor, _ in tensors_of(dun)}
     content = saved.content(BASE_FILE, file_limit(slots))
     base = copy_network(dun)
+    check_separate(dun, base)
     for group in stage_map.groups:
         firsts = {spec.name: stage_values(dun, group, spec)[0].clone() for spec in group.tensors}
         values = {s.name: firsts[s.name].zero_() if s.without_base else firsts[s.name] for s in group.tensors}

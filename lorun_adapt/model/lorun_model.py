@@ -34,8 +34,9 @@ from ..network.sharing import share_again, shared_places
 from ..stages.stage_map import Group, Site
 from ..stages.tensors import base_tensors
 from ..training.duration import Duration
+from ..util.copying import copy_network, deep_copy
 from ..util.fingerprint import fingerprint_of
-from ..util.modules import copy_network, distinct_tensors
+from ..util.modules import distinct_tensors
 from ..util.seeds import seeded
 from .combine import weighted_outside, weighted_set
 from .noise_choice import NoiseChoice
@@ -926,7 +927,7 @@ class LoRunModel(nn.Module):
         result = self.__new__(type(self))
         memo[id(self)] = result
         memo[id(self._lock)] = threading.RLock()  # locks cannot be copied
-        result.__dict__ = copy.deepcopy({**self.__dict__, "_reader": None}, memo)
+        result.__dict__ = deep_copy({**self.__dict__, "_reader": None}, memo)
         return result
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import LoRunError
 from ..stages.stage_map import Group, StageMap, TensorSpec
-from ..util.modules import copy_network, owner_of, tensor_of
+from ..util.copying import copy_network
+from ..util.modules import owner_of, tensor_of
 from .adapted import add_term
 from .adapter import StageAdapter, private_tensors, terms_of
 from .calls import count_calls, tell_calls_apart
@@ -47,8 +48,8 @@ def assemble(
         choice: the adapters of each stage.
         outside: parameters outside the stages that replace the base's, by name.
     """
-    network = copy_network(base, share_tensors=True)
-    replace_parameters(network, outside or {})
+    replaced = {id(base.get_parameter(name)): value for name, value in (outside or {}).items()}
+    network = copy_network(base, share_tensors=True, replaced=replaced)
     copies: list[tuple[nn.Module, nn.Module]] = []
     looped: dict[str, list[nn.Module]] = {}
     for group in stage_map.groups:
@@ -67,15 +68,6 @@ def assemble(
     if copies:
         vars(network)[COPIES] = copies
     return network
-
-
-def replace_parameters(network: nn.Module, others: Mapping[str, Tensor]) -> None:
-    """Replace parameters, given by name, at every place in the network that holds them."""
-    old = {id(network.get_parameter(name)): value for name, value in others.items()}
-    for module in network.modules() if old else ():
-        for name, tensor in list(module._parameters.items()):
-            if id(tensor) in old:
-                setattr(module, name, old[id(tensor)])
 
 
 def _install(module: nn.Module, group: Group, adapter: StageAdapter) -> None:
@@ -104,9 +96,8 @@ def merge(
     Raises:
         LoRunError: one module stands for several stages whose merged tensors differ.
     """
-    network = copy_network(base)
     own = {name: nn.Parameter(value.detach().clone(), False) for name, value in (outside or {}).items()}
-    replace_parameters(network, own)
+    network = copy_network(base, replaced={id(base.get_parameter(name)): value for name, value in own.items()})
     written: dict[tuple[int, str], Tensor] = {}
     for group in stage_map.groups:
         for site in group.sites:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..errors import LoRunError
 from ..stages.stage_map import StageMap
+from ..util.copying import copy_network
 from ..util.energy import relative_error
-from ..util.modules import copy_network, evaluating
+from ..util.modules import evaluating
 from .batches import Batch, is_finite
 from .observe import Observer
 

@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..errors import LoRunError
 from ..stages.stage_map import StageMap
-from ..util.modules import copy_network
+from ..util.copying import copy_network
 from ..util.nested import device_of, tensors_in, to_device
 from ..util.numbers import is_numeric
 from ..util.seeds import seeded

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..stages.stage_map import Site, StageMap
+from ..util.copying import copy_network
 from ..util.energy import TINY, energy, relative_error, squared_distance
-from ..util.modules import copy_network
 from ..util.nested import map_tensors, tensors_in
 from ..util.seeds import seeded
 from .batches import Batch

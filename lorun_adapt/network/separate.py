@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..stages.stage_map import Group, Site
-from ..util.modules import copy_network
+from ..util.copying import copy_network
 
 COPIES = "lorun_copies"  # attribute of a network: pairs of a module and its copy in some stage
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import LoRunError
-from ..util.modules import closure_values, has_valid_values, tensors_of
+from ..util.copying import tensors_beside_modules
+from ..util.modules import has_valid_values, tensors_of
 from .locations import Location, any_inside
 from .stage_map import abridged
 
@@ -87,11 +88,12 @@ def check_reachable(dun: nn.Module, stages: Iterable[str]) -> None:
     """Check that the stages hold all their modules and parameters where an adapter can reach them.
 
     Raises:
-        LoRunError: one is in a Python list, tuple, dict or closure that a module keeps as an attribute.
+        LoRunError: one is in a Python list, a function or another object that a module keeps as an attribute.
     """
     for stage in dict.fromkeys(stages):
+        own = {id(parameter) for parameter in dun.get_submodule(stage).parameters()}
         for name, module in dun.get_submodule(stage).named_modules():
-            if (attribute := _hidden_tensors(module)) is not None:
+            if (attribute := _hidden_tensors(module, own)) is not None:
                 where = f"{stage}.{name}".rstrip(".")
                 raise LoRunError(
                     f"{where} keeps parameters in the attribute {attribute!r}, where an adapter cannot reach them: use "
@@ -127,13 +129,18 @@ def check_finite(dun: nn.Module) -> None:
             )
 
 
-def _hidden_tensors(module: nn.Module) -> str | None:
-    """The name of an attribute through which a forward would read parameters, where no module registers them."""
+def _hidden_tensors(module: nn.Module, own: Collection[int]) -> str | None:
+    """The name of an attribute through which a forward would read parameters, where no module registers them.
+
+    Args:
+        module: the module with the attributes.
+        own: the ids of the stage's parameters. An adapter replaces these, which a list or a function would not see.
+    """
     for name, value in vars(module).items():
-        if isinstance(value, (list, tuple, dict)) and not name.startswith("_"):
-            items = value.values() if isinstance(value, dict) else value
+        if not name.startswith("_"):
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
             if any(isinstance(item, nn.Parameter) for item in items):
                 return name
-        if any(isinstance(item, (nn.Module, nn.Parameter)) for item in closure_values(value)):
-            return name
+            if any(id(tensor) in own for tensor in tensors_beside_modules(value)):
+                return name
     return None

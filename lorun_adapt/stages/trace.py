@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import LoRunError
-from ..util.modules import copy_network
+from ..util.copying import copy_network
 from .locations import Location
 
 

@@ -1,10 +1,10 @@
-"""Modules and their tensors: copies, names, and where a tensor is held."""
+"""Modules and their tensors: names, and where a tensor is held."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -70,30 +70,6 @@ def buffer_names(network: nn.Module) -> set[str]:
     ['num_batches_tracked', 'running_mean', 'running_var']
     """
     return {name for name, _, buffer in tensors_of(network) if buffer}
-
-
-def copy_network(
-    network: nn.Module, *, share_tensors: bool = False, memo: dict[int, object] | None = None
-) -> nn.Module:
-    """Return a deep copy of ``network``, or with ``share_tensors`` a copy of its modules around the same tensors.
-
-    Tensors that modules keep as attributes and that are part of a graph, which ``copy.deepcopy`` refuses, are copied
-    without their graph. ``memo`` is deepcopy's: from the ids of originals to their copies.
-
-    >>> layer = nn.Linear(2, 2)
-    >>> copy_network(layer).weight is layer.weight
-    False
-    >>> copy_network(layer, share_tensors=True).weight is layer.weight
-    True
-    """
-    memo = {} if memo is None else memo
-    if share_tensors:
-        memo.update({id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
-    for module in network.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(network, memo)
 
 
 def distinct_tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -167,7 +143,8 @@ def closure_values(function: object) -> list[object]:
     ([3], [])
     """
     values = []
-    for cell in getattr(function, "__closure__", None) or ():
+    cells = function.__closure__ if isinstance(function, FunctionType) else None
+    for cell in cells or ():
         try:
             values.append(cell.cell_contents)
         except ValueError:  # a variable that has no value yet

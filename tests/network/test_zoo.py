@@ -46,6 +46,23 @@ def test_original_is_left_untouched(case: Case) -> None:
     assert [type(module) for module in case.net.modules()] == classes
 
 
+@torch.no_grad()
+def test_original_and_conversion_share_nothing(case: Case) -> None:
+    lorun = convert_fully(case)
+    original, converted = case.net(*case.inputs), lorun(*case.inputs)
+    tensors = list(lorun.state_dict().values())
+    values = [tensor.clone() for tensor in tensors]
+    for tensor in tensors:
+        tensor.add_(1)
+    assert torch.equal(case.net(*case.inputs), original)
+    for tensor, value in zip(tensors, values):
+        tensor.copy_(value)
+    for tensor in case.net.state_dict().values():
+        tensor.add_(1)
+    assert not torch.equal(case.net(*case.inputs), original)
+    assert torch.equal(lorun(*case.inputs), converted)
+
+
 def test_full_rank_is_the_original(case: Case) -> None:
     lorun = convert_fully(case)
     terms = [terms_of(lorun.adapter_of(g, s)) for g in lorun.stage_map.groups for s in g.sites]

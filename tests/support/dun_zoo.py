@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -306,6 +307,41 @@ class EndsAroundALoop(nn.Module):
         for _ in range(3):
             x = self.basic(gradient_step(x, y, mask, 0.5))
         return self.last(x)
+
+
+class Remembering(nn.Module):
+    """Functions that remember the network, and parameters in a plain list (AMP-Net, TransCS, D3C2-Net)."""
+
+    def __init__(self, stages: int = 3) -> None:
+        super().__init__()
+        self.denoisers = nn.ModuleList(Denoiser() for _ in range(stages))
+        for stage in range(stages):
+            setattr(self, f"step_{stage}", nn.Parameter(torch.rand(())))
+        self.steps = [getattr(self, f"step_{stage}") for stage in range(stages)]
+        self.kernel = nn.Parameter(torch.rand(1, 1, 3, 3) / 9)
+        self.register_buffer("gain", torch.rand(()))
+        kernel, blur = self.kernel, lambda x: F.conv2d(x, self.kernel, padding=1)
+        self.operator = {
+            "forward": lambda x, mask: mask * blur(x),
+            "back": [partial(F.conv_transpose2d, weight=kernel, padding=1)],
+            "gain": lambda x, gain=self.gain: gain * x,
+        }
+        self.apply_stage = self._apply_stage
+
+    def _apply_stage(self, x: Tensor, y: Tensor, mask: Tensor, stage: int) -> Tensor:
+        residual = mask * (self.operator["forward"](x, mask) - y)
+        return self.denoisers[stage](x - self.steps[stage] * self.operator["back"][0](residual))
+
+    def forward(self, y: Tensor, mask: Tensor) -> Tensor:
+        x = self.operator["gain"](y)
+        for stage in range(len(self.denoisers)):
+            x = self.apply_stage(x, y, mask, stage)
+        return x
+
+
+@entry
+def remembering() -> Case:
+    return Case(Remembering(), [[f"denoisers.{k}" for k in range(3)]])
 
 
 @entry

@@ -1,0 +1,266 @@
+"""Copies of networks, with the functions that remember them.
+
+``copy.deepcopy`` returns functions as they are. A network that keeps ``self.A = lambda x: F.conv2d(x, self.kernel)``
+would have a copy whose function still reads the original's kernel. Here such functions are made anew: their closures
+and defaults refer to the copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import dis
+import functools
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoRunError
+from .modules import closure_values
+
+Value = TypeVar("Value")
+
+ATOMS = (str, bytes, int, float, complex, type(None), type, ModuleType, torch.dtype, torch.device)
+REGISTERED = ("_parameters", "_buffers", "_modules")
+
+
+def copy_network(
+    network: nn.Module,
+    *,
+    share_tensors: bool = False,
+    replaced: Mapping[int, Tensor] | None = None,
+    memo: dict[int, Any] | None = None,
+) -> nn.Module:
+    """Return a deep copy of ``network``, or with ``share_tensors`` a copy of its modules around the same tensors.
+
+    Functions that remember the network remember the copy afterwards. Tensors that are part of a graph, which
+    ``copy.deepcopy`` refuses, are copied without their graph.
+
+    Args:
+        network: the network to copy.
+        share_tensors: keep the parameters and buffers instead of copying them.
+        replaced: tensors that take the place of others, wherever the network holds these, by their ids.
+        memo: deepcopy's: from the ids of originals to their copies.
+
+    Raises:
+        LoRunError: something in the network cannot be copied.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> copy_network(layer).weight is layer.weight
+    False
+    >>> copy_network(layer, share_tensors=True).weight is layer.weight
+    True
+    """
+    memo = {} if memo is None else memo
+    if share_tensors:
+        memo.update({id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+    memo.update(replaced or {})
+    return deep_copy(network, memo)
+
+
+def deep_copy(value: Value, memo: dict[int, Any]) -> Value:
+    """Return ``copy.deepcopy(value, memo)``, with new functions in the place of those that remember tensors or modules.
+
+    Raises:
+        LoRunError: a part of the value cannot be copied.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> layer.twice = lambda layer=layer: 2 * layer.bias
+    >>> copied = deep_copy(layer, {})
+    >>> _ = nn.init.ones_(layer.bias), nn.init.zeros_(copied.bias)
+    >>> copied.twice().item()
+    0.0
+    """
+    parts = _Parts(value)
+    for tensor in parts.of(Tensor):
+        if not tensor.is_leaf:
+            memo.setdefault(id(tensor), tensor.detach().clone())
+    functions = [function for function in parts.that_remember() if id(function) not in memo]
+    cells: dict[int, CellType] = {}
+    for function in functions:
+        memo[id(function)] = _with_empty_cells(function, cells)
+    try:
+        result = copy.deepcopy(value, memo)
+        for function in functions:
+            _fill(function, memo[id(function)], memo, parts)
+        for module in parts.of(nn.Module):  # deepcopy keeps the function of a bound method
+            for name, method in vars(module).items():
+                if isinstance(method, MethodType) and id(method.__func__) in memo:
+                    bound = MethodType(memo[id(method.__func__)], copy.deepcopy(method.__self__, memo))
+                    vars(memo[id(module)])[name] = bound
+    except Exception as error:  # copying runs the code of whatever the network holds
+        raise LoRunError(
+            f"cannot copy {parts.first_that_fails(memo)} of {type(value).__name__} ({type(error).__name__}: {error}): "
+            "make it anew in forward, or define __deepcopy__ in its class"
+        ) from error
+    return result
+
+
+def check_separate(original: nn.Module, copied: nn.Module) -> None:
+    """Check that ``copied`` holds no parameter or buffer of ``original``.
+
+    Raises:
+        LoRunError: it does, in something that cannot be copied, such as a function with a cache, or through a global
+            variable.
+    """
+    owned = {id(tensor) for tensor in (*original.parameters(), *original.buffers())}
+    parts = _Parts(copied, follow_globals=True)
+    for tensor in parts.of(Tensor):
+        if id(tensor) in owned:
+            raise LoRunError(
+                f"{parts.path_of(tensor)} of {type(original).__name__} reads the original network, and a copy of it "
+                "would do so too: make it a method that reads self"
+            )
+
+
+def tensors_beside_modules(value: object) -> list[Tensor]:
+    """The tensors that a value holds, but for those of modules: in lists, functions and other objects.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> len(tensors_beside_modules(lambda: layer.bias)), len(tensors_beside_modules([lambda x=layer.bias: x]))
+    (0, 1)
+    """
+    return _Parts(value, into_modules=False).of(Tensor)
+
+
+class _Parts:
+    """All that a value holds, functions and what they remember included."""
+
+    def __init__(self, root: object, *, into_modules: bool = True, follow_globals: bool = False) -> None:
+        self._values: dict[int, object] = {id(root): root}
+        self._found: dict[int, tuple[int, str]] = {}  # for each value, the one that holds it, and by what name
+        self._holders: dict[int, list[int]] = {}
+        pending = deque([root])
+        while pending:
+            value = pending.popleft()
+            if isinstance(value, nn.Module) and not into_modules:
+                continue
+            for name, child in _children(value, follow_globals):
+                if isinstance(child, ATOMS):
+                    continue
+                self._holders.setdefault(id(child), []).append(id(value))
+                if id(child) not in self._values:
+                    self._values[id(child)] = child
+                    self._found[id(child)] = id(value), name
+                    pending.append(child)
+        self._remember: set[int] | None = None
+
+    def of(self, kind: type[Value]) -> list[Value]:
+        return [value for value in self._values.values() if isinstance(value, kind)]
+
+    def that_remember(self) -> list[FunctionType]:
+        """The functions from which a tensor or a module can be reached."""
+        return [function for function in self.of(FunctionType) if self.remembers(function)]
+
+    def remembers(self, value: object) -> bool:
+        """Whether a tensor or a module can be reached from ``value``."""
+        if self._remember is None:
+            pending = [id(found) for kind in (Tensor, nn.Module) for found in self.of(kind)]
+            self._remember = set(pending)
+            while pending:
+                holders = [holder for holder in self._holders.get(pending.pop(), ()) if holder not in self._remember]
+                self._remember.update(holders)
+                pending += holders
+        return id(value) in self._remember
+
+    def path_of(self, value: object) -> str:
+        """How to reach ``value``, up to the first function on the way."""
+        names: list[str] = []
+        key = id(value)
+        while key in self._found:
+            key, name = self._found[key]
+            names = [] if isinstance(self._values[key], FunctionType) else [name, *names]
+        return "".join(names).lstrip(".") or "a part"
+
+    def first_that_fails(self, memo: Mapping[int, Any]) -> str:
+        """The innermost part that cannot be copied by itself."""
+        for value in reversed(self._values.values()):
+            if id(value) not in memo:
+                try:
+                    copy.deepcopy(value, dict(memo))
+                except Exception:
+                    return self.path_of(value)
+        return "a part"
+
+
+def _children(value: object, follow_globals: bool) -> Iterator[tuple[str, object]]:
+    """What a value holds, with the name for it in a path."""
+    if isinstance(value, Tensor):
+        return
+    if isinstance(value, FunctionType):
+        held = (*closure_values(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        yield from ((f".{value.__name__}", item) for item in (*held, *vars(value).values()))
+        if follow_globals:
+            found = (value.__globals__.get(name) for name in _global_names(value.__code__))
+            yield from ((f".{value.__name__}", item) for item in found if isinstance(item, (Tensor, nn.Module)))
+        return
+    if isinstance(value, MethodType):
+        yield from (("", value.__self__), ("", value.__func__))
+        return
+    if isinstance(value, functools.partial):
+        yield from (("", item) for item in (value.func, *value.args, *value.keywords.values()))
+    elif isinstance(value, dict):
+        yield from ((f"[{key!r}]", item) for key, item in dict.items(value))
+        yield from (("", key) for key in dict.keys(value))
+    elif isinstance(value, (list, tuple, deque)):
+        yield from ((f"[{i}]", item) for i, item in enumerate(value) if not isinstance(item, ATOMS))
+    elif isinstance(value, (set, frozenset)):
+        yield from (("", item) for item in value)
+    for name, item in _attributes(value).items():
+        if isinstance(value, nn.Module) and name in REGISTERED:
+            yield from ((f".{key}", inner) for key, inner in item.items())
+        else:
+            yield f".{name}", item
+
+
+def _attributes(value: object) -> dict[str, Any]:
+    """The attributes of an object, without running its code."""
+    found: dict[str, Any] = {}
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            try:
+                found[name] = object.__getattribute__(value, name)
+            except AttributeError:
+                continue
+    try:
+        return found | object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return found
+
+
+def _global_names(code: CodeType) -> set[str]:
+    """The global variables that a function reads, and those within it."""
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return names.union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def _with_empty_cells(function: FunctionType, cells: dict[int, CellType]) -> FunctionType:
+    """A copy of ``function`` with cells without values; functions that share a variable share its cell again."""
+    for cell in function.__closure__ or ():
+        cells.setdefault(id(cell), CellType())
+    own = tuple(cells[id(cell)] for cell in function.__closure__ or ())
+    copied = FunctionType(function.__code__, function.__globals__, function.__name__, None, own or None)
+    for name in ("__qualname__", "__doc__", "__module__", "__annotations__"):
+        setattr(copied, name, getattr(function, name))
+    return copied
+
+
+def _fill(function: FunctionType, copied: FunctionType, memo: dict[int, Any], parts: _Parts) -> None:
+    """Give ``copied`` what ``function`` remembers: copies of what holds tensors or modules, and all else as it is."""
+
+    def own(value: Value) -> Value:
+        return copy.deepcopy(value, memo) if parts.remembers(value) else value
+
+    for cell, new in zip(function.__closure__ or (), copied.__closure__ or ()):
+        with suppress(ValueError):  # a variable that has no value yet
+            content = cell.cell_contents
+            new.cell_contents = own(content)
+    copied.__defaults__ = None if function.__defaults__ is None else tuple(map(own, function.__defaults__))
+    if function.__kwdefaults__ is not None:
+        copied.__kwdefaults__ = {name: own(value) for name, value in function.__kwdefaults__.items()}
+    vars(copied).update({name: own(value) for name, value in vars(function).items()})
