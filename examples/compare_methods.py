@@ -215,8 +215,8 @@ def rates_of(net: nn.Module) -> list[tuple[nn.Parameter, float]]:
 class Comparison:
     """The ways to make ``net`` small. Call ``convert`` first: it sets the bytes and the time of the others."""
 
-    def __init__(self, net: nn.Module, crops: Crops) -> None:
-        self.net, self.crops, self.stage_map = net, crops, find_stages(net)
+    def __init__(self, net: nn.Module, crops: Crops, stage_map: StageMap) -> None:
+        self.net, self.crops, self.stage_map = net, crops, stage_map
         self.limit, self.seconds = 0, 0.0
 
     def convert(self, budget: float, minutes: float) -> Result:
@@ -292,7 +292,8 @@ def main() -> None:
     net = task.build()
     task.load_weights(net, args.weights)
     judged = task.images(args.judge)
-    compared = Comparison(net, Crops(task, task.images(args.images)))
+    stage_map = find_stages(net, example_inputs=task.example_inputs())
+    compared = Comparison(net, Crops(task, task.images(args.images)), stage_map)
     ways = [compared.pruned, compared.factorised, compared.relaxed, compared.tied]
     if compared.peft_supports_it():
         ways.append(compared.peft)

@@ -22,6 +22,7 @@ from .network.assemble import share
 from .network.batches import Batches
 from .network.converted import AdapterSet, Converted
 from .network.divergence import warn_if_it_diverges
+from .network.observe import num_positional_arguments
 from .peft_format.options import config_of_ranks
 from .stages.checks import check_dense, check_finite, check_parameters, check_reachable
 from .stages.find import find_stages
@@ -29,6 +30,7 @@ from .stages.fold import DEFAULT_RANK
 from .terms.registry import kind_of
 from .training.duration import Duration
 from .util.copying import check_separate, copy_network
+from .util.nested import device_of, to_device
 from .util.seeds import seeded
 
 if TYPE_CHECKING:
@@ -78,7 +80,8 @@ def convert(
         budget: instead of ``config``, the number of parameters of the converted network, or, between 0 and 1, its
             share of the original number. The ranks, and which tensors get no base, are chosen to keep as much energy
             of the weights as possible, weighted, with ``calibration``, by their effect on the output.
-        stages, example_inputs, calls: as in :func:`find_stages`.
+        stages, example_inputs, calls: as in :func:`find_stages`. The first batch of ``calibration`` serves as example
+            inputs, unless others are given.
         calibration, minutes, steps, loss, also, recompute, resume_from: recover the quality afterwards, as in
             :meth:`LoRunModel.recover`. Minutes include the conversion.
         seed: seed of the random numbers of measuring sensitivities and of recovery. Without ``calibration`` it has no
@@ -104,6 +107,8 @@ def convert(
         duration = Duration(minutes, steps)
         with seeded(seed):
             batches = Batches(calibration)
+        if example_inputs is None:
+            example_inputs = to_device(batches.first[: num_positional_arguments(dun)], device_of(dun))
     elif any(value is not None for value in (minutes, steps, loss, resume_from)) or also or recompute:
         raise LoRunError(
             "minutes, steps, loss, also, recompute and resume_from need calibration: pass it as well, or leave them out"

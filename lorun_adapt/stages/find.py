@@ -7,16 +7,19 @@ when the network runs, or when the caller says so.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..errors import LoRunError
-from ..util.modules import tensors_of
+from ..util.modules import num_required_arguments, tensors_of
 from .checks import check_alike
-from .locations import Location, any_inside, paths_of
+from .left_out import left_out
+from .locations import Location, any_inside, is_within, paths_of
 from .naming import declared_calls, named_stages
+from .numbering import group_name, stage_indices
 from .specs import tensor_specs
 from .stage_map import Group, NotTaken, Site, StageMap, abridged
 from .trace import CallTrace, trace_calls
@@ -68,13 +71,20 @@ def find_stages(
             check_alike(dun, locations, "stages=")
     else:
         stages_of_groups, not_taken = _repeated(dun, trace, declared)
-    if not stages_of_groups:
+    if not stages_of_groups and trace.is_empty:
         raise LoRunError(
             f"no repeated stage in {type(dun).__name__}: name the modules with stages=, or, if one module is called in "
             "a loop, pass example_inputs= or calls="
         )
+    if not stages_of_groups:
+        raise LoRunError(
+            f"no repeated stage in {type(dun).__name__}, which does not unfold an algorithm: name the stages with "
+            "stages= if it does"
+        )
     groups = _groups(dun, stages_of_groups)
-    return StageMap(type_before_parametrizations(dun).__name__, groups, (*not_taken, *_unequal(dun, groups)))
+    if stages is None and trace.is_empty and not declared:
+        _warn_of_unseen_loops(dun, groups)
+    return StageMap(type_before_parametrizations(dun).__name__, groups, left_out(dun, groups, not_taken))
 
 
 # --- searching -----------------------------------------------------------------------------------
@@ -84,43 +94,70 @@ def _repeated(
     dun: nn.Module, trace: CallTrace, declared: Mapping[str, int]
 ) -> tuple[list[list[Location]], list[NotTaken]]:
     """The stages of each group that is taken, and the repeated modules that are not."""
+    total = _num_parameters(dun, [""])
+    candidates, layers = _candidates(dun, trace, declared)
+    large = [item for item in candidates if _share(dun, item, total) >= MIN_SHARE]
+    not_taken = [
+        NotTaken(paths_of(locations), _num_parameters(dun, paths_of(locations)), reason)
+        for locations, reason in [
+            *((item, f"below {MIN_SHARE:.0%} of the parameters") for item in candidates if item not in large),
+            *((item, "layers: they see no measurements") for item in layers),
+        ]
+    ]
+    if not large:
+        if any(_share(dun, item, total) >= MIN_SHARE for item in layers):
+            raise LoRunError(
+                f"{type(dun).__name__} does not unfold an algorithm: what repeats in it are layers, such as "
+                f"{abridged(paths_of(layers[0]))}, which see no measurements; name the stages with stages= if it does"
+            )
+        return [], not_taken
+    main = max(large, key=lambda item: (not _in_sequential(dun, item, trace), _share(dun, item, total)))
+    main_owner = _owner(dun, main, trace)
+    if main_owner and trace.is_empty and not any(path in declared for path, _ in main):
+        raise LoRunError(
+            f"{type(dun).__name__} repeats modules only inside {main_owner}, such as {abridged(paths_of(main))}: if "
+            f"{main_owner} is called in a loop, pass example_inputs= or calls=, otherwise name the stages with stages="
+        )
+    taken = []
+    for locations in large:
+        owner = _owner(dun, locations, trace)
+        beside = owner == main_owner or not owner or main_owner.startswith(owner + ".")
+        if locations is main or (beside and not _in_sequential(dun, locations, trace)):
+            taken.append(locations)
+        else:
+            where = f"repeats inside {owner or type(dun).__name__}"
+            not_taken.append(NotTaken(paths_of(locations), _num_parameters(dun, paths_of(locations)), where))
+    return taken, not_taken
+
+
+def _candidates(
+    dun: nn.Module, trace: CallTrace, declared: Mapping[str, int]
+) -> tuple[list[list[Location]], list[list[Location]]]:
+    """What repeats outside everything else that repeats: what may be stages, and what is only layers."""
     alike: dict[object, list[str]] = {}
     for path, module in dun.named_modules(remove_duplicate=False):
         if path and any(True for _ in module.parameters()) and not _is_layer(module):
             alike.setdefault(signature(module), []).append(path)
     total = _num_parameters(dun, [""])
-    candidates: list[tuple[list[Location], int]] = []
-    for paths in alike.values():
-        locations = _locations(dun, paths, trace, declared)
-        if len(locations) > 1:
-            candidates.append((locations, _num_parameters(dun, [path for path, _ in locations])))
-    large = [item for item in candidates if item[1] >= MIN_SHARE * total]
-    outermost = [item for item in large if not any(any_inside(item[0], other[0]) for other in large)]
-    not_taken = [
-        NotTaken(paths_of(locations), size, f"below {MIN_SHARE:.0%} of the parameters")
-        for locations, size in candidates
-        if size < MIN_SHARE * total and not any(any_inside(locations, other[0]) for other in candidates)
+    everywhere = [_locations(dun, paths, trace, declared) for paths in alike.values()]
+    large = [item for item in everywhere if len(item) > 1 and _share(dun, item, total) >= MIN_SHARE]
+    outer = {path for item in large for path, _ in item}
+    # What a repeated module holds repeats with it, and is not counted again.
+    outside = [[path for path in paths if not is_within(path.rpartition(".")[0], outer)] for paths in alike.values()]
+    found = [_locations(dun, paths, trace, declared) for paths in outside if paths]
+    candidates = [locations for locations in found if len(locations) > 1]
+    small = [item for item in candidates if _share(dun, item, total) < MIN_SHARE]
+    candidates = [
+        item for item in candidates if item not in small or not any(any_inside(item, other) for other in candidates)
     ]
-    if not outermost:
-        return [], not_taken
-    # Blocks that follow each other in a Sequential see no measurements: they are layers rather than stages.
-    main, _ = max(outermost, key=lambda item: (not _in_sequential(dun, item[0]), item[1]))
-    main_owner = _owner(dun, main)
-    if _in_sequential(dun, main) and main_owner and trace.is_empty:
-        raise LoRunError(
-            f"{type(dun).__name__} repeats only layers that follow each other in {main_owner}, such as "
-            f"{abridged(paths_of(main))}: if {main_owner} is called in a loop, pass example_inputs= or calls=, "
-            "otherwise name the stages with stages="
-        )
-    taken = []
-    for locations, size in outermost:
-        owner = _owner(dun, locations)
-        if owner == main_owner or not owner or main_owner.startswith(owner + "."):
-            if main is locations or not _in_sequential(dun, locations):
-                taken.append(locations)
-                continue
-        not_taken.append(NotTaken(paths_of(locations), size, f"repeats inside {owner or type(dun).__name__}"))
-    return taken, not_taken
+    scales = any(trace.shrink(item) for item in candidates)
+    layers = [item for item in candidates if trace.are_layers(item) or (scales and trace.changes_size(item))]
+    return [item for item in candidates if item not in layers], layers
+
+
+def _share(dun: nn.Module, locations: Sequence[Location], total: int) -> float:
+    """The share of the parameters that modules have."""
+    return _num_parameters(dun, paths_of(locations)) / total
 
 
 def signature(module: nn.Module) -> tuple[object, ...]:
@@ -163,14 +200,25 @@ def _num_parameters(dun: nn.Module, paths: Iterable[str]) -> int:
     return sum(distinct.values())
 
 
-def _in_sequential(dun: nn.Module, locations: Sequence[Location]) -> bool:
+def _in_sequential(dun: nn.Module, locations: Sequence[Location], trace: CallTrace) -> bool:
+    """Whether they follow each other in a Sequential, where blocks see no measurements: layers rather than stages."""
+    parents = {path.rpartition(".")[0] for path, call in locations if call is None}
     return any(
-        call is None and isinstance(dun.get_submodule(path.rpartition(".")[0]), nn.Sequential)
-        for path, call in locations
+        isinstance(dun.get_submodule(parent), nn.Sequential) and not _is_list(dun, parent, trace) for parent in parents
     )
 
 
-def _owner(dun: nn.Module, locations: Sequence[Location]) -> str:
+def _is_list(dun: nn.Module, path: str, trace: CallTrace) -> bool:
+    """Whether a module is a list or dict of modules, or a Sequential that serves as one."""
+    module = dun.get_submodule(path)
+    if not isinstance(module, nn.Sequential):
+        return isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    if not trace.is_empty:
+        return not trace.num_calls(path)
+    return any(num_required_arguments(child) > 1 for child in module)
+
+
+def _owner(dun: nn.Module, locations: Sequence[Location], trace: CallTrace) -> str:
     """The path of the innermost module around all locations that is no list or dict of modules."""
     parents = [path.split(".")[:-1] for path, _ in locations]
     common = []
@@ -178,9 +226,23 @@ def _owner(dun: nn.Module, locations: Sequence[Location]) -> str:
         if len(set(parts)) > 1:
             break
         common.append(parts[0])
-    while common and isinstance(dun.get_submodule(".".join(common)), (nn.ModuleList, nn.ModuleDict)):
+    while common and _is_list(dun, ".".join(common), trace):
         common.pop()
-    return ".".join(common)
+    owner = ".".join(common)
+    return "" if owner == _wrapped(dun) else owner
+
+
+def _wrapped(dun: nn.Module) -> str:
+    """The path of the network within DataParallel, torch.compile and the like."""
+    path: list[str] = []
+    while True:
+        if isinstance(dun, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            path.append("module")
+        elif "_orig_mod" in dun._modules:
+            path.append("_orig_mod")
+        else:
+            return ".".join(path)
+        dun = dun.get_submodule(path[-1])
 
 
 # --- putting together ----------------------------------------------------------------------------
@@ -189,51 +251,23 @@ def _owner(dun: nn.Module, locations: Sequence[Location]) -> str:
 def _groups(dun: nn.Module, stages_of_groups: Sequence[Sequence[Location]]) -> tuple[Group, ...]:
     order = {path: i for i, (path, _) in enumerate(dun.named_modules(remove_duplicate=False))}
     groups: list[Group] = []
-    for locations, indices in zip(stages_of_groups, _stage_indices(stages_of_groups)):
+    for locations, indices in zip(stages_of_groups, stage_indices(stages_of_groups)):
         name = "denoiser"
         if len(stages_of_groups) > 1:
-            name = _group_name(locations, [group.name for group in groups])
+            name = group_name(locations, [group.name for group in groups])
         sites = tuple(Site(index, path, call) for index, (path, call) in zip(indices, locations))
         groups.append(Group(name, sites, tensor_specs(dun, sites)))
     groups.sort(key=lambda group: order[group.sites[0].module])
     return tuple(groups)
 
 
-def _stage_indices(stages_of_groups: Sequence[Sequence[Location]]) -> list[list[int]]:
-    """Number stages by position, or by the numbers in their names where the groups have different ones."""
-    numbers: list[list[int]] = []
-    for locations in stages_of_groups:
-        in_names = [_number(path) for path, call in locations if call is None]
-        numbers.append([number for number in in_names if number is not None])
-    if all(len(set(n)) == len(n) == len(locations) for n, locations in zip(numbers, stages_of_groups)):
-        if len({frozenset(n) for n in numbers}) > 1:
-            order = sorted({number for n in numbers for number in n})
-            return [[order.index(number) for number in n] for n in numbers]
-    return [list(range(len(locations))) for locations in stages_of_groups]
-
-
-def _number(path: str) -> int | None:
-    numbers = re.findall(r"\d+", path)
-    return int(numbers[0]) if numbers else None
-
-
-def _group_name(locations: Sequence[Location], used: Sequence[str]) -> str:
-    parts = re.split(r"[^A-Za-z-]+", locations[0][0])  # the name without its numbers
-    name = "_".join(part for part in parts if part) or "denoiser"
-    return name if name not in used and not hasattr(nn.ModuleDict(), name) else f"{name}_{len(used)}"
-
-
-def _unequal(dun: nn.Module, groups: Sequence[Group]) -> list[NotTaken]:
-    """Modules that are named or built like the stages, but have another shape."""
-    taken: list[Location] = [(site.module, None) for group in groups for site in group.sites]
-    patterns = {re.sub(r"\d+", "#", path) for path, _ in taken if re.search(r"\d", path)}
-    classes = {type_before_parametrizations(dun.get_submodule(path)) for path, _ in taken}
-    classes -= {nn.Sequential, nn.ModuleList, nn.ModuleDict}
-    objects = {id(dun.get_submodule(path)) for path, _ in taken}
-    unequal: list[NotTaken] = []
-    for path, module in dun.named_modules():
-        alike = re.sub(r"\d+", "#", path) in patterns or type_before_parametrizations(module) in classes
-        nested = any_inside([(path, None)], taken) or any(path.startswith(item.modules[0] + ".") for item in unequal)
-        if path and alike and id(module) not in objects and not nested and any(True for _ in module.parameters()):
-            unequal.append(NotTaken((path,), _num_parameters(dun, [path]), "like a stage, but of another shape"))
-    return unequal
+def _warn_of_unseen_loops(dun: nn.Module, groups: Sequence[Group]) -> None:
+    """Say that a loop would not be seen, where three or more stages have names of their own: head, body, tail."""
+    for group in groups:
+        names = [site.module for site in group.sites]
+        if len(names) > 2 and not any(re.search(r"\d", name) for name in names):
+            warnings.warn(
+                f"{type(dun).__name__} has the stages {abridged(names)}: if one of them is called in a loop, pass "
+                "example_inputs= or calls=, since a loop shows only when the network runs",
+                stacklevel=3,
+            )

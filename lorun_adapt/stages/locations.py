@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 # The path of a module, and the index of one of its calls in a forward; None where the module is one stage.
 Location = tuple[str, int | None]
@@ -24,4 +24,13 @@ def any_inside(locations: Sequence[Location], others: Sequence[Location]) -> boo
     True
     """
     outer = {path for path, _ in others}
-    return any(path[:end] in outer for path, _ in locations for end in range(len(path)) if path[end] == ".")
+    return any(is_within(path.rpartition(".")[0], outer) for path, _ in locations)
+
+
+def is_within(path: str, outer: Collection[str]) -> bool:
+    """Whether ``path`` is one of ``outer`` or inside one of them.
+
+    >>> is_within("blocks.0.step", {"blocks.0"}), is_within("blocks.01", {"blocks.0"})
+    (True, False)
+    """
+    return path in outer or any(path[:end] in outer for end in range(len(path)) if path[end] == ".")

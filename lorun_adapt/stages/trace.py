@@ -1,15 +1,33 @@
-"""Run a network once and note which modules are called, how often and in which order."""
+"""Run a network once and note which modules are called, how often, in which order and on what."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import LoRunError
 from ..util.copying import copy_network
+from ..util.nested import tensors_in
 from .locations import Location
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a module.
+
+    Attributes:
+        position: among all calls of the forward.
+        size: the last two dimensions of the first tensor that it took, if it took one.
+        makers: if it took one tensor only, straight from other modules, the ids of these.
+    """
+
+    position: int
+    size: tuple[int, ...]
+    makers: frozenset[int]
 
 
 class CallTrace:
@@ -17,14 +35,14 @@ class CallTrace:
 
     Args:
         dun: the network.
-        calls: by the id of a module, the positions of its calls among all calls of the forward.
+        calls: by the id of a module, its calls.
     """
 
-    def __init__(self, dun: nn.Module, calls: Mapping[int, Sequence[int]]) -> None:
+    def __init__(self, dun: nn.Module, calls: Mapping[int, Sequence[Call]]) -> None:
         self._dun = dun
         self._calls = calls
 
-    def _calls_of(self, path: str) -> Sequence[int]:
+    def _calls_of(self, path: str) -> Sequence[Call]:
         return self._calls.get(id(self._dun.get_submodule(path)), ())
 
     @property
@@ -36,9 +54,36 @@ class CallTrace:
 
     def in_order(self, locations: list[Location]) -> list[Location]:
         """Return ``locations`` in the order in which they run, or unchanged where that is not known."""
-        if not all(self.num_calls(path) > (call or 0) for path, call in locations):
+        found = self._found(locations)
+        if found is None:
             return locations
-        return sorted(locations, key=lambda location: self._calls_of(location[0])[location[1] or 0])
+        return [location for location, _ in sorted(zip(locations, found), key=lambda pair: pair[1].position)]
+
+    def are_layers(self, locations: Sequence[Location]) -> bool:
+        """Whether each of ``locations`` takes nothing but what the one before it returned: no measurements come in."""
+        found = self._found(locations) or ()
+        modules = [id(self._dun.get_submodule(path)) for path, _ in locations]
+        return len(found) > 1 and all(module in call.makers for module, call in zip(modules, found[1:]))
+
+    def shrink(self, locations: Sequence[Location]) -> bool:
+        """Whether a later one of ``locations`` runs on smaller images than an earlier one, as in an encoder."""
+        sizes = [call.size for call in self._found(locations) or ()]
+        return any(len(a) == len(b) == 2 and a[0] >= b[0] and a[1] >= b[1] and a != b for a, b in zip(sizes, sizes[1:]))
+
+    def changes_size(self, locations: Sequence[Location]) -> bool:
+        """Whether ``locations`` run on images of several sizes."""
+        return len({call.size for call in self._found(locations) or ()}) > 1
+
+    def _found(self, locations: Sequence[Location]) -> list[Call] | None:
+        """The calls of ``locations``, of a list that of its first item; None where one of them was not called."""
+        calls = [self._calls_of(path) or self._calls_of_first_item(path) for path, _ in locations]
+        if not all(len(found) > (call or 0) for found, (_, call) in zip(calls, locations)):
+            return None
+        return [found[call or 0] for found, (_, call) in zip(calls, locations)]
+
+    def _calls_of_first_item(self, path: str) -> Sequence[Call]:
+        module = self._dun.get_submodule(path)
+        return next((self._calls[id(inner)] for inner in module.modules() if id(inner) in self._calls), ())
 
 
 def trace_calls(dun: nn.Module, example_inputs: Sequence[object]) -> CallTrace:
@@ -54,20 +99,28 @@ def trace_calls(dun: nn.Module, example_inputs: Sequence[object]) -> CallTrace:
     network = copy_network(dun).eval()
     # Paired by name: a module object under several names is one object in the copy too.
     originals = {id(network.get_submodule(name)): id(module) for name, module in dun.named_modules()}
-    calls: dict[int, list[int]] = {}
-    clock = iter(range(1 << 62))
+    calls: dict[int, list[Call]] = {}
+    clock, makers_of = iter(range(1 << 62)), WeakIdKeyDictionary()  # by tensor: the modules that returned it
 
-    def note(module: nn.Module, *_: object) -> None:
-        calls.setdefault(originals[id(module)], []).append(next(clock))
+    def note(module: nn.Module, args: object, kwargs: object) -> None:
+        taken = tensors_in([args, kwargs])
+        makers = makers_of.get(taken[0], frozenset()) if len(taken) == 1 else frozenset()
+        size = tuple(taken[0].shape[-2:]) if taken else ()
+        calls.setdefault(originals[id(module)], []).append(Call(next(clock), size, makers))
+
+    def mark(module: nn.Module, _: object, output: object) -> None:
+        for tensor in tensors_in(output):
+            makers_of[tensor] = makers_of.get(tensor, frozenset()) | {originals[id(module)]}
 
     for module in network.modules():
-        module.register_forward_pre_hook(note)
+        module.register_forward_pre_hook(note, with_kwargs=True)
+        module.register_forward_hook(mark)
     try:
         with torch.no_grad(), torch.random.fork_rng():
             network(*example_inputs)
     except Exception as error:
         raise LoRunError(
-            f"{type(dun).__name__} cannot run on example_inputs: {type(error).__name__}: {error}; pass the arguments "
-            "of its forward as a tuple"
+            f"{type(dun).__name__} cannot run on its example inputs ({type(error).__name__}: {error}): pass the "
+            "arguments of its forward in example_inputs=, or in each batch of calibration="
         ) from error
     return CallTrace(dun, calls)

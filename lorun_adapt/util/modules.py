@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
@@ -83,6 +84,17 @@ def distinct_tensors(network: nn.Module) -> dict[str, Tensor]:
     for name, tensor, _ in tensors_of(network):
         distinct.setdefault(id(tensor), (name, tensor))
     return dict(distinct.values())
+
+
+def num_required_arguments(module: nn.Module) -> int:
+    """Return how many positional arguments the forward must have.
+
+    >>> num_required_arguments(nn.Linear(2, 2)), num_required_arguments(nn.Bilinear(2, 2, 2))
+    (1, 2)
+    """
+    parameters = inspect.signature(module.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(item.kind in kinds and item.default is inspect.Parameter.empty for item in parameters)
 
 
 def owner_of(denoiser: nn.Module, name: str) -> tuple[int, str]:

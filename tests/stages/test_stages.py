@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from dun_zoo import ZOO, Block, Denoiser, EncoderDecoder, HeadBodyTail, ListOfBlocks, ListOfDenoisers, Looped
 from torch import nn
 
@@ -38,10 +39,9 @@ def test_blocks_within_an_unequal_stage_are_not_stages() -> None:
     net = ListOfDenoisers([deep_denoiser(24), *(deep_denoiser() for _ in range(3))])
     found = find_stages(net)
     assert names(found) == [["denoisers.1", "denoisers.2", "denoisers.3"]]
-    listed = {item.modules: item for item in found.not_taken}
-    assert listed["denoisers.0",].num_parameters == sum(p.numel() for p in net.denoisers[0].parameters())
-    assert "another shape" in listed["denoisers.0",].reason
-    assert any(item.modules[0].startswith("denoisers.0.") for item in found.not_taken)
+    (listed,) = found.not_taken
+    assert listed.modules == ("denoisers.0",) and "another shape" in listed.reason
+    assert listed.num_parameters == sum(p.numel() for p in net.denoisers[0].parameters())
 
 
 def test_blocks_of_a_looped_denoiser_are_not_stages() -> None:
@@ -63,6 +63,144 @@ def test_equal_numbers_of_other_stages_are_not_paired() -> None:
     net.stage4_decoder = nn.Conv2d(8, 1, 1)
     stages = {group.name: [site.stage for site in group.sites] for group in find_stages(net).groups}
     assert stages == {"stage_encoder": [1, 2, 3], "stage_decoder": [0, 1, 2]}
+
+
+class Unet(nn.Module):
+    """Blocks of one width at three scales: a denoiser, which unfolds nothing by itself."""
+
+    def __init__(self, in_lists: bool) -> None:
+        super().__init__()
+        self.head, self.tail = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+        blocks = [Residual() for _ in range(6)]
+        self.down, self.up = nn.ModuleList(blocks[:3]), nn.ModuleList(blocks[3:])
+        if not in_lists:
+            del self.down, self.up
+            self.down1, self.down2, self.middle1, self.middle2, self.up1, self.up2 = blocks
+        self.blocks = (lambda: [*self.down, *self.up]) if in_lists else self._named
+
+    def _named(self) -> list[nn.Module]:
+        return [self.down1, self.down2, self.middle1, self.middle2, self.up1, self.up2]
+
+    def forward(self, x, *_):
+        x, skips, blocks = self.head(x), [], self.blocks()
+        for block in blocks[:2]:
+            skips.append(block(x))
+            x = F.avg_pool2d(skips[-1], 2)
+        for block in blocks[2:4]:
+            x = block(x)
+        for block in blocks[4:]:
+            x = block(F.interpolate(x, scale_factor=2) + skips.pop())
+        return self.tail(x)
+
+
+class Chain(nn.Module):
+    """Residual blocks, one after another, in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body = nn.Conv2d(1, 8, 3, padding=1), nn.ModuleList([Residual() for _ in range(4)])
+
+    def forward(self, x, *_):
+        x = self.head(x)
+        for block in self.body:
+            x = block(x)
+        return x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("net", [Unet(True), Unet(False), Chain()])
+def test_a_network_that_unfolds_nothing_is_refused(net: nn.Module) -> None:
+    with pytest.raises(LoRunError, match=f"{type(net).__name__} does not unfold an algorithm.*stages="):
+        find_stages(net, example_inputs=ZOO["looped"]().inputs)
+    by_hand = {"down": "down.*", "down1": ["down1", "up1"], "body": "body.*"}
+    stages = next(stages for name, stages in by_hand.items() if hasattr(net, name))
+    assert len(find_stages(net, stages=stages)) > 1
+
+
+@pytest.mark.parametrize("inner", [Unet(True), Unet(False), Chain()])
+def test_what_repeats_in_a_looped_denoiser_is_no_stage(inner: nn.Module) -> None:
+    net = Looped()
+    net.p = inner
+    with pytest.raises(LoRunError, match=r"inside p, such as p\..*: if p is called in a loop, pass example_inputs="):
+        find_stages(net)
+    found = find_stages(net, example_inputs=ZOO["looped"]().inputs)
+    assert names(found) == [[f"p (call {k})" for k in range(4)]] and not found.not_taken
+
+
+def test_a_wrapped_network_is_no_child() -> None:
+    net = ZOO["list_of_blocks"]().net
+    assert names(find_stages(nn.DataParallel(net))) == [[f"module.blocks.{k}" for k in range(4)]]
+    assert names(find_stages(torch.compile(net))) == [[f"_orig_mod.blocks.{k}" for k in range(4)]]
+
+
+def test_a_loop_may_hide_behind_names() -> None:
+    with pytest.warns(
+        UserWarning, match="the stages head, body, tail: if one of them is called in a loop, pass example"
+    ):
+        find_stages(HeadBodyTail(loops=3))
+
+
+class Big(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.conv = Residual(), nn.Conv2d(8, 8, 3, padding=1)
+
+
+@pytest.mark.parametrize("kinds", [(Big, Residual), (Residual, Big)])
+def test_kinds_that_alternate_in_one_list(kinds) -> None:
+    net = nn.Module()
+    net.blocks = nn.ModuleList([kind() for _ in range(4) for kind in kinds])
+    net.mu = nn.ModuleList([nn.Sequential(nn.Linear(20, 20)) for _ in range(4)])
+    found = find_stages(net)
+    assert sorted(names(found)) == sorted(
+        [
+            [f"blocks.{k}" for k in range(0, 8, 2)],
+            [f"blocks.{k}" for k in range(1, 8, 2)],
+            [f"mu.{k}" for k in range(4)],
+        ]
+    )
+    assert [[site.stage for site in group.sites] for group in found.groups] == [[0, 1, 2, 3]] * 3
+    assert len(found) == 4 and not found.not_taken
+
+
+class TwoInputs(Residual):
+    def forward(self, x, y):
+        return super().forward(x) + y
+
+
+def test_sequentials_that_serve_as_lists() -> None:
+    class TwoLists(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k_stages = nn.Sequential(*[TwoInputs(4) for _ in range(3)])
+            self.x_stages = nn.Sequential(*[TwoInputs(8) for _ in range(3)])
+
+        def forward(self, y):
+            k, x = y[:, :4], y
+            for k_stage, x_stage in zip(self.k_stages, self.x_stages):
+                k, x = k_stage(k, y[:, :4]), x_stage(x, y)
+            return x
+
+    expected = [[f"k_stages.{k}" for k in range(3)], [f"x_stages.{k}" for k in range(3)]]
+    assert names(find_stages(TwoLists())) == expected
+    assert names(find_stages(TwoLists(), example_inputs=(torch.rand(1, 8, 4, 4),))) == expected
+
+
+def test_all_that_is_large_is_taken_or_listed_once() -> None:
+    net = EncoderDecoder()
+    net.extra = nn.Module()
+    net.extra.head, net.extra.tiny = nn.Conv2d(8, 8, 3), nn.Linear(2, 2)
+    net.extra.blocks = nn.ModuleList([Residual() for _ in range(2)])
+    net.phi = nn.Parameter(torch.zeros(1000))
+    net.step = nn.Parameter(torch.zeros(1))
+    found = find_stages(net)
+    assert {item.modules: item.reason for item in found.not_taken} == {
+        ("stage1_encoder",): "like a stage, but of another shape",
+        ("extra",): "outside the stages",
+        ("phi",): "outside the stages",
+    }
+    listed = sum(item.num_parameters for item in found.not_taken)
+    taken = sum(group.num_parameters * len(group.sites) for group in found.groups)
+    assert listed + taken == sum(p.numel() for p in net.parameters()) - 1
 
 
 def test_a_small_repeated_group_is_listed() -> None:
@@ -169,5 +307,5 @@ def test_wrong_calls_and_inputs_are_errors() -> None:
         find_stages(Looped(), calls={"q": 3})
     with pytest.raises(LoRunError, match="expected two or more calls"):
         find_stages(Looped(), calls={"p": 1})
-    with pytest.raises(LoRunError, match="cannot run on example_inputs"):
+    with pytest.raises(LoRunError, match="cannot run on its example inputs"):
         find_stages(Looped(), example_inputs=(torch.zeros(1),))
