@@ -22,11 +22,11 @@ from .options import (
     SIGMA,
     STAGES,
     TASK,
-    WEIGHTS,
     Command,
     example_inputs,
     show,
     trained_network,
+    weights_options,
     working,
 )
 from .training import convert_, finetune, recover
@@ -49,11 +49,13 @@ def cli() -> None:
 
 @cli.command(cls=Command)
 @TASK
-@WEIGHTS
+@weights_options
 @STAGES
 @DEVICE
 @SEED
-def inspect(task: str, weights: Path | None, stages: tuple[str, ...], device: torch.device, seed: int) -> None:
+def inspect(
+    task: str, weights: Path | None, weights_key: str | None, stages: tuple[str, ...], device: torch.device, seed: int
+) -> None:
     """Show the stages found in the network and the tensors they would share."""
 
     from ..stages.find import find_stages
@@ -63,8 +65,8 @@ def inspect(task: str, weights: Path | None, stages: tuple[str, ...], device: to
     set_seed(seed)
     spec = load_task(task)
     net = spec.build()
-    if weights is not None:
-        spec.load_weights(net, weights)
+    if weights is not None or weights_key is not None:
+        spec.load_weights(net, weights, weights_key)
     with working("looking for stages"):
         found = find_stages(net.to(device), stages=stages or None, example_inputs=example_inputs(spec, device))
     show(found.tables())
@@ -73,7 +75,7 @@ def inspect(task: str, weights: Path | None, stages: tuple[str, ...], device: to
 @cli.command("eval")
 @TASK
 @click.option("--images", type=FILE, required=True, help="Folder of images.")
-@WEIGHTS
+@weights_options
 @click.option("--converted", type=FILE, help="Folder of a conversion to compare with the original.")
 @click.option("--adapter-name", metavar="NAME", help="The set to evaluate.  [default: the active set]")
 @SIGMA
@@ -85,6 +87,7 @@ def eval_(
     task: str,
     images: Path,
     weights: Path | None,
+    weights_key: str | None,
     converted: Path | None,
     adapter_name: str | None,
     sigma: float,
@@ -107,9 +110,9 @@ def eval_(
     spec = load_task(task)
     files = spec.images(images)
     net = spec.build().to(device)
-    original = net if weights or spec.weights or converted is None else None
+    original = net if weights or weights_key or spec.weights or converted is None else None
     if original is not None:
-        spec.load_weights(original, weights)
+        spec.load_weights(original, weights, weights_key)
     lorun = from_pretrained(converted, net).eval() if converted is not None else None
     before: list[str] | dict[int, str] = []
     if lorun is not None:
@@ -142,19 +145,26 @@ def eval_(
 @cli.command()
 @click.argument("converted", metavar="DIR", type=FILE)
 @click.option("--task", required=True, help="Task file, or package.module.")
-@WEIGHTS
+@weights_options
 @click.option("--images", type=FILE, required=True, help="Folder of images to measure on.")
 @click.option("--out", type=FILE, default="report.html", show_default=True, help="The HTML file to write.")
 @DEVICE
 @SEED
 def report(
-    converted: Path, task: str, weights: Path | None, images: Path, out: Path, device: torch.device, seed: int
+    converted: Path,
+    task: str,
+    weights: Path | None,
+    weights_key: str | None,
+    images: Path,
+    out: Path,
+    device: torch.device,
+    seed: int,
 ) -> None:
     """Write an HTML report with images on the conversion in DIR: its size, and its quality by stage."""
     from ..model.pretrained import from_pretrained
     from .page import write_page
 
-    spec, net = trained_network(task, weights, seed)
+    spec, net = trained_network(task, weights, weights_key, seed)
     lorun = from_pretrained(converted, net.to(device)).eval()
     lorun.task = spec
     write_page(out, spec, net, lorun, spec.images(images))

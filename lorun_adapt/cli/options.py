@@ -70,7 +70,19 @@ class Command(click.Command):
 
 FILE = click.Path(path_type=Path)
 TASK = click.argument("task", metavar="TASK")
-WEIGHTS = click.option("--weights", type=FILE, help="Weights of the original network.  [default: the task's]")
+
+
+def weights_options(command: Function) -> Function:
+    """The options ``--weights`` and ``--weights-key``."""
+    key = click.option(
+        "--weights-key",
+        metavar="KEY",
+        help="Where in their file they are, such as 'model.ema'.  [default: those that fit, averaged ones first]",
+    )
+    file = click.option("--weights", type=FILE, help="Weights of the original network.  [default: the task's]")
+    return file(key(command))
+
+
 STAGES = click.option("--stages", multiple=True, metavar="PATTERN ...", help="Names of the stages, such as 'fcs.*'.")
 RANK = click.option("--rank", type=int, help="Rank of every adapter.  [default: 8]")
 ENERGY = click.option(
@@ -165,7 +177,7 @@ def show(tables: list[Table]) -> None:
         console.print(item)
 
 
-def trained_network(task: str, weights: Path | None, seed: int) -> tuple[Task, nn.Module]:
+def trained_network(task: str, weights: Path | None, weights_key: str | None, seed: int) -> tuple[Task, nn.Module]:
     """The task and its network with trained weights, built after seeding all random numbers."""
     from ..task.task import load_task
     from ..util.seeds import set_seed
@@ -173,7 +185,7 @@ def trained_network(task: str, weights: Path | None, seed: int) -> tuple[Task, n
     set_seed(seed)
     spec = load_task(task)
     net = spec.build()
-    spec.load_weights(net, weights)
+    spec.load_weights(net, weights, weights_key)
     return spec, net
 
 

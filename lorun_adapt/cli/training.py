@@ -29,13 +29,13 @@ from .options import (
     STAGES,
     STEPS,
     TASK,
-    WEIGHTS,
     Command,
     calibration_options,
     example_inputs,
     show,
     sigma_option,
     trained_network,
+    weights_options,
     working,
 )
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 @click.command("convert", cls=Command)
 @TASK
-@WEIGHTS
+@weights_options
 @RANK
 @ENERGY
 @BUDGET
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 def convert_(
     task: str,
     weights: Path | None,
+    weights_key: str | None,
     rank: int | None,
     energy: float | None,
     budget: int | float | None,
@@ -90,7 +91,7 @@ def convert_(
 
     if calibration is None and (given := [f"--{name}" for name, value in training.items() if value]):
         raise click.UsageError(f"{' and '.join(given)} need --calibration: give a folder of images")
-    spec, net = trained_network(task, weights, seed)
+    spec, net = trained_network(task, weights, weights_key, seed)
     crops = None if calibration is None else _crops(spec, calibration, seed, training)
     weighed = None if crops is None or budget is None else Batches(crops)
     inputs = example_inputs(spec, device)
@@ -118,7 +119,7 @@ def convert_(
 
 @click.command()
 @TASK
-@WEIGHTS
+@weights_options
 @CONVERTED
 @OUT
 @DTYPE
@@ -128,6 +129,7 @@ def convert_(
 def recover(
     task: str,
     weights: Path | None,
+    weights_key: str | None,
     converted: Path,
     out: Path,
     dtype: torch.dtype | None,
@@ -144,7 +146,7 @@ def recover(
     from ..files.load import stored_dtype
     from ..model.pretrained import from_pretrained
 
-    spec, net = trained_network(task, weights, seed)
+    spec, net = trained_network(task, weights, weights_key, seed)
     lorun = from_pretrained(converted, net.to(device))
     if training["sigma"] is None:
         training["sigma"] = lorun.adapter_info[lorun.adapter_names[0]].sigma

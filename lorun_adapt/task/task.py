@@ -24,7 +24,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -37,7 +37,7 @@ from ..errors import LoRunError
 from ..util.numbers import is_whole_number
 from ..util.text import SHORT, is_short
 from .images import IMAGE_SUFFIXES, read_image
-from .weights import read_state_dict
+from .weights import choose_state, mismatch, read_states
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Task:
         patch: the side, in pixels, of the crops to train on, and of the image that ``inspect`` runs on.
         border: how many pixels at each side the metrics leave out.
         weights: the original network's weights, used when none are given.
+        weights_key: the key under which they are in the file.
         license: the license that the model card names.
         base_model: the repository of the Hub that holds the original network, for the model card.
 
@@ -76,6 +77,7 @@ class Task:
     patch: int = 96
     border: int = 0
     weights: Path | None = None
+    weights_key: str | None = None
     license: str | None = None
     base_model: str | None = None
 
@@ -201,8 +203,14 @@ class Task:
             )
         return read_image(path, self.channels)
 
-    def load_weights(self, net: nn.Module, path: Path | None) -> None:
+    def load_weights(self, net: nn.Module, path: Path | None, key: str | None = None) -> None:
         """Load the weights file ``path``, or else the task's own, into ``net``.
+
+        Args:
+            net: the network.
+            path: a file of torch or safetensors.
+            key: under which key of the file the weights are, parts joined by dots; by default the task's
+                ``weights_key``, or else those that fit the network, and of several the averaged ones.
 
         Raises:
             LoRunError: no file is given or there is none, it cannot be read, or it is for another network.
@@ -213,13 +221,18 @@ class Task:
         if not path.is_file():
             raise LoRunError(f"no weights file at {path}: give an existing file")
         has_load = hasattr(self.module, "load")
-        state = self._call("load", path, net) if has_load else read_state_dict(path)
+        if has_load and key is not None:
+            raise LoRunError(f"{self.name} has a load() of its own, which takes no --weights-key: leave the key out")
+        if has_load:
+            state = self._call("load", path, net)
+        else:
+            state = choose_state(read_states(path), net, path, key or self.weights_key)
         try:
             net.load_state_dict(state)
         except (RuntimeError, TypeError, AttributeError) as error:
-            detail = " ".join(str(error).split())
+            detail = mismatch(net, state) if _is_state_dict(state) else " ".join(str(error).split())[:600]
             raise LoRunError(
-                f"the weights in {path} do not fit {type(net).__name__}: {detail[:600]}; build the network they are for"
+                f"the weights in {path} do not fit {type(net).__name__}: {detail}; build the network they are for"
                 f"{'' if has_load else ', or define load(path, net) in the task'}"
             ) from error
 
@@ -273,7 +286,7 @@ def load_task(name: str | os.PathLike[str]) -> Task:
                     "it in the task file"
                 )
             options[option] = value
-    for option in ("license", "base_model"):
+    for option in ("license", "base_model", "weights_key"):
         value = getattr(module, option, None)
         if value is not None:
             if not is_short(value):
@@ -316,6 +329,10 @@ def _line_of(error: BaseException) -> str:
     package = str(Path(__file__).parents[1])
     chosen = [f for f in chosen if not f.filename.startswith(package)] or chosen
     return f"{chosen[-1].filename}, line {chosen[-1].lineno}"
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(item, Tensor) for item in value.values())
 
 
 def _shape_or_type(value: object) -> str:

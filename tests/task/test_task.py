@@ -9,14 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from tasks import COLOUR_TASK, call
-from torch import nn
 
 from lorun_adapt import LoRunError
 from lorun_adapt.task.evaluate import psnr, ssim
 from lorun_adapt.task.task import load_task
-from lorun_adapt.task.weights import read_state_dict
 
 
 @pytest.mark.parametrize(
@@ -113,38 +110,6 @@ def test_images_as_they_come(task_file: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"not an image")
     with pytest.raises(LoRunError, match="bad.png"):
         task.read(tmp_path / "bad.png")
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda s: s,
-        lambda s: {"params_ema": s},
-        lambda s: {"model": {"state_dict": s}, "epoch": 1},
-        lambda s: {"net": s},
-        lambda s: {f"module.{k}": v for k, v in s.items()},
-        lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
-    ],
-)
-def test_state_dicts_as_they_come(tmp_path: Path, wrap) -> None:
-    state = nn.Linear(2, 3).state_dict()
-    torch.save(wrap(state), tmp_path / "net.pt")
-    found = read_state_dict(tmp_path / "net.pt")
-    assert set(found) == {"weight", "bias"} and torch.equal(found["weight"], state["weight"])
-
-
-def test_what_is_no_state_dict(tmp_path: Path) -> None:
-    save_file(nn.Linear(2, 3).state_dict(), tmp_path / "net.safetensors")
-    assert set(read_state_dict(tmp_path / "net.safetensors")) == {"weight", "bias"}
-    torch.save({"epoch": 3, "weights_a": {"x": torch.zeros(1)}}, tmp_path / "odd.pt")
-    with pytest.raises(LoRunError, match=r"'epoch' \(int\), 'weights_a' \(dict\)"):
-        read_state_dict(tmp_path / "odd.pt")
-    torch.save(nn.Linear(2, 3), tmp_path / "module.pt")
-    with pytest.raises(LoRunError, match="define load"):
-        read_state_dict(tmp_path / "module.pt")
-    (tmp_path / "bad.safetensors").write_bytes(b"\0" * 30)
-    with pytest.raises(LoRunError, match="damage"):
-        read_state_dict(tmp_path / "bad.safetensors")
 
 
 def test_psnr_and_ssim() -> None:

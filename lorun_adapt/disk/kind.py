@@ -1,0 +1,42 @@
+"""Tell what a file is by its content, where it is not what its name says."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+from ..errors import LoRunError
+
+LFS_POINTER = b"version https://git-lfs.github.com"
+HEAD = 512  # bytes to look at
+
+
+def check_is_data(path: Path) -> None:
+    """Check that a file is not empty, a web page, a Git LFS pointer or an archive: what downloads often leave.
+
+    Raises:
+        LoRunError: it is one of these.
+    """
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        problem, advice = "is empty (0 bytes)", "download it again"
+    elif head.startswith(LFS_POINTER):
+        problem, advice = "is a Git LFS pointer and not the file itself", "run `git lfs pull` in its repository"
+    elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        problem, advice = "is a web page", "download the file itself instead of the page that shows it"
+    elif head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")):
+        problem, advice = "is compressed", "unpack it, and give the file inside"
+    elif tarfile.is_tarfile(path):
+        problem, advice = "is a tar archive", "unpack it, and give the file inside"
+    else:
+        return
+    raise LoRunError(f"{path} {problem}: {advice}")
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors does: the length of a header, and the header in JSON."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size
