@@ -5,37 +5,140 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import tifffile
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from ..disk.kind import check_is_data
 from ..errors import LoRunError
 
 IMAGE_SUFFIXES = {".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such files begin
+LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
+OTHERWISE = "or define read(path) in the task"
 
 
 def read_image(path: Path, channels: int) -> Tensor:
-    """Read an image file as a tensor of shape (C, H, W), float32 in [0, 1]; ``channels`` is 1 or 3.
+    """Read an image file as a tensor of shape (C, H, W), float32 in [0, 1].
+
+    Integers are divided by the largest one of 1, 8 or 16 bits; floats must be in [0, 1]. The three channels of a grey
+    image are equal; the one channel of a colour image is its luminance.
+
+    Args:
+        path: a file that Pillow or tifffile reads.
+        channels: 1 or 3.
 
     Raises:
-        LoRunError: the file is missing, or no image.
+        LoRunError: the file is missing, no image or damaged, or what it holds has no value in [0, 1] for each pixel:
+            several pages, transparency, integers of 32 bits, floats beyond 0 and 1. So have colours of 16 bits outside
+            TIFF files, which Pillow reads with 8.
     """
     try:
-        with Image.open(path) as image:
-            return image_tensor(image, channels)
-    except (UnidentifiedImageError, OSError) as error:
+        check_is_data(path)
+        pixels = _with_tifffile(path) if _is_deep_tiff(path) else _with_pillow(path, channels)
+        if not pixels.size or pixels.ndim not in (2, 3):
+            raise ValueError(f"its shape is {pixels.shape}")
+    except LoRunError:
+        raise
+    except Exception as error:  # the readers raise many kinds for damaged files
         raise LoRunError(
-            f"cannot read the image {path}: {error}; remove the file, or define read(path) in the task"
+            f"cannot read the image {path}: {type(error).__name__}: {error}; remove the file, {OTHERWISE}"
         ) from error
+    image = torch.from_numpy(_between_0_and_1(pixels, path)).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+    if image.shape[0] == channels:
+        return image.contiguous()
+    if image.shape[0] not in (1, 3):
+        raise LoRunError(f"{path} has {image.shape[0]} channels: save 1 or 3, {OTHERWISE}")
+    return image.expand(3, -1, -1) if channels == 3 else torch.tensordot(torch.tensor(LUMINANCE), image, 1)[None]
 
 
-def image_tensor(image: Image.Image, channels: int) -> Tensor:
-    """Return ``image`` as a tensor of shape (C, H, W), float32 in [0, 1]; 16-bit grey images keep their depth.
+def _with_pillow(path: Path, channels: int) -> np.ndarray:
+    with Image.open(path) as image:
+        if image.format != "MPO":  # a photograph, with a preview of itself
+            _check_pages(getattr(image, "n_frames", 1), path)
+        if _is_deep_colour(path, image):
+            raise LoRunError(
+                f"{path} has colours of 16 bits, of which this format is read with 8 only: save it as TIFF, {OTHERWISE}"
+            )
+        if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+            raise _transparent(path)
+        if image.mode[0] == "I" and image.format in ("PNG", "PPM", "TIFF"):  # 16 bits, also where they are kept in 32
+            deep = np.asarray(image).astype(np.uint16)
+            inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0  # type: ignore[attr-defined]
+            return 65535 - deep if inverted else deep
+        if image.mode in ("I", "F"):
+            return np.array(image)
+        return np.asarray(image.convert("L" if channels == 1 else "RGB"))
 
-    >>> image_tensor(Image.new("L", (4, 3), 255), channels=1).shape
-    torch.Size([1, 3, 4])
+
+def _is_deep_colour(path: Path, image: Image.Image) -> bool:
+    """Whether a PNG or PPM file, just opened, has more than one value of 16 bits a pixel."""
+    if image.format == "PNG":
+        with path.open("rb") as file:
+            head = file.read(26)
+        return head[24] == 16 and head[25] != 0  # the depth, and the kind: 0 is grey
+    arguments = image.tile[0][3] if image.format == "PPM" and image.mode != "I" and image.tile else ()  # type: ignore[attr-defined]
+    return isinstance(arguments, tuple) and any(isinstance(item, int) and item > 255 for item in arguments)
+
+
+def _is_deep_tiff(path: Path) -> bool:
+    """Whether it is a TIFF file with more than 8 bits a value, other than grey with 16."""
+    with path.open("rb") as file:
+        if file.read(4) not in TIFF:
+            return False
+    with tifffile.TiffFile(path) as file:
+        page = file.pages.first
+        return page.bitspersample > 8 and (page.samplesperpixel > 1 or page.dtype != np.uint16)
+
+
+def _with_tifffile(path: Path) -> np.ndarray:
+    with tifffile.TiffFile(path) as file:
+        _check_pages(len(file.pages), path)
+        page = file.pages.first
+        pixels = page.asarray()
+        pixels = np.moveaxis(pixels, 0, -1) if page.axes.startswith("S") else pixels
+        if page.extrasamples:
+            alpha = pixels[..., -1]
+            if (alpha < (1 if alpha.dtype.kind == "f" else np.iinfo(alpha.dtype).max)).any():
+                raise _transparent(path)
+            pixels = pixels[..., :-1]
+        return pixels
+
+
+def _between_0_and_1(pixels: np.ndarray, path: Path) -> np.ndarray:
+    """The values as float32 in [0, 1]."""
+    if pixels.dtype in (np.uint8, np.uint16):
+        return pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
+    if pixels.dtype.kind != "f":
+        raise LoRunError(
+            f"{path} has values of {pixels.dtype}, of which nothing says how large they can be: save it with 8 or 16 "
+            f"bits, {OTHERWISE}"
+        )
+    check_range(pixels, str(path), f"save it divided by its largest value, {OTHERWISE}")
+    return pixels.astype(np.float32)
+
+
+def check_range(values: np.ndarray | Tensor, where: str, advice: str) -> None:
+    """Check that all values are in [0, 1].
+
+    Args:
+        values: floats.
+        where: what holds them, for the message.
+        advice: what to do, for the message.
+
+    Raises:
+        LoRunError: some are not, or are NaN.
     """
-    if image.mode[0] == "I" and channels == 1:  # mode I;16, or I where Pillow reads 16 bits into 32
-        return torch.from_numpy(np.asarray(image).astype(np.float32))[None] / 65535
-    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
-    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1).contiguous()
+    least, most = float(values.min()), float(values.max())
+    if not (-1e-6 <= least and most <= 1 + 1e-6):
+        raise LoRunError(f"expected values from 0 to 1 in {where}, found {least:.4g} to {most:.4g}: {advice}")
+
+
+def _check_pages(count: int, path: Path) -> None:
+    if count > 1:
+        raise LoRunError(f"{path} has {count} pages: save each in a file of its own, {OTHERWISE}")
+
+
+def _transparent(path: Path) -> LoRunError:
+    return LoRunError(f"{path} has transparent parts: save it on a background, {OTHERWISE}")

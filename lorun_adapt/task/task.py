@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from ..errors import LoRunError
 from ..util.numbers import is_whole_number
 from ..util.text import SHORT, is_short
-from .images import IMAGE_SUFFIXES, read_image
+from .images import IMAGE_SUFFIXES, check_range, read_image
 from .weights import choose_state, mismatch, read_states
 
 
@@ -190,12 +190,13 @@ class Task:
             LoRunError: the file is no image, or the task's ``read`` fails or returns another number of channels.
         """
         if hasattr(self.module, "read"):
-            image = self._call("read", path)
+            image = self._guard(f"read() of {self.name} for {path}", self.module.read, path)
             if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != self.channels:
                 raise LoRunError(
                     f"expected read() of {self.name} to return a tensor ({self.channels}, H, W), found "
                     f"{_shape_or_type(image)} for {path}: change read(), or channels"
                 )
+            check_range(image, f"what read() of {self.name} returns for {path}", "divide by the largest possible value")
             return image.float()
         if self.channels not in (1, 3):
             raise LoRunError(
