@@ -32,6 +32,7 @@ from .training.duration import Duration
 from .util.copying import check_separate, copy_network
 from .util.nested import device_of, to_device
 from .util.seeds import seeded
+from .util.torch_modes import in_own_modes
 
 if TYPE_CHECKING:
     import os
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 WEIGHING = 0.05  # the fraction of the minutes of recovery that measuring sensitivities for a budget may take
 
 
+@in_own_modes
 def convert(
     dun: nn.Module,
     config: LoraConfig | None = None,
@@ -146,6 +148,7 @@ def convert(
     return lorun
 
 
+@in_own_modes
 def collapse(
     dun: nn.Module,
     config: LoraConfig | None = None,

@@ -19,8 +19,10 @@ from ..stages.tensors import outside_parameters
 from ..terms.term import Term
 from ..util.modules import has_valid_values, tensor_of
 from ..util.numbers import is_number
+from ..util.torch_modes import in_own_modes
 
 
+@in_own_modes
 def weighted_set(
     base: nn.Module, stage_map: StageMap, sets: Sequence[AdapterSet], weights: Sequence[float]
 ) -> AdapterSet:
@@ -56,6 +58,7 @@ def weighted_set(
     return AdapterSet(adapters, config_of_ranks(ranks), outside, AdapterInfo().with_noise(noise))
 
 
+@in_own_modes
 @torch.no_grad()
 def weighted_outside(
     base: nn.Module, stage_map: StageMap, outsides: Sequence[Mapping[str, Tensor]], weights: Sequence[float]

@@ -38,6 +38,7 @@ from ..util.copying import copy_network, deep_copy
 from ..util.fingerprint import fingerprint_of
 from ..util.modules import distinct_tensors
 from ..util.seeds import seeded
+from ..util.torch_modes import in_own_modes
 from .combine import weighted_outside, weighted_set
 from .noise_choice import NoiseChoice
 from .running import Running
@@ -154,6 +155,7 @@ class LoRunModel(nn.Module):
         common = self._running.common_set
         return dict(self._running.active) if common is None else [common]
 
+    @in_own_modes
     def set_adapter(self, adapter: str | Sequence[str] | Mapping[int, str], inference_mode: bool = False) -> None:
         """Activate a set in all stages, or, with ``{stage: name}``, in some of them.
 
@@ -205,6 +207,7 @@ class LoRunModel(nn.Module):
                 with self._lock:
                     self.network = self._network_for(self._running.active)
 
+    @in_own_modes
     def load_adapter(
         self,
         source: str | os.PathLike[str],
@@ -263,6 +266,7 @@ class LoRunModel(nn.Module):
                 held = dataclasses.replace(before, adapters=adapters, config=held.config, info=info)
             self._put(adapter_name, held)
 
+    @in_own_modes
     def add_adapter(self, adapter_name: str, config: LoraConfig) -> None:
         """Add an untrained set, as in PEFT: it does not change the base's output until it is trained.
 
@@ -285,6 +289,7 @@ class LoRunModel(nn.Module):
         with self._lock:
             self._put(adapter_name, untrained_set(self.base, self.stage_map, config))
 
+    @in_own_modes
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Add a set that is a weighted sum of other sets, like PEFT's ``combination_type="svd"``.
 
@@ -312,6 +317,7 @@ class LoRunModel(nn.Module):
         with self._lock:
             self._put(adapter_name, self._weighted(adapters, weights))
 
+    @in_own_modes
     def copy_adapter(self, source: str, adapter_name: str) -> None:
         """Add a set that is a copy of the set ``source``.
 
@@ -402,6 +408,7 @@ class LoRunModel(nn.Module):
                 self._noise.task = before
                 raise
 
+    @in_own_modes
     def set_noise(
         self, adapter_name: str, *, sigma: float | None = None, noise_schedule: Sequence[float] | None = None
     ) -> None:
@@ -510,6 +517,7 @@ class LoRunModel(nn.Module):
 
     # --- training --------------------------------------------------------------------------------
 
+    @in_own_modes
     def recover(
         self,
         teacher: nn.Module,
@@ -580,6 +588,7 @@ class LoRunModel(nn.Module):
         finally:
             self._drop_outdated(before)
 
+    @in_own_modes
     def finetune(
         self,
         batches: Iterable[Any],
@@ -684,6 +693,7 @@ class LoRunModel(nn.Module):
 
     # --- files -----------------------------------------------------------------------------------
 
+    @in_own_modes
     def save_pretrained(
         self,
         path: str | os.PathLike[str],
@@ -715,6 +725,7 @@ class LoRunModel(nn.Module):
         """
         save(select_sets(self.converted(), selected_adapters), as_path(path), dtype, adapters_only)
 
+    @in_own_modes
     def push_to_hub(
         self,
         repo_id: str,
@@ -760,6 +771,7 @@ class LoRunModel(nn.Module):
                 create_pr=create_pr,
             )
 
+    @in_own_modes
     def merge_and_unload(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> nn.Module:
         """Return a network of the original class with merged, dense weights; this model does not change.
 
@@ -801,6 +813,7 @@ class LoRunModel(nn.Module):
                     raise LoRunError(f"the merged {name!r} has NaN or Inf: merge sets from before training diverged")
         return network.train(self.training)
 
+    @in_own_modes
     def base_denoiser(self, group: str | None = None) -> nn.Module:
         """Return a copy of the shared denoiser: a module of the original class with the base's weights.
 

@@ -12,9 +12,11 @@ from ..disk.folder import restore_interrupted_save, retry_if_replaced
 from ..errors import LoRunError
 from ..files.load import load
 from ..hub.source import files_of_conversion, resolve_source
+from ..util.torch_modes import in_own_modes
 from .lorun_model import LoRunModel
 
 
+@in_own_modes
 def from_pretrained(
     source: str | os.PathLike[str] | nn.Module,
     dun: nn.Module | str | os.PathLike[str],

@@ -91,7 +91,7 @@ def finetune(
         )
         finished = trainer.train(stop)
     if not finished:
-        warnings.warn("fine-tuning was stopped: the best weights so far are kept", stacklevel=3)
+        warnings.warn("fine-tuning was stopped: the best weights so far are kept", stacklevel=4)
     return finished
 
 
@@ -114,7 +114,7 @@ def _split(batches: Iterable[Any]) -> tuple[Iterable[Any], Iterable[Any]]:
         warnings.warn(
             "no batches are held out, because batches is short or cannot be sliced: pass held_out=, or the set may end "
             "worse than it started",
-            stacklevel=4,
+            stacklevel=5,
         )
     stream = Batches(batches)
     return list(itertools.islice(stream, HELD_OUT)), stream

@@ -21,6 +21,7 @@ from ..stages.stage_map import StageMap
 from ..util.modules import evaluating
 from ..util.numbers import is_number
 from ..util.seeds import seeded
+from ..util.torch_modes import in_own_modes
 from .distill import Distillation, Loss
 from .duration import Duration
 from .run import Phase
@@ -33,6 +34,7 @@ from .trainer import Trainer
 RATE = 0.02  # learning rate relative to the size of a tensor's values, unless the caller gives others
 
 
+@in_own_modes
 def fit(
     network: nn.Module,
     batches: Iterable[Any],
@@ -108,7 +110,7 @@ def fit(
         )
         finished = trainer.train(stop)
     if not finished:
-        warnings.warn("training was stopped: the network has the best weights so far", stacklevel=2)
+        warnings.warn("training was stopped: the network has the best weights so far", stacklevel=3)
     return finished
 
 

@@ -128,12 +128,12 @@ def recover(
         for example in trainer.examples[:1]:  # there is none if it was stopped at once
             _warn_if_it_diverges(objective, example, teacher)
     if not finished:
-        warnings.warn("recovery was stopped: the best weights so far are kept", stacklevel=3)
+        warnings.warn("recovery was stopped: the best weights so far are kept", stacklevel=4)
     elif not trainer.improved:
         warnings.warn(
             "recovery found nothing closer to the original than the weights it began with, and kept these: train for "
             "longer, or on more images",
-            stacklevel=3,
+            stacklevel=4,
         )
     return finished
 
