@@ -133,7 +133,9 @@ def eval_(
             num_parameters_converted=lorun.report().network_after.num_parameters if lorun is not None else None,
         )
     if as_json:
-        click.echo(json.dumps(result.as_dict(), indent=2))
+        from ..util.numbers import without_nan
+
+        click.echo(json.dumps(without_nan(result.as_dict()), indent=2, allow_nan=False))
     else:
         show(result.tables())
     if record and converted is not None and lorun is not None:

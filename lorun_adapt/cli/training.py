@@ -114,7 +114,7 @@ def convert_(
         left = Duration(training["minutes"], training["steps"]).after(time.monotonic() - started)
         training |= {"minutes": left.minutes, "steps": left.steps}
     finished = crops is None or _recover(lorun, spec, net, crops, seed, training)
-    _save(lorun, spec, out, dtype, finished)
+    _save(lorun, spec, out, dtype, finished, training["resume_from"])
 
 
 @click.command()
@@ -153,7 +153,7 @@ def recover(
     crops = _crops(spec, calibration, seed, training)
     stored = stored_dtype(lorun.converted(), converted)
     finished = _recover(lorun, spec, net, crops, seed, training)
-    _save(lorun, spec, out, dtype or stored, finished)
+    _save(lorun, spec, out, dtype or stored, finished, training["resume_from"])
 
 
 @click.command()
@@ -237,7 +237,7 @@ def finetune(
         seed=seed,
     )
     lorun.set_adapter(before)
-    _save(lorun, spec, out, dtype or stored, finished, report=False)
+    _save(lorun, spec, out, dtype or stored, finished, resume_from, report=False)
     if _is_main_process():
         _compare_sets(lorun, spec, kept, adapter_name, (start_from or (DEFAULT_SET,))[0], sigma, images, seed)
         lorun.set_adapter(before)
@@ -296,9 +296,19 @@ def _recover(lorun: LoRunModel, spec: Task, net: nn.Module, crops: Crops, seed: 
 
 
 def _save(
-    lorun: LoRunModel, spec: Task, out: Path, dtype: torch.dtype | None, finished: bool, *, report: bool = True
+    lorun: LoRunModel,
+    spec: Task,
+    out: Path,
+    dtype: torch.dtype | None,
+    finished: bool,
+    state: Path | None,
+    *,
+    report: bool = True,
 ) -> None:
-    """Save and print a summary; exit with code 130, as shells expect, if Ctrl-C stopped the training."""
+    """Save, remove the state file of a finished run, and print a summary.
+
+    If Ctrl-C stopped the training, exit with code 130, as shells expect.
+    """
     from ..disk.folder import tensor_bytes
     from ..util.text import shortened
 
@@ -310,6 +320,8 @@ def _save(
             base_model=spec.base_model or lorun.card.base_model,
         )
         lorun.save_pretrained(out, dtype=dtype)
+        if finished and state is not None:
+            state.unlink(missing_ok=True)
         if report:
             show(lorun.report().tables())
         click.echo(f"saved to {out}: {tensor_bytes(out):,} bytes of safetensors")

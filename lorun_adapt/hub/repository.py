@@ -6,6 +6,7 @@ a saved conversion can have. A file with the wrong hash is downloaded again.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -34,6 +35,8 @@ from ..files.layout import ADAPTERS_FOLDER, CONFIG_FILE, NAMES
 
 # In some versions of huggingface_hub, a broken connection raises an error of the HTTP library instead of an OSError.
 CONNECTION_ERRORS: tuple[type[BaseException], ...] = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
+DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR, errno.ENOENT}
+DISK_ERRORS |= {errno.ENAMETOOLONG, errno.EIO, errno.EMFILE, getattr(errno, "EDQUOT", errno.ENOSPC)}
 HUB_ERRORS: tuple[type[BaseException], ...] = (ValueError, *CONNECTION_ERRORS)
 
 # Returns the names of the files to download, given the description of a repository (None if it has none, as one that
@@ -192,6 +195,11 @@ class Repository:
                 f"expected a repository as 'user/name', found {self.repo_id!r}: {_first_line(error)}"
             ) from error
         except CONNECTION_ERRORS as error:
+            if _is_of_the_disk(error):
+                raise LoRunError(
+                    f"cannot keep files of {name} on this disk ({_first_line(error)}): make room or a folder that can "
+                    "be written, or give another one with cache_dir= or HF_HOME"
+                ) from error
             raise LoRunError(
                 f"the request to the Hub for {name} failed ({_first_line(error)}): check the connection and the token, "
                 "and try again"
@@ -201,6 +209,11 @@ class Repository:
                 f"the Hub refuses a value for {name} ({_one_line(error)}): correct this argument, or this field "
                 "of the card"
             ) from error
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    """Whether an error is of a file on this machine, and not of the connection."""
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS and not isinstance(error, ConnectionError)
 
 
 def _commit(path: Path, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
 from ..disk.folder import as_path, replace_folder, sha256
 from ..disk.reading import parse_json, read_file
@@ -17,7 +19,7 @@ from ..errors import LoRunError
 from ..files.description import MAX_BYTES, read_description
 from ..files.layout import ADAPTERS_FOLDER, BASE_FILE, CONFIG_FILE, NAMES, PEFT_CONFIG_FILE, SET_CONFIG_FILE
 from ..files.save import check_keeps_base, foreign_entries
-from .repository import Repository
+from .repository import HUB_ERRORS, Repository
 from .source import is_repository
 
 
@@ -38,26 +40,53 @@ def push(
             raise LoRunError(f"{name[:100]!r} in {folder} is missing or has changed since it was saved: save it again")
     api = HfApi(token=token, library_name="lorun-adapt")
     with Repository(repo_id, revision).translating_errors():
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name added
-        there = revision is None or api.revision_exists(repo_id, revision)
-        adapters_only = BASE_FILE not in description["files"]
-        if adapters_only and api.file_exists(repo_id, BASE_FILE, revision=revision if there else None):
-            raise LoRunError(
-                f"{repo_id} has a {BASE_FILE} that these adapters may not fit: push them with their base, or to "
-                "another repository"
-            )
-        if revision is not None and not there:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=str(folder),
-            revision=revision,
-            commit_message=commit_message or f"Upload {', '.join(description['adapters'])} with lorun-adapt",
-            create_pr=create_pr,
-            allow_patterns=[CONFIG_FILE, *(glob.escape(name) for name in description["files"])],
-            delete_patterns=[f"{ADAPTERS_FOLDER}/*"],  # sets that the folder no longer has
+        try:
+            new, repo_id = True, api.create_repo(repo_id, private=private).repo_id  # with the user's name added
+        except HfHubHTTPError:  # it is there, or this says what else is wrong
+            new, repo_id = False, api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        try:
+            return _upload(api, repo_id, folder, description, revision, commit_message, create_pr)
+        except BaseException:
+            if new:
+                _delete_if_empty(api, repo_id)
+            raise
+
+
+def _upload(
+    api: HfApi,
+    repo_id: str,
+    folder: Path,
+    description: Mapping[str, Any],
+    revision: str | None,
+    commit_message: str | None,
+    create_pr: bool,
+) -> str:
+    there = revision is None or api.revision_exists(repo_id, revision)
+    adapters_only = BASE_FILE not in description["files"]
+    if adapters_only and api.file_exists(repo_id, BASE_FILE, revision=revision if there else None):
+        raise LoRunError(
+            f"{repo_id} has a {BASE_FILE} that these adapters may not fit: push them with their base, or to another "
+            "repository"
         )
+    if revision is not None and not there:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=str(folder),
+        revision=revision,
+        commit_message=commit_message or f"Upload {', '.join(description['adapters'])} with lorun-adapt",
+        create_pr=create_pr,
+        allow_patterns=[CONFIG_FILE, *(glob.escape(name) for name in description["files"])],
+        delete_patterns=[f"{ADAPTERS_FOLDER}/*"],  # sets that the folder no longer has
+    )
     return str(commit)
+
+
+def _delete_if_empty(api: HfApi, repo_id: str) -> None:
+    """Delete a repository that was made for an upload which failed."""
+    with contextlib.suppress(*HUB_ERRORS):  # the upload's error is raised
+        if set(api.list_repo_files(repo_id)) <= {".gitattributes"}:
+            api.delete_repo(repo_id, missing_ok=True)
 
 
 def pull(repository: Repository, out: Path) -> None:

@@ -24,7 +24,8 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -242,7 +243,8 @@ class Task:
 
     def _guard(self, what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
-            return function(*args, **kwargs)
+            with _own_command_line(self.name):
+                return function(*args, **kwargs)
         except LoRunError:
             raise
         except Exception as error:
@@ -265,7 +267,8 @@ def load_task(name: str | os.PathLike[str]) -> Task:
     """
     name = os.fspath(name)
     try:
-        module = _module_of_file(Path(name)) if name.endswith(".py") else _module_by_name(name)
+        with _own_command_line(name):
+            module = _module_of_file(Path(name)) if name.endswith(".py") else _module_by_name(name)
     except LoRunError:
         raise
     except Exception as error:
@@ -300,6 +303,24 @@ def load_task(name: str | os.PathLike[str]) -> Task:
     if weights is not None:
         options["weights"] = Path(module.__file__ or ".").parent / weights
     return Task(name, module, **options)
+
+
+@contextmanager
+def _own_command_line(name: str) -> Iterator[None]:
+    """Run the user's code as if it had been started without arguments, and do not let it end the process.
+
+    Published networks often parse the command line when they are imported or built.
+    """
+    before, sys.argv = sys.argv, [name]
+    try:
+        yield
+    except SystemExit as error:
+        raise LoRunError(
+            f"{name} ends the process with sys.exit({error.code!r}), see {_line_of(error)}: move what parses the "
+            'command line under `if __name__ == "__main__":`, or give its options defaults'
+        ) from error
+    finally:
+        sys.argv = before
 
 
 def _module_by_name(name: str) -> ModuleType:

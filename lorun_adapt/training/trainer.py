@@ -51,8 +51,8 @@ class Trainer:
         calibration: the batches to train on.
         duration: how long to train.
         seed: of all random numbers. On a CPU, the same seed and number of steps give the same tensors to the bit.
-        resume_from: the state file, which keeps the state of the run while it lasts. If it exists, the run resumes
-            from it; the batches that were used up are drawn again.
+        resume_from: the state file, which keeps the state of the run, also that of its end. If it exists, the run
+            resumes from it; the batches that were used up are drawn again.
         run_id: identifies the run, so that it does not resume from the state file of another one.
         phases: what to train on, one after another; each begins with the best tensors so far.
         started: when the duration began, by ``time.monotonic()``.
@@ -115,11 +115,7 @@ class Trainer:
         finally:
             self.optimised.put(self.best)
             self.optimised.clear_gradients()
-        if stop.is_set():
-            return False
-        if self.resume_from is not None and self.accelerator.is_main_process:
-            self.resume_from.unlink(missing_ok=True)
-        return True
+        return not stop.is_set()
 
     def judge(self) -> None:
         """Judge the tensors as they are, before training begins, and keep a copy if they are the best so far."""
@@ -383,6 +379,8 @@ class Trainer:
         self.optimised.restore(state["weights"])
         for tensor, value in zip(self._restored_tensors(), state["others"]):
             tensor.copy_(value)
+        if self.duration.fraction_done(self.run.seconds, self.run.step) >= 1:
+            warnings.warn(f"the run in {path} was over already: remove the file to train anew", stacklevel=2)
 
     def _bar(self) -> tqdm:
         return progress(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import SupportsIndex, TypeGuard
+import math
+from typing import Any, SupportsIndex, TypeGuard
 
 import torch
 from torch import Tensor
@@ -44,3 +45,16 @@ def is_numeric(value: Tensor | torch.dtype) -> bool:
     """
     dtype = value.dtype if isinstance(value, Tensor) else value
     return dtype.is_floating_point or dtype.is_complex
+
+
+def without_nan(value: Any) -> Any:
+    """Return nested dicts and lists with None in the place of NaN and Inf, which JSON does not have.
+
+    >>> without_nan({"psnr": [float("inf"), 30.5], "name": "x"})
+    {'psnr': [None, 30.5], 'name': 'x'}
+    """
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

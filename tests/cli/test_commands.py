@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from tasks import call, run
 
 from lorun_adapt.task.task import load_task
@@ -87,6 +88,37 @@ def test_recovery_on_the_command_line(task_file, weights, images, tmp_path, caps
     text = (tmp_path / "page.html").read_text()
     assert text.count("data:image/webp;base64") == 18 and "<svg" in text and "http" not in text
     assert "a.JPG" in text and "denoiser.<wbr>body.<wbr>weight</th>" in text
+
+
+def test_the_state_of_a_run_stays_until_its_result_is_saved(
+    task_file, weights, images, tmp_path, capsys, monkeypatch
+) -> None:
+    state = tmp_path / "state.safetensors"
+    arguments = (
+        "convert", task_file, "--weights", weights, "--calibration", images, "--steps", 6, "--rank", 1,
+        "--resume-from", state, "--out", tmp_path / "out",
+    )  # fmt: skip
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr("lorun_adapt.model.lorun_model.save", full)
+        with pytest.raises(OSError):
+            call(capsys, monkeypatch, *arguments)
+    assert state.exists() and not (tmp_path / "out").exists()
+    with pytest.warns(UserWarning, match="was over already"):
+        code, _, _ = call(capsys, monkeypatch, *arguments)
+    assert code == 0 and (tmp_path / "out").exists() and not state.exists()
+
+
+def test_scores_without_end_are_null(task_file, weights, images, tmp_path, capsys, monkeypatch) -> None:
+    black = tmp_path / "black"
+    black.mkdir()
+    Image.new("RGB", (20, 20)).save(black / "black.png")
+    task_file.write_text(task_file.read_text() + "\ndef restore(output, images):\n    return images\n")
+    code, out, _ = call(capsys, monkeypatch, "eval", task_file, "--weights", weights, "--images", black, "--json")
+    assert code == 0 and "Infinity" not in out and json.loads(out)["mean"]["psnr"] is None
 
 
 def test_mistakes_in_training_options(task_file, weights, images, tmp_path, capsys, monkeypatch) -> None:

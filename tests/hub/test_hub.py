@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -256,6 +258,36 @@ def test_what_the_hub_or_its_client_does_not_take(hub: HubServer, lorun: LoRunMo
     ) as caught:
         lorun.push_to_hub("alice/net", token="alice-token")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("commit_fails", [True, False])
+def test_an_upload_that_fails_leaves_no_empty_repository(
+    hub: HubServer, lorun: LoRunModel, monkeypatch, commit_fails: bool
+) -> None:
+    def refuse(self, request, **parts):
+        raise hub_server.HubError(403, None, "Your storage is full")
+
+    part = "/commit/" if commit_fails else "/preupload/"
+    routes = [(method, p, refuse if part in p.pattern else f) for method, p, f in ROUTES]
+    monkeypatch.setattr(hub_server, "ROUTES", routes)
+    with pytest.raises(LoRunError, match="Your storage is full|403"):
+        lorun.push_to_hub("alice/new", token="alice-token")
+    assert "alice/new" not in hub.repos
+    hub.add_repo("alice/net", {"README.md": b"mine"})
+    with pytest.raises(LoRunError, match="Your storage is full|403"):
+        lorun.push_to_hub("alice/net", token="alice-token")
+    assert hub.files("alice/net") == {"README.md": b"mine"}  # what was there before stays
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR])
+def test_an_error_of_the_disk_is_not_the_hubs(
+    pushed: HubServer, lorun: LoRunModel, blocks: Case, monkeypatch, number: int
+) -> None:
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number), "/cache/models")
+
+    monkeypatch.setattr("lorun_adapt.hub.repository.hf_hub_download", fail)
+    unchanged(lorun, blocks, rf"alice/net on this disk \(.*{os.strerror(number)}.*make room")
 
 
 def test_a_refusal_is_not_taken_for_a_lost_connection(

@@ -352,6 +352,13 @@ class HubServer:
         self.add_repo(repo_id, {".gitattributes": attributes}, private=private)
         return {"url": f"{self.endpoint}/{repo_id}", "name": repo_id}
 
+    @route("DELETE", "/api/repos/delete")
+    def _delete(self, request: Request) -> Any:
+        repo_id = f"{request.json.get('organization') or request.user}/{request.json['name']}"
+        self._repo(request, repo_id, write=True)
+        del self.repos[repo_id]
+        return Reply(200)
+
     @route("POST", "/api/models/{repo}/branch/{name}")
     def _create_branch(self, request: Request, repo: str, name: str) -> Any:
         found = self._repo(request, repo, write=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from pathlib import Path
 
@@ -58,6 +59,35 @@ def test_a_forward_that_differentiates(task_file: Path) -> None:
     task = load_task(task_file)
     image = torch.rand(1, 3, 16, 16)
     assert task.run(task.build(), task.measure(image), image).shape == image.shape
+
+
+PARSES = """
+import argparse
+parser = argparse.ArgumentParser()
+parser.add_argument("--stages", type=int, default=9)
+"""
+
+
+def test_it_does_not_see_our_command_line(task_file: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lorun-adapt", "inspect", "--stages", "fcs.*"])
+    parse = PARSES + "assert parser.parse_args().stages == 9\n"
+    task_file.write_text(parse + COLOUR_TASK.replace("def build():", "def build():\n    parser.parse_args()"))
+    load_task(task_file).build()
+    assert sys.argv == ["lorun-adapt", "inspect", "--stages", "fcs.*"]
+
+
+@pytest.mark.parametrize("where", ["module", "build", "measure"])
+def test_it_does_not_end_our_process(task_file: Path, where: str, capsys) -> None:
+    ends = "\nimport sys\n" + {
+        "module": "sys.exit('no data')\n" + COLOUR_TASK,
+        "build": COLOUR_TASK + PARSES + "parser.add_argument('--data', required=True)\nbuild = parser.parse_args\n",
+        "measure": COLOUR_TASK + "\ndef measure(images, sigma=0.0):\n    sys.exit()\n",
+    }.get(where)
+    task_file.write_text(ends)
+    with pytest.raises(LoRunError, match=r"my_task.py ends the process with sys.exit\(.*\), see .*line \d+: move what"):
+        task = load_task(task_file)
+        task.build()
+        task.example_inputs()
 
 
 def test_a_task_that_adds_no_noise(task_file: Path) -> None:
