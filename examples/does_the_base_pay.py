@@ -189,7 +189,9 @@ class Study:
         with seeded(0):
             return Batches(self.crops)
 
-    def _recovered(self, lorun: LoRunModel, steps: int | None = None, closed_form: bool = True) -> LoRunModel:
+    def _recovered(
+        self, lorun: LoRunModel, steps: int | None = None, closed_form: bool = True, state: str = "recovery.state"
+    ) -> LoRunModel:
         """Recover as ``LoRunModel.recover`` does, from the weights as they are if not in closed form."""
         if not recover(
             lorun.converted(),
@@ -197,7 +199,7 @@ class Study:
             self.net,
             self._batches(),
             Duration(steps=steps or self.steps),
-            resume_from=self.folder / "recovery.state",
+            resume_from=self.folder / state,
             closed_form=closed_form,
         ):
             raise KeyboardInterrupt
@@ -222,7 +224,8 @@ class Study:
         for adapter in [adapter for stage in lorun.converted().choice.values() for adapter in stage.values()]:
             for term in terms_of(adapter).values():
                 term.requires_grad_(False)
-        return self._recovered(lorun, round(FIRST * self.steps), closed_form=False).merge_and_unload()
+        steps = round(FIRST * self.steps)
+        return self._recovered(lorun, steps, closed_form=False, state="tying.state").merge_and_unload()
 
     def _pull(self) -> nn.Module:
         """The original, trained while the part of its kernels that a base and the terms cannot hold shrinks to zero."""

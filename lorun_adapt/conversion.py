@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from .network.batches import Batches
 from .network.converted import AdapterSet, Converted
 from .network.divergence import warn_if_it_diverges
 from .network.observe import num_positional_arguments
+from .network.report import make_report
 from .peft_format.options import config_of_ranks
 from .stages.checks import check_dense, check_finite, check_parameters, check_reachable
 from .stages.find import find_stages
@@ -212,11 +214,32 @@ def collapse(
         for site, adapter in zip(group.sites, factorised[group.name].adapters):
             adapters[site.stage][group.name] = adapter
     ranks = {name: {tensor: setting.rank for tensor, setting in p.settings.items()} for name, p in plans.items()}
-    return Converted(
+    converted = Converted(
         base,
         dataclasses.replace(stage_map, ranks=ranks),
         {DEFAULT_SET: AdapterSet(adapters, config)},
         dict.fromkeys(adapters, DEFAULT_SET),
         {name: item.residuals for name, item in factorised.items()},
         trainable_names=frozenset(name for name, p in dun.named_parameters() if p.requires_grad),
+    )
+    _warn_if_it_grows(converted)
+    return converted
+
+
+def _warn_if_it_grows(converted: Converted) -> None:
+    report = make_report(converted)
+    before, after = report.network_before.num_parameters, report.network_after.num_parameters
+    if after <= before:
+        return
+    stages = [id(converted.base.get_submodule(site.module)) for site in converted.stage_map.sites]
+    advice = "choose a lower rank, or leave out the tensors that are smaller without"
+    if len(set(stages)) < len(stages):
+        advice = (
+            "its stages shared a denoiser already, so adapters make it no smaller; they let stages differ, and hold "
+            "what other noise levels need"
+        )
+    warnings.warn(
+        f"the conversion of {converted.stage_map.network} grows from {before:,} to {after:,} parameters, "
+        f"{after / before:.2f} times as many: {advice}",
+        stacklevel=4,
     )

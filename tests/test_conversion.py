@@ -379,3 +379,17 @@ def test_parameters_out_of_reach_are_an_error(hide) -> None:
     hide(net.denoisers[1])
     with pytest.raises(LoRunError, match=r"denoisers.1.*'(kernels|run)'"):
         convert(net)
+
+
+def test_a_conversion_that_grows_says_so() -> None:
+    for name in ("looped", "one_block_many_times"):
+        case = ZOO[name]()
+        with pytest.warns(UserWarning, match=r"grows from .*times as many: its stages shared a denoiser already"):
+            convert(case.net, rank=2, **case.find())
+    net = ZOO["list_of_blocks"]().net
+    config = LoraConfig(r=60, target_parameters=["denoiser.head.weight", "denoiser.body.weight"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        convert(net, config)
+        convert(net, rank=2)
+    assert sum("choose a lower rank" in str(warning.message) for warning in caught) == 1
