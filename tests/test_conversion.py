@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import threading
 import warnings
 from functools import partial
 
@@ -393,3 +396,72 @@ def test_a_conversion_that_grows_says_so() -> None:
         convert(net, config)
         convert(net, rank=2)
     assert sum("choose a lower rank" in str(warning.message) for warning in caught) == 1
+
+
+class Settings(dict):
+    """A dict whose keys are attributes, as configs often are; it raises KeyError for others."""
+
+    def __getattr__(self, name: str) -> object:
+        return self[name]
+
+
+def buffer(value: torch.Tensor):
+    return lambda net: [net.register_buffer("extra", value), *(b.register_buffer("extra", value) for b in net.blocks)]
+
+
+def attribute(value: object):
+    return lambda net: [setattr(module, "extra", value) for module in (net, *net.blocks)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        attribute(threading.Lock()),
+        attribute([threading.RLock()]),
+        attribute(F),
+        attribute(Settings(width=8, kernels=[3, Settings(a=1)])),
+        attribute(torch.Generator()),
+        attribute(logging.getLogger("net")),
+        buffer(torch.ones(3, dtype=torch.complex64)),
+        buffer(torch.ones(3, dtype=torch.int8)),
+    ],
+    ids=["lock", "locks", "python module", "settings", "generator", "logger", "complex", "integers"],
+)
+def test_what_networks_keep_beside_their_weights(change, tmp_path) -> None:
+    case = ZOO["list_of_blocks"]()
+    change(case.net)
+    lorun = convert(case.net, rank=2, example_inputs=case.inputs)
+    expected = lorun(*case.inputs)
+    lorun.save_pretrained(tmp_path / "saved")
+    assert torch.equal(lorun_adapt.from_pretrained(tmp_path / "saved", case.net)(*case.inputs), expected)
+    assert torch.equal(copy.deepcopy(lorun)(*case.inputs), expected)
+    assert lorun.recover(case.net, [case.inputs], steps=2)
+    held = lorun.base.blocks[0].extra
+    if isinstance(held, Settings):
+        assert held == case.net.blocks[0].extra and held.kernels[1] is not case.net.blocks[0].extra.kernels[1]
+
+
+def scripted(net: nn.Module) -> None:
+    net.blocks[1].denoiser = torch.jit.script(net.blocks[1].denoiser)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (buffer(torch.eye(3).to_sparse()), "expected a dense tensor with values, found torch.sparse_coo in 'extra'"),
+        (lambda net: buffer(torch.eye(3).to_sparse_csr())(net), "extra of ListOfBlocks"),
+        (buffer(torch.ones(3).to(torch.float8_e4m3fn)), "cannot store the torch.float8_e4m3fn of 'extra'"),
+        (lambda net: buffer(torch.ones(3).to(torch.complex32))(net), "cannot store the torch.complex32 of 'extra'"),
+        (attribute(i for i in range(3)), "cannot copy extra of ListOfBlocks .*generator"),
+        (scripted, "blocks.1.denoiser is TorchScript, .* before torch.jit.script"),
+        (lambda net: setattr(net, "lazy", nn.LazyLinear(3)), "lazy is lazy, without weights yet: run the network once"),
+        (lambda net: setattr(net.blocks[0], "extra", nn.LazyLinear(3)), "blocks.0.extra is lazy"),
+    ],
+)
+def test_what_cannot_be_converted_or_saved_is_said(change, message, tmp_path) -> None:
+    case = ZOO["list_of_blocks"]()
+    change(case.net)
+    with pytest.raises(LoRunError, match=message):
+        convert(case.net, rank=2, example_inputs=case.inputs).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

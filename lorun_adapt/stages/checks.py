@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import parametrize
 
 from ..errors import LoRunError
@@ -57,12 +58,32 @@ def _text_of(shape_and_dtype: tuple[tuple[int, ...], torch.dtype] | None) -> str
     return "nothing" if shape_and_dtype is None else f"{shape_and_dtype[0]} of {shape_and_dtype[1]}"
 
 
+def check_plain(dun: nn.Module) -> None:
+    """Check that the network consists of modules of Python, with weights.
+
+    Raises:
+        LoRunError: it is no module, or a part of it is TorchScript or lazy.
+    """
+    if not isinstance(dun, nn.Module):
+        raise LoRunError(f"expected a network, found {type(dun).__name__}: pass the nn.Module")
+    for name, module in dun.named_modules():
+        where = name or type(dun).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise LoRunError(
+                f"{where} is TorchScript, whose modules cannot be changed: convert the network before torch.jit.script "
+                "or torch.jit.trace"
+            )
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if any(isinstance(tensor, (UninitializedBuffer, UninitializedParameter)) for tensor in tensors):
+            raise LoRunError(f"{where} is lazy, without weights yet: run the network once, then load its weights")
+
+
 def check_parameters(dun: nn.Module, stages: Iterable[str]) -> None:
     """Check that the stages' weights are ordinary parameters, with names that files can hold.
 
     Raises:
         LoRunError: a weight is computed in each forward, by weight_norm, spectral_norm or another parametrization; a
-            module holds an adapter already, has a slash in a name, or is lazy.
+            module holds an adapter already, or has a slash in a name.
     """
     for stage in dict.fromkeys(stages):
         for name, module in dun.get_submodule(stage).named_modules():
@@ -80,8 +101,6 @@ def check_parameters(dun: nn.Module, stages: Iterable[str]) -> None:
                 raise LoRunError(f"{where} holds the parts of an adapter already: call merge_and_unload() first")
             if any("/" in name for name in names):
                 raise LoRunError(f"expected names without a slash, found {names!r} in {where}: rename the module")
-            if any(isinstance(p, nn.UninitializedParameter) for p in module.parameters(recurse=False)):
-                raise LoRunError(f"{where} is lazy, without weights yet: run the network once, then load its weights")
 
 
 def check_reachable(dun: nn.Module, stages: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..errors import LoRunError
 from ..util.modules import num_required_arguments, tensors_of
-from .checks import check_alike
+from .checks import check_alike, check_plain
 from .left_out import left_out
 from .locations import Location, any_inside, is_within, paths_of
 from .naming import declared_calls, named_stages
@@ -62,6 +62,7 @@ def find_stages(
     >>> len(find_stages(nn.ModuleDict({"p": nn.Linear(4, 4)}), stages="p", calls={"p": 8}))
     8
     """
+    check_plain(dun)
     trace = CallTrace(dun, {}) if example_inputs is None else trace_calls(dun, example_inputs)
     declared = declared_calls(dun, calls)
     if stages is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dis
 import functools
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -24,7 +25,8 @@ from .modules import closure_values
 
 Value = TypeVar("Value")
 
-ATOMS = (str, bytes, int, float, complex, type(None), type, ModuleType, torch.dtype, torch.device)
+ATOMS = (str, bytes, int, float, complex, type(None), type, torch.dtype, torch.device)
+LOCK, RLOCK = type(threading.Lock()), type(threading.RLock())
 REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
@@ -79,6 +81,13 @@ def deep_copy(value: Value, memo: dict[int, Any]) -> Value:
     for tensor in parts.of(Tensor):
         if not tensor.is_leaf:
             memo.setdefault(id(tensor), tensor.detach().clone())
+    memo.update({id(module): module for module in parts.of(ModuleType)})
+    memo.update({id(lock): threading.Lock() for lock in parts.of(LOCK)})
+    memo.update({id(lock): threading.RLock() for lock in parts.of(RLOCK)})
+    dicts: list[dict[Any, Any]] = [
+        value for value in parts.of(dict) if _hides_deepcopy(value) and id(value) not in memo
+    ]
+    memo.update({id(value): type(value).__new__(type(value)) for value in dicts})
     functions = [function for function in parts.that_remember() if id(function) not in memo]
     cells: dict[int, CellType] = {}
     for function in functions:
@@ -87,6 +96,9 @@ def deep_copy(value: Value, memo: dict[int, Any]) -> Value:
         result = copy.deepcopy(value, memo)
         for function in functions:
             _fill(function, memo[id(function)], memo, parts)
+        for held in dicts:
+            dict.update(memo[id(held)], copy.deepcopy(dict(dict.items(held)), memo))
+            vars(memo[id(held)]).update(copy.deepcopy(vars(held), memo))
         for module in parts.of(nn.Module):  # deepcopy keeps the function of a bound method
             for name, method in vars(module).items():
                 if isinstance(method, MethodType) and id(method.__func__) in memo:
@@ -152,6 +164,10 @@ class _Parts:
     def of(self, kind: type[Value]) -> list[Value]:
         return [value for value in self._values.values() if isinstance(value, kind)]
 
+    def dicts_that_hide_deepcopy(self) -> list[dict[Any, Any]]:
+        """The dicts whose keys are attributes, and which raise KeyError for those that they lack."""
+        return [value for value in self._values.values() if isinstance(value, dict) and _hides_deepcopy(value)]
+
     def that_remember(self) -> list[FunctionType]:
         """The functions from which a tensor or a module can be reached."""
         return [function for function in self.of(FunctionType) if self.remembers(function)]
@@ -178,18 +194,32 @@ class _Parts:
 
     def first_that_fails(self, memo: Mapping[int, Any]) -> str:
         """The innermost part that cannot be copied by itself."""
-        for value in reversed(self._values.values()):
-            if id(value) not in memo:
-                try:
-                    copy.deepcopy(value, dict(memo))
-                except Exception:
-                    return self.path_of(value)
+        failing = {id(value) for value in self._values.values() if _fails(value, memo)}
+        for key in failing:
+            if not any(id(child) in failing for _, child in _children(self._values[key], False)):
+                return self.path_of(self._values[key])
         return "a part"
+
+
+def _fails(value: object, memo: Mapping[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, {key: item for key, item in memo.items() if key != id(value)})
+    except Exception:
+        return True
+    return False
+
+
+def _hides_deepcopy(value: dict[Any, Any]) -> bool:
+    try:
+        getattr(value, "__deepcopy__", None)
+    except Exception:
+        return True
+    return False
 
 
 def _children(value: object, follow_globals: bool) -> Iterator[tuple[str, object]]:
     """What a value holds, with the name for it in a path."""
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, ModuleType)):
         return
     if isinstance(value, FunctionType):
         held = (*closure_values(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
