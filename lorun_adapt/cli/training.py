@@ -217,7 +217,7 @@ def finetune(
     set_seed(seed)
     spec = load_task(task)
     kept, files = held_out_of(spec.images(images))
-    crops, judged = (Crops(spec, part, sigma=sigma, seed=seed, size=batch) for part in (files, kept))
+    crops, judged = (Crops(spec, part, sigma=sigma, seed=seed, size=batch, dimmed=0) for part in (files, kept))
     lorun = from_pretrained(converted, spec.build().to(device))
     stored = stored_dtype(lorun.converted(), converted)
     lorun.task = spec
@@ -264,11 +264,18 @@ def _compare_sets(
 
 
 def _crops(spec: Task, folder: Path, seed: int, training: dict[str, Any]) -> Crops:
-    from ..task.crops import Crops
+    from ..task.crops import DIMMED, Crops
     from ..training.duration import Duration
 
     Duration(training["minutes"], training["steps"])
-    return Crops(spec, spec.images(folder), sigma=training["sigma"] or 0.0, seed=seed, size=training["batch"])
+    return Crops(
+        spec,
+        spec.images(folder),
+        sigma=training["sigma"] or 0.0,
+        seed=seed,
+        size=training["batch"],
+        dimmed=0 if training["truth"] else DIMMED,
+    )
 
 
 def _recover(lorun: LoRunModel, spec: Task, net: nn.Module, crops: Crops, seed: int, training: dict[str, Any]) -> bool:

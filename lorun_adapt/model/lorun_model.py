@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import tempfile
@@ -386,6 +387,39 @@ class LoRunModel(nn.Module):
             LoRunError: an unknown set.
         """
         return self._store.get(adapter_name).outside
+
+    # --- images ----------------------------------------------------------------------------------
+
+    def restore(self, images: Tensor, *, sigma: float = 0.0, tile: int | None = None, overlap: int = 16) -> Tensor:
+        """Measure images as the task does, and restore them from the measurements.
+
+        Args:
+            images: (B, C, H, W), in [0, 1].
+            sigma: noise on the measurements (0..255).
+            tile: restore in tiles of so many pixels a side, where :attr:`task` says that the network is local.
+            overlap: of the tiles, in pixels.
+
+        Returns:
+            The restored images, (B, C, H, W), float32, on the CPU.
+
+        Raises:
+            LoRunError: :attr:`task` is no :class:`Task`, or a function of it fails; tiles for a network that is not
+                local, or of sides that do not fit.
+
+        >>> import lorun_adapt, torch
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> lorun_adapt.convert(ToyUnfoldingNet(), rank=1).restore(torch.rand(1, 1, 8, 8))
+        Traceback (most recent call last):
+            ...
+        lorun_adapt.errors.LoRunError: no task to measure with: set lorun.task = lorun_adapt.load_task("my_task.py")
+        """
+        from ..task.restore import restore
+        from ..task.task import Task
+
+        if not isinstance(self.task, Task):
+            raise LoRunError('no task to measure with: set lorun.task = lorun_adapt.load_task("my_task.py")')
+        with self.assume_noise(sigma) if sigma else contextlib.nullcontext():
+            return restore(self.task, self, images, sigma, tile, overlap)
 
     # --- noise -----------------------------------------------------------------------------------
 

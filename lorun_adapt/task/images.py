@@ -34,6 +34,22 @@ def read_image(path: Path, channels: int) -> Tensor:
             several pages, transparency, integers of 32 bits, floats beyond 0 and 1. So have colours of 16 bits outside
             TIFF files, which Pillow reads with 8.
     """
+    pixels = _pixels(path, channels)
+    image = torch.from_numpy(_between_0_and_1(pixels, path)).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+    if image.shape[0] == channels:
+        return image.contiguous()
+    if image.shape[0] not in (1, 3):
+        raise LoRunError(f"{path} has {image.shape[0]} channels: save 1 or 3, {OTHERWISE}")
+    return image.expand(3, -1, -1) if channels == 3 else torch.tensordot(torch.tensor(LUMINANCE), image, 1)[None]
+
+
+def depth_of(path: Path) -> np.dtype:
+    """Return the type of the values in an image file that :func:`read_image` reads: uint8, uint16 or float32."""
+    dtype = _pixels(path, 3).dtype
+    return np.dtype(np.float32) if dtype.kind == "f" else dtype
+
+
+def _pixels(path: Path, channels: int) -> np.ndarray:
     try:
         check_is_data(path)
         pixels = _with_tifffile(path) if _is_deep_tiff(path) else _with_pillow(path, channels)
@@ -45,12 +61,7 @@ def read_image(path: Path, channels: int) -> Tensor:
         raise LoRunError(
             f"cannot read the image {path}: {type(error).__name__}: {error}; remove the file, {OTHERWISE}"
         ) from error
-    image = torch.from_numpy(_between_0_and_1(pixels, path)).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
-    if image.shape[0] == channels:
-        return image.contiguous()
-    if image.shape[0] not in (1, 3):
-        raise LoRunError(f"{path} has {image.shape[0]} channels: save 1 or 3, {OTHERWISE}")
-    return image.expand(3, -1, -1) if channels == 3 else torch.tensordot(torch.tensor(LUMINANCE), image, 1)[None]
+    return pixels
 
 
 def _with_pillow(path: Path, channels: int) -> np.ndarray:

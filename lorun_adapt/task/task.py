@@ -51,6 +51,8 @@ class Task:
         channels: the number of image channels.
         patch: the side, in pixels, of the crops to train on, and of the image that ``inspect`` runs on.
         border: how many pixels at each side the metrics leave out.
+        tile: if the network is local, the side of the blocks that it works on, 1 without blocks: large images may be
+            restored in tiles of a multiple of it.
         weights: the original network's weights, used when none are given.
         weights_key: the key under which they are in the file.
         license: the license that the model card names.
@@ -77,6 +79,7 @@ class Task:
     channels: int = 1
     patch: int = 96
     border: int = 0
+    tile: int | None = None
     weights: Path | None = None
     weights_key: str | None = None
     license: str | None = None
@@ -87,6 +90,11 @@ class Task:
         """The first line of the file's docstring, or the task's name."""
         lines = (self.module.__doc__ or "").strip().splitlines()
         return lines[0].strip() if lines else self.name
+
+    @property
+    def reads_itself(self) -> bool:
+        """Whether the task has a ``read(path)`` of its own."""
+        return hasattr(self.module, "read")
 
     @property
     def schedule(self) -> Callable[[nn.Module, Sequence[float]], None] | None:
@@ -174,7 +182,7 @@ class Task:
         """
         if not folder.is_dir():
             raise LoRunError(f"no folder of images at {folder}: give an existing folder")
-        any_suffix = hasattr(self.module, "read")
+        any_suffix = self.reads_itself
         files = sorted(
             p
             for p in folder.iterdir()
@@ -190,7 +198,7 @@ class Task:
         Raises:
             LoRunError: the file is no image, or the task's ``read`` fails or returns another number of channels.
         """
-        if hasattr(self.module, "read"):
+        if self.reads_itself:
             image = self._guard(f"read() of {self.name} for {path}", self.module.read, path)
             if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != self.channels:
                 raise LoRunError(
@@ -281,7 +289,7 @@ def load_task(name: str | os.PathLike[str]) -> Task:
         if not callable(getattr(module, function, None)):
             raise LoRunError(f"{name} has no function {function}(): a task file needs build, measure and restore")
     options: dict[str, Any] = {}
-    for option, least in (("channels", 1), ("patch", 1), ("border", 0)):
+    for option, least in (("channels", 1), ("patch", 1), ("border", 0), ("tile", 1)):
         value = getattr(module, option, None)
         if value is not None:
             if not is_whole_number(value, least):

@@ -1,0 +1,137 @@
+"""Restore images, and write them as files."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import tifffile
+from PIL import Image
+from torch import Tensor, nn
+
+from ..disk.folder import write_file
+from ..errors import LoRunError
+from ..util.nested import device_of, to_device
+from ..util.progress import progress
+from .images import depth_of
+from .task import Task
+from .tiles import in_tiles
+
+OVERLAP = 16  # pixels
+
+
+def restore(
+    task: Task, net: nn.Module, images: Tensor, sigma: float = 0.0, tile: int | None = None, overlap: int = OVERLAP
+) -> Tensor:
+    """Measure images, and restore them from the measurements.
+
+    Args:
+        task: measures, and gets the images from the network's output.
+        net: the network, or its conversion.
+        images: (B, C, H, W), in [0, 1].
+        sigma: noise on the measurements (0..255).
+        tile: restore in tiles of so many pixels a side, for images that are too large for the memory.
+        overlap: of the tiles, in pixels; what the network sees around a pixel should fit in it.
+
+    Returns:
+        The restored images, (B, C, H, W), float32, on the CPU.
+
+    Raises:
+        LoRunError: a function of the task fails; tiles for a network that the task does not call local.
+
+    >>> import torch
+    >>> from types import SimpleNamespace
+    >>> task = SimpleNamespace(
+    ...     tile=1,
+    ...     measure=lambda images, sigma: (images + 0.1,),
+    ...     run=lambda net, arguments, images: net(*arguments) - 0.1,
+    ... )
+    >>> images = torch.rand(1, 1, 20, 30)
+    >>> torch.allclose(restore(task, nn.Identity(), images, tile=8, overlap=2), images)
+    True
+    """
+    device = device_of(net)
+
+    def whole(part: Tensor) -> Tensor:
+        return task.run(net, to_device(task.measure(part, sigma), device), part)
+
+    if tile is None:
+        return whole(images)
+    if task.tile is None:
+        raise LoRunError(
+            f"{task.name} does not say that its network is local, so tiles would give other images: set tile = 1 in "
+            "it, or the side of the blocks that the network works on"
+        )
+    return in_tiles(images, whole, tile, overlap, task.tile)
+
+
+def restore_files(
+    task: Task,
+    net: nn.Module,
+    files: Sequence[Path],
+    out: Path,
+    *,
+    sigma: float = 0.0,
+    tile: int | None = None,
+    overlap: int = OVERLAP,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Restore image files, and write each under its name: as TIFF if it is one, otherwise as PNG.
+
+    The depth is that of the input: 8 or 16 bits, or floats. Colours of more than 8 bits are written as TIFF. What a
+    ``read`` of the task's own reads is written with 8 bits, or as float32 in ``.npy`` if it has neither 1 nor 3
+    channels.
+
+    Args:
+        files: the images.
+        out: the folder to write to; it is made if there is none.
+        overwrite: replace files that are there.
+        task, net, sigma, tile, overlap: as in :func:`restore`.
+
+    Returns:
+        The files written.
+
+    Raises:
+        LoRunError: a file is there already, or two would have one name, and nothing is written then; as
+            :func:`restore`.
+    """
+    depths = [np.dtype(np.uint8) if task.reads_itself else depth_of(path) for path in files]
+    written = [out / f"{path.stem}{_suffix(task, path, depth)}" for path, depth in zip(files, depths)]
+    for target, path in zip(written, files):
+        if written.count(target) > 1:
+            raise LoRunError(f"several images would be written to {target}, {path} among them: rename one")
+        if target.resolve() == path.resolve():
+            raise LoRunError(f"{target} is an image to restore: give another folder")
+        if target.exists() and not overwrite:
+            raise LoRunError(f"{target} is there already: give another folder, or pass --overwrite")
+    for target, path, depth in zip(progress(written, "restoring", "image", delay=2, leave=False), files, depths):
+        restored = restore(task, net, task.read(path)[None], sigma, tile, overlap)[0]
+        write_file(target, functools.partial(_write, image=restored, suffix=target.suffix, depth=depth))
+    return written
+
+
+def _suffix(task: Task, path: Path, depth: np.dtype) -> str:
+    if task.channels not in (1, 3):
+        return ".npy"
+    if path.suffix.lower() in (".tif", ".tiff") and not task.reads_itself:
+        return path.suffix
+    return ".tif" if depth.kind == "f" or (depth != np.uint8 and task.channels == 3) else ".png"
+
+
+def _write(file: BinaryIO, image: Tensor, suffix: str, depth: np.dtype) -> None:
+    """Write an image (C, H, W), clipped to [0, 1] unless it goes to ``.npy``."""
+    if suffix == ".npy":
+        np.save(file, image.numpy(), allow_pickle=False)
+        return
+    values = image.clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
+    pixels = values if depth.kind == "f" else np.rint(values * np.iinfo(depth).max).astype(depth)
+    buffer = io.BytesIO()  # tifffile takes no file without a name
+    if suffix == ".png":
+        Image.fromarray(pixels).save(buffer, format="PNG")
+    else:
+        tifffile.imwrite(buffer, pixels, photometric="minisblack" if pixels.ndim == 2 else "rgb")
+    file.write(buffer.getvalue())
