@@ -35,7 +35,7 @@ def read_image(path: Path, channels: int) -> Tensor:
             TIFF files, which Pillow reads with 8.
     """
     pixels = _pixels(path, channels)
-    image = torch.from_numpy(_between_0_and_1(pixels, path)).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+    image = torch.from_numpy(between_0_and_1(pixels, path)).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
     if image.shape[0] == channels:
         return image.contiguous()
     if image.shape[0] not in (1, 3):
@@ -117,8 +117,12 @@ def _with_tifffile(path: Path) -> np.ndarray:
         return pixels
 
 
-def _between_0_and_1(pixels: np.ndarray, path: Path) -> np.ndarray:
-    """The values as float32 in [0, 1]."""
+def between_0_and_1(pixels: np.ndarray, path: Path) -> np.ndarray:
+    """Return values as float32 in [0, 1]: integers divided by the largest one of 8 or 16 bits, floats as they are.
+
+    Raises:
+        LoRunError: floats beyond 0 and 1, or other integers.
+    """
     if pixels.dtype in (np.uint8, np.uint16):
         return pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
     if pixels.dtype.kind != "f":

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from ..errors import LoRunError
 from ..util.numbers import is_whole_number
 from ..util.text import SHORT, is_short
+from .cubes import CUBE_SUFFIXES, read_cube
 from .images import IMAGE_SUFFIXES, check_range, read_image
 from .weights import choose_state, mismatch, read_states
 
@@ -177,19 +178,21 @@ class Task:
     def images(self, folder: Path) -> list[Path]:
         """Return the image files of ``folder``, sorted by name; all files where the task defines ``read``.
 
+        Images of other than 1 or 3 channels are array files (NumPy, MATLAB, HDF5), and TIFF with a page a channel.
+
         Raises:
             LoRunError: there is no such folder, or no image file in it.
         """
         if not folder.is_dir():
             raise LoRunError(f"no folder of images at {folder}: give an existing folder")
-        any_suffix = self.reads_itself
+        suffixes = IMAGE_SUFFIXES if self.channels in (1, 3) else CUBE_SUFFIXES
         files = sorted(
             p
             for p in folder.iterdir()
-            if p.is_file() and not p.name.startswith(".") and (any_suffix or p.suffix.lower() in IMAGE_SUFFIXES)
+            if p.is_file() and not p.name.startswith(".") and (self.reads_itself or p.suffix.lower() in suffixes)
         )
         if not files:
-            raise LoRunError(f"no image files in {folder}: give a folder with files such as .png")
+            raise LoRunError(f"no image files in {folder}: give a folder with files such as {min(suffixes)}")
         return files
 
     def read(self, path: Path) -> Tensor:
@@ -207,11 +210,7 @@ class Task:
                 )
             check_range(image, f"what read() of {self.name} returns for {path}", "divide by the largest possible value")
             return image.float()
-        if self.channels not in (1, 3):
-            raise LoRunError(
-                f"expected 1 or 3 channels in {self.name}, found {self.channels}: define read(path) for other images"
-            )
-        return read_image(path, self.channels)
+        return read_image(path, self.channels) if self.channels in (1, 3) else read_cube(path, self.channels)
 
     def load_weights(self, net: nn.Module, path: Path | None, key: str | None = None) -> None:
         """Load the weights file ``path``, or else the task's own, into ``net``.

@@ -1,0 +1,76 @@
+"""Read named arrays from the files of NumPy, MATLAB and HDF5."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import scipy.io
+
+from ..disk.kind import check_is_data
+from ..errors import LoRunError
+
+ARRAY_SUFFIXES = {".npy", ".npz", ".mat", ".h5", ".hdf5"}
+HDF5 = b"\x89HDF\r\n\x1a\n"  # how such files begin, or continue after a header of MATLAB
+MATLAB_HEADER = 512  # bytes
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of numbers in a ``.npy``, ``.npz``, ``.mat`` (also of version 7.3) or HDF5 file, by name.
+
+    The array of a ``.npy`` file has the file's name without its suffix. Nothing in the file is executed.
+
+    Raises:
+        LoRunError: the file is damaged or something else, or h5py is missing.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as here:
+    ...     np.savez(Path(here) / "y.npz", y=np.ones(2), phi=np.zeros((2, 3)))
+    ...     sorted(read_arrays(Path(here) / "y.npz"))
+    ['phi', 'y']
+    """
+    try:
+        check_is_data(path)
+        found = _read(path)
+    except LoRunError:
+        raise
+    except Exception as error:  # the readers raise many kinds for damaged files
+        raise LoRunError(
+            f"cannot read arrays from {path}: {type(error).__name__}: {error}; download it again"
+        ) from error
+    return {name: array for name, array in found.items() if array.dtype.kind in "biufc" and array.size}
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    if path.suffix.lower() in (".npy", ".npz"):
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            return {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    with path.open("rb") as file:
+        head = file.read(MATLAB_HEADER + len(HDF5))
+    if head.startswith(HDF5) or head[MATLAB_HEADER:] == HDF5:
+        return _read_hdf5(path, of_matlab=head[MATLAB_HEADER:] == HDF5)
+    return {name: item for name, item in scipy.io.loadmat(path).items() if isinstance(item, np.ndarray)}
+
+
+def _read_hdf5(path: Path, of_matlab: bool) -> dict[str, np.ndarray]:
+    h5py, found = _h5py(path), dict[str, np.ndarray]()
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "biufc" and not name.startswith("#"):
+            # MATLAB writes its arrays column by column, so that HDF5 has their axes in reverse.
+            found[name] = np.asarray(item).T if of_matlab else np.asarray(item)
+
+    with h5py.File(path, "r") as file:
+        file.visititems(visit)
+    return found
+
+
+def _h5py(path: Path) -> ModuleType:
+    try:
+        import h5py
+    except ImportError as error:
+        raise LoRunError(f"{path} is an HDF5 file: install h5py, or lorun-adapt[hdf5], to read it") from error
+    return h5py
