@@ -1,4 +1,4 @@
-"""The command ``lorun-adapt``, and its subcommands inspect, eval, restore, report and demo."""
+"""The command ``lorun-adapt``, and its subcommands inspect, eval, report and demo."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -29,6 +29,7 @@ from .options import (
     weights_options,
     working,
 )
+from .restore import restore
 from .training import convert_, finetune, recover
 
 if TYPE_CHECKING:
@@ -145,66 +146,6 @@ def eval_(
 
 
 @cli.command()
-@TASK
-@click.option("--images", type=FILE, required=True, help="Folder of images to measure and restore.")
-@click.option("--out", type=FILE, required=True, help="Folder to write to.")
-@click.option("--converted", type=FILE, help="Folder of a converted network.  [default: the original network]")
-@weights_options
-@click.option("--adapter-name", metavar="NAME", help="The set to restore with.  [default: the active set]")
-@SIGMA
-@click.option("--tile", type=click.IntRange(min=1), metavar="PIXELS", help="Restore in tiles of this side.")
-@click.option("--overlap", type=click.IntRange(min=0), metavar="PIXELS", help="Of the tiles.  [default: 16]")
-@click.option("--overwrite", is_flag=True, help="Replace files that are there.")
-@DEVICE
-@SEED
-def restore(
-    task: str,
-    images: Path,
-    out: Path,
-    converted: Path | None,
-    weights: Path | None,
-    weights_key: str | None,
-    adapter_name: str | None,
-    sigma: float,
-    tile: int | None,
-    overlap: int | None,
-    overwrite: bool,
-    device: torch.device,
-    seed: int,
-) -> None:
-    """Measure and restore images, and write them with their depth, as PNG or TIFF."""
-
-    from ..model.pretrained import from_pretrained
-    from ..task.restore import OVERLAP, restore_files
-    from ..task.task import load_task
-    from ..util.seeds import set_seed
-
-    if converted is None and adapter_name:
-        raise click.UsageError("--adapter-name needs a conversion: give --converted")
-    if converted is not None and (weights or weights_key):
-        raise click.UsageError("--weights are those of the original: leave out either them or --converted")
-    if tile is None and overlap is not None:
-        raise click.UsageError("--overlap is that of tiles: give --tile")
-    set_seed(seed)
-    spec = load_task(task)
-    files = spec.images(images)
-    net = spec.build().to(device)
-    options: dict[str, Any] = {"sigma": sigma, "tile": tile, "overwrite": overwrite}
-    options["overlap"] = OVERLAP if overlap is None else overlap
-    if converted is None:
-        spec.load_weights(net, weights, weights_key)
-        written = restore_files(spec, net, files, out, **options)
-    else:
-        lorun = from_pretrained(converted, net).eval()
-        lorun.task = spec
-        if adapter_name is not None:
-            lorun.set_adapter(adapter_name)
-        with lorun.assume_noise(sigma) if sigma else contextlib.nullcontext():
-            written = restore_files(spec, lorun, files, out, **options)
-    click.echo(f"wrote {len(written)} {'image' if len(written) == 1 else 'images'} to {out}")
-
-
-@cli.command()
 @click.argument("converted", metavar="DIR", type=FILE)
 @click.option("--task", required=True, help="Task file, or package.module.")
 @weights_options
@@ -250,7 +191,7 @@ def demo(out: Path, device: torch.device, seed: int) -> None:
     click.echo(f"picture: {path}")
 
 
-for command in (convert_, recover, finetune, push, pull, list_):
+for command in (convert_, recover, finetune, restore, push, pull, list_):
     cli.add_command(command)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..errors import LoRunError
-from ..util.modules import num_required_arguments, tensors_of
+from ..util.modules import required_arguments, tensors_of
 from .checks import check_alike, check_plain
 from .left_out import left_out
 from .locations import Location, any_inside, is_within, paths_of
@@ -216,7 +216,7 @@ def _is_list(dun: nn.Module, path: str, trace: CallTrace) -> bool:
         return isinstance(module, (nn.ModuleList, nn.ModuleDict))
     if not trace.is_empty:
         return not trace.num_calls(path)
-    return any(num_required_arguments(child) > 1 for child in module)
+    return any(len(required_arguments(child)) > 1 for child in module)
 
 
 def _owner(dun: nn.Module, locations: Sequence[Location], trace: CallTrace) -> str:

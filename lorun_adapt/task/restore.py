@@ -6,10 +6,11 @@ import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import tifffile
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from ..disk.folder import write_file
 from ..errors import LoRunError
 from ..util.nested import device_of, to_device
 from ..util.progress import progress
+from .arrays import ARRAY_SUFFIXES, read_arrays
 from .images import depth_of
 from .task import Task
 from .tiles import in_tiles
@@ -101,6 +103,75 @@ def restore_files(
     """
     depths = [np.dtype(np.uint8) if task.reads_itself else depth_of(path) for path in files]
     written = [out / f"{path.stem}{_suffix(task, path, depth)}" for path, depth in zip(files, depths)]
+    _check_written(written, files, overwrite)
+    for target, path, depth in zip(progress(written, "restoring", "image", delay=2, leave=False), files, depths):
+        restored = restore(task, net, task.read(path)[None], sigma, tile, overlap)[0]
+        write_file(target, functools.partial(_write, image=restored, suffix=target.suffix, depth=depth))
+    return written
+
+
+def measurement_files(path: Path) -> list[Path]:
+    """Return a file of measurements in a list, or those in a folder, sorted by name.
+
+    Raises:
+        LoRunError: there is no such file or folder, or none in it.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise LoRunError(f"no measurements at {path}: give a file or a folder")
+    files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in ARRAY_SUFFIXES)
+    if not files:
+        raise LoRunError(f"no measurements in {path}: give a folder with files such as .npy or .mat")
+    return files
+
+
+def restore_measurements(
+    task: Task, net: nn.Module, names: Sequence[str], files: Sequence[Path], out: Path, *, overwrite: bool = False
+) -> list[Path]:
+    """Restore images from files of measurements, and write each with 16 bits, or as ``.npy`` if it is a cube.
+
+    Args:
+        names: the arguments that the forward of the original network must have. They are taken from the arrays of these
+            names in each file, or from ``arguments(arrays)`` of the task, if it has that.
+        files: ``.npy``, ``.npz``, ``.mat`` or HDF5 files.
+        task, net, out, overwrite: as in :func:`restore_files`.
+
+    Returns:
+        The files written.
+
+    Raises:
+        LoRunError: as :func:`restore_files`; an argument is in no array.
+    """
+    depth = np.dtype(np.uint16)
+    suffix = {1: ".png", 3: ".tif"}.get(task.channels, ".npy")
+    written = [out / f"{path.stem}{suffix}" for path in files]
+    _check_written(written, files, overwrite)
+    for target, path in zip(progress(written, "restoring", "image", delay=2, leave=False), files):
+        arguments = _arguments(task, names, path)
+        with torch.no_grad():
+            image = task.image_in(task.run_forward(net, to_device(arguments, device_of(net))))
+        write_file(target, functools.partial(_write, image=image, suffix=suffix, depth=depth))
+    return written
+
+
+def _arguments(task: Task, names: Sequence[str], path: Path) -> tuple[Any, ...]:
+    """The arguments of a forward, from the arrays of a file."""
+    arrays = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in read_arrays(path).items()}
+    arrays = {name: array.float() if array.dtype == torch.float64 else array for name, array in arrays.items()}
+    if task.arguments is not None:
+        return task.arguments(arrays)
+    if len(arrays) == len(names) == 1:
+        return tuple(arrays.values())
+    if missing := [name for name in names if name not in arrays]:
+        raise LoRunError(
+            f"the network's forward takes {', '.join(names)}, and {path} has {', '.join(arrays) or 'no array'} "
+            f"({', '.join(missing)} missing): name the arrays so, or define arguments(arrays) in the task"
+        )
+    return tuple(arrays[name] for name in names)
+
+
+def _check_written(written: Sequence[Path], files: Sequence[Path], overwrite: bool) -> None:
     for target, path in zip(written, files):
         if written.count(target) > 1:
             raise LoRunError(f"several images would be written to {target}, {path} among them: rename one")
@@ -108,10 +179,6 @@ def restore_files(
             raise LoRunError(f"{target} is an image to restore: give another folder")
         if target.exists() and not overwrite:
             raise LoRunError(f"{target} is there already: give another folder, or pass --overwrite")
-    for target, path, depth in zip(progress(written, "restoring", "image", delay=2, leave=False), files, depths):
-        restored = restore(task, net, task.read(path)[None], sigma, tile, overlap)[0]
-        write_file(target, functools.partial(_write, image=restored, suffix=target.suffix, depth=depth))
-    return written
 
 
 def _suffix(task: Task, path: Path, depth: np.dtype) -> str:

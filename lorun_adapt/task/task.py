@@ -107,6 +107,11 @@ class Task:
         """The task's ``noise_level(arguments)``, which estimates sigma (0..255) from a forward's, or None."""
         return self._optional("noise_level")
 
+    @property
+    def arguments(self) -> Callable[[dict[str, Tensor]], tuple[Any, ...]] | None:
+        """The task's ``arguments(arrays)``, which makes a forward's arguments from measured arrays, or None."""
+        return self._optional("arguments")
+
     def _optional(self, function: str) -> Callable[..., Any] | None:
         return functools.partial(self._call, function) if callable(getattr(self.module, function, None)) else None
 
@@ -153,8 +158,30 @@ class Task:
             LoRunError: the forward or the task's function fails.
         """
         with torch.no_grad():  # not inference_mode, as some forwards compute gradients within
-            output = self._guard("the network's forward", net, *arguments)
+            output = self.run_forward(net, arguments)
         return self.restored(output, images).float().cpu()
+
+    def run_forward(self, net: nn.Module, arguments: tuple[Any, ...]) -> Any:
+        """Return what the network's forward returns.
+
+        Raises:
+            LoRunError: the forward fails.
+        """
+        return self._guard("the network's forward", net, *arguments)
+
+    def image_in(self, output: Any) -> Tensor:
+        """Return the restored image (C, H, W) in ``output``, where only measurements are known: float32, on the CPU.
+
+        Raises:
+            LoRunError: the task's ``restore`` cannot do without the images, or returns another number of images.
+        """
+        restored = self._call("restore", output, None)
+        if not isinstance(restored, Tensor) or restored.ndim != 4 or restored.shape[:2] != (1, self.channels):
+            raise LoRunError(
+                f"expected restore() of {self.name} to return one image (1, {self.channels}, H, W), found "
+                f"{_shape_or_type(restored)}: it gets None for the images where only measurements are known"
+            )
+        return restored[0].detach().float().cpu()
 
     def restored(self, output: Any, images: Tensor) -> Tensor:
         """Return the restored images in ``output``, which the network's forward returned, in the shape of ``images``.

@@ -86,15 +86,15 @@ def distinct_tensors(network: nn.Module) -> dict[str, Tensor]:
     return dict(distinct.values())
 
 
-def num_required_arguments(module: nn.Module) -> int:
-    """Return how many positional arguments the forward must have.
+def required_arguments(module: nn.Module) -> list[str]:
+    """Return the names of the positional arguments that the forward must have.
 
-    >>> num_required_arguments(nn.Linear(2, 2)), num_required_arguments(nn.Bilinear(2, 2, 2))
-    (1, 2)
+    >>> required_arguments(nn.Linear(2, 2)), required_arguments(nn.Bilinear(2, 2, 2))
+    (['input'], ['input1', 'input2'])
     """
     parameters = inspect.signature(module.forward).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(item.kind in kinds and item.default is inspect.Parameter.empty for item in parameters)
+    return [item.name for item in parameters if item.kind in kinds and item.default is inspect.Parameter.empty]
 
 
 def owner_of(denoiser: nn.Module, name: str) -> tuple[int, str]:

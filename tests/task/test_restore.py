@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import tifffile
 import torch
 from PIL import Image
@@ -133,6 +134,45 @@ def test_restore_on_the_command_line(task_file, weights, images, tmp_path, capsy
     ):
         code, _, err = call(capsys, monkeypatch, *given, tmp_path / "other", *wrong)
         assert code == 2 and message in err and not (tmp_path / "other").exists()
+
+
+def test_from_measurements(tmp_path: Path, capsys, monkeypatch) -> None:
+    text = GREY_TASK + "\nweights = 'net.pth'\n"
+    (tmp_path / "task.py").write_text(text)
+    task = load_task(tmp_path / "task.py")
+    net, image = task.build(), torch.rand(1, 1, 12, 20)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    y, mask = task.measure(image)
+    expected = task.run(net, (y, mask), image)[0].clamp(0, 1)
+    folder = tmp_path / "measured"
+    folder.mkdir()
+    scipy.io.savemat(folder / "a.mat", {"y": y.numpy(), "mask": mask.numpy(), "note": "text"})
+    np.savez(folder / "b.npz", mask=mask.numpy().astype(np.float64), y=y.numpy())
+    given = ("restore", tmp_path / "task.py", "--out", tmp_path / "out", "--measurements")
+    code, out, err = call(capsys, monkeypatch, *given, folder)
+    assert code == 0 and "wrote 2 images" in out, err
+    for name in ("a.png", "b.png"):
+        assert (read_image(tmp_path / "out" / name, 1) - expected).abs().max() < 0.51 / 65535
+    np.save(tmp_path / "y.npy", y.numpy())
+    code, _, err = call(capsys, monkeypatch, *given, tmp_path / "y.npy")
+    assert code == 2 and "forward takes y, mask, and" in err and "(mask missing): name the arrays so" in err
+    more = "\n\ndef arguments(arrays):\n    return arrays['y'], torch.ones(1, 1, *arrays['y'].shape[-2:])\n"
+    (tmp_path / "task.py").write_text(text + more)
+    code, out, err = call(capsys, monkeypatch, *given, tmp_path / "y.npy")
+    assert code == 0 and "wrote 1 image to" in out, err
+    assert (read_image(tmp_path / "out/y.png", 1) - expected).abs().max() < 0.51 / 65535
+    (tmp_path / "task.py").write_text(text + more + "\n\ndef restore(output, images):\n    return output[..., 0]\n")
+    code, _, err = call(capsys, monkeypatch, *given, tmp_path / "y.npy", "--overwrite")
+    assert code == 2 and "one image (1, 1, H, W), found (1, 1, 12): it gets None for the images" in err
+    for wrong, message in (
+        ((folder, "--images", folder), "give --images or --measurements"),
+        ((folder, "--tile", 16), "give --images"),
+        ((folder, "--sigma", 5), "give --images"),
+        ((tmp_path / "none",), "no measurements at"),
+        ((tmp_path / "out",), "no measurements in"),
+    ):
+        code, _, err = call(capsys, monkeypatch, *given, *wrong)
+        assert code == 2 and message in err
 
 
 def test_restore_in_python(task_file, weights) -> None:
