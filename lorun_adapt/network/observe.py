@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from ..errors import LoRunError
 from ..stages.stage_map import StageMap
 from ..util.copying import copy_network
-from ..util.nested import device_of, tensors_in, to_device
+from ..util.nested import device_of, map_tensors, tensors_in, to_device
 from ..util.numbers import is_numeric
 from ..util.seeds import seeded
 
@@ -67,15 +67,25 @@ class Observer:
     def __init__(self, teacher: nn.Module, stage_map: StageMap, batch: tuple[Any, ...]) -> None:
         self._groups = {site.module: group.name for site, group in stage_map.sites.items()}
         self._num_arguments = num_positional_arguments(teacher)
+        self._inputs_with_grad = False
         self._final, self.passed_on = self._relevant(teacher, batch)
 
     def run(self, network: nn.Module, batch: tuple[Any, ...], seed: int) -> Outputs:
         """Return the outputs of ``network`` for a copy of ``batch``; ``seed`` seeds its random numbers."""
-        with capturing(network, self._groups) as captured, seeded(seed):
-            output = network(*to_device(batch[: self._num_arguments], device_of(network)))
+        captured, output = self._forward(network, batch, seed)
+        if torch.is_grad_enabled() and not self._inputs_with_grad and _lost_gradients(network, output):
+            self._inputs_with_grad = True
+            captured, output = self._forward(network, batch, seed)
         final = tensors_in(output)
         stages = [call.tensors[i] for call, kept in zip(captured, self.passed_on) for i in kept]
         return Outputs(output, [final[i] for i in self._final], stages)
+
+    def _forward(self, network: nn.Module, batch: tuple[Any, ...], seed: int) -> tuple[list[StageOutput], Any]:
+        arguments = to_device(batch[: self._num_arguments], device_of(network))
+        if self._inputs_with_grad and torch.is_grad_enabled():
+            arguments = map_tensors(arguments, _with_grad)
+        with capturing(network, self._groups) as captured, seeded(seed):
+            return captured, network(*arguments)
 
     def _relevant(self, teacher: nn.Module, batch: tuple[Any, ...]) -> tuple[list[int], list[list[int]]]:
         """Return the indices of the tensors that matter, in the final output and in the output of each stage's call.
@@ -151,6 +161,20 @@ def num_positional_arguments(network: nn.Module) -> int | None:
     if inspect.Parameter.VAR_POSITIONAL in kinds:
         return None
     return sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+
+
+def _lost_gradients(network: nn.Module, output: Any) -> bool:
+    """Whether nothing in the output has a gradient though parameters train.
+
+    Reentrant checkpoints behind a frozen head do that: they only look at whether their inputs need gradients.
+    """
+    outputs = any(tensor.requires_grad for tensor in tensors_in(output))
+    return not outputs and any(parameter.requires_grad for parameter in network.parameters())
+
+
+def _with_grad(tensor: Tensor) -> Tensor:
+    """A copy that needs a gradient, and may be changed in place."""
+    return tensor.detach().requires_grad_().clone() if is_numeric(tensor) else tensor
 
 
 def _edge(tensor: Tensor) -> Edge | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from dun_zoo import Case, Denoiser
+from dun_zoo import Block, Case, Denoiser, ListOfBlocks
 from peft import LoraConfig
 from recovery_runs import (
     Batch,
@@ -25,6 +25,7 @@ from recovery_runs import (
     values,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import lorun_adapt
@@ -434,3 +435,37 @@ def test_ground_truth_behind_the_arguments() -> None:
     by_distance = lorun_adapt.convert(net, rank=2, calibration=pairs, steps=60)
     with torch.no_grad():
         assert loss(lorun(*pairs[0][:2]), pairs[0]) < 0.8 * loss(by_distance(*pairs[0][:2]), pairs[0])
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's, also of the original alone
+@pytest.mark.parametrize("changes_its_input", [False, True])
+def test_stages_in_reentrant_checkpoints_behind_a_frozen_head(changes_its_input: bool) -> None:
+    class Checkpointed(ListOfBlocks):
+        def __init__(self) -> None:
+            super().__init__([Block(Denoiser()) for _ in range(3)])
+            self.head = nn.Conv2d(1, 1, 3, padding=1).requires_grad_(False)
+
+        def forward(self, y: Tensor, mask: Tensor) -> Tensor:
+            if changes_its_input:
+                y.mul_(2)
+            x = self.head(y)
+            for block in self.blocks:
+                x = checkpoint(block, x, y, mask, use_reentrant=True)
+            return x
+
+    case = Case(Checkpointed(), [])
+    batches = [case.inputs]
+    lorun = lorun_adapt.convert(case.net, rank=2)
+    before = distance_of(lorun, case)
+    assert lorun.recover(case.net, batches, steps=30)
+    assert distance_of(lorun, case) < 0.7 * before
+    head = lorun.base.head.weight.clone()
+    options = {"steps": 5, "loss": lambda output, _: output.square().mean(), "held_out": batches}
+    lorun.finetune(batches, "tuned", **options)
+    assert torch.equal(lorun.base.head.weight, head)
+
+
+def distance_of(lorun: lorun_adapt.LoRunModel, case: Case) -> float:
+    with torch.no_grad():
+        inputs = [tuple(tensor.clone() for tensor in case.inputs) for _ in range(2)]
+        return float((lorun(*inputs[0]) - case.net(*inputs[1])).norm())
