@@ -55,6 +55,7 @@ def convert(
     stages: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
     example_inputs: Sequence[object] | None = None,
     calls: Mapping[str, int] | None = None,
+    beyond: str = "error",
     calibration: Iterable[Any] | None = None,
     minutes: float | None = None,
     steps: int | None = None,
@@ -86,6 +87,8 @@ def convert(
             of the weights as possible, weighted, with ``calibration``, by their effect on the output.
         stages, example_inputs, calls: as in :func:`find_stages`. The first batch of ``calibration`` serves as example
             inputs, unless others are given.
+        beyond: what runs if a module is called in a loop more often than there are stages; see
+            :attr:`LoRunModel.beyond`.
         calibration, minutes, steps, loss, also, recompute, resume_from: recover the quality afterwards, as in
             :meth:`LoRunModel.recover`. Minutes include the conversion.
         seed: seed of the random numbers of measuring sensitivities and of recovery. Without ``calibration`` it has no
@@ -131,6 +134,7 @@ def convert(
         seed=seed,
     )
     lorun = LoRunModel(converted)
+    lorun.beyond = beyond
     if batches is not None:
         assert duration is not None
         left = duration.after(time.monotonic() - started)

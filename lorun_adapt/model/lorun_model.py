@@ -105,6 +105,7 @@ class LoRunModel(nn.Module):
         self.card = converted.card
         self.loading: Loading | None = None
         self._running = Running(len(converted.stage_map))
+        self._beyond = "error"
         self._noise = NoiseChoice()
         self._lock = threading.RLock()
         self._reader: SetReader | None = None
@@ -142,6 +143,29 @@ class LoRunModel(nn.Module):
             self._fingerprint = fingerprint_of(distinct_tensors(self.base))
             self._reader = None
         return self._fingerprint
+
+    @property
+    def beyond(self) -> str:
+        """What runs if a looped module is called more often than there are stages: ``"error"``, or ``"last"`` stage.
+
+        Set it to ``"last"`` for networks that iterate until they converge. It is not saved.
+
+        >>> import lorun_adapt
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> lorun_adapt.convert(ToyUnfoldingNet(), rank=1).beyond
+        'error'
+        """
+        return self._beyond
+
+    @beyond.setter
+    def beyond(self, value: str) -> None:
+        if value not in ("error", "last"):
+            raise LoRunError(f"expected 'error' or 'last' for beyond, found {value!r}: choose one of them")
+        if value == "last" and all(site.call is None for site in self.stage_map.sites):
+            raise LoRunError(f"no stage of {self.stage_map.network} is called in a loop: leave beyond as it is")
+        with self._lock:
+            self._beyond = value
+            self._assemble_again()
 
     # --- adapters --------------------------------------------------------------------------------
 
@@ -1003,7 +1027,8 @@ class LoRunModel(nn.Module):
         return self._running.network(active, lambda: self._assembled(active), self.network, self.training)
 
     def _assembled(self, active: Mapping[int, str]) -> nn.Module:
-        network = assemble(self.base, self.stage_map, self._choice(active), self._outside_of(active))
+        outside, repeats_last = self._outside_of(active), self._beyond == "last"
+        network = assemble(self.base, self.stage_map, self._choice(active), outside, repeats_last)
         self._prepare(network, active)
         return network
 

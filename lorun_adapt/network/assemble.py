@@ -38,7 +38,11 @@ def share(network: nn.Module, group: Group, values: Mapping[str, Tensor]) -> Non
 
 
 def assemble(
-    base: nn.Module, stage_map: StageMap, choice: Choice, outside: Mapping[str, Tensor] | None = None
+    base: nn.Module,
+    stage_map: StageMap,
+    choice: Choice,
+    outside: Mapping[str, Tensor] | None = None,
+    repeats_last: bool = False,
 ) -> nn.Module:
     """Return a network that shares the tensors of ``base`` and has the chosen adapter at each site.
 
@@ -47,6 +51,7 @@ def assemble(
         stage_map: the positions of its stages.
         choice: the adapters of each stage.
         outside: parameters outside the stages that replace the base's, by name.
+        repeats_last: run the last stage in calls of a looped module beyond the stages.
     """
     replaced = {id(base.get_parameter(name)): value for name, value in (outside or {}).items()}
     network = copy_network(base, share_tensors=True, replaced=replaced)
@@ -62,7 +67,7 @@ def assemble(
                 looped.setdefault(site.module, []).append(module)
             _install(module, group, choice[site.stage][group.name])
     for name, calls in looped.items():
-        tell_calls_apart(network.get_submodule(name), name, calls)
+        tell_calls_apart(network.get_submodule(name), name, calls, repeats_last)
     if looped:
         count_calls(network)
     if copies:

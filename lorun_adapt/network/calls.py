@@ -108,6 +108,7 @@ class Called:
     lorun_name: str
     lorun_calls: nn.ModuleList
     lorun_compiled_call: int
+    lorun_repeats_last: bool
 
     def forward(self, *args: object, **kwargs: object) -> object:
         if torch.compiler.is_compiling():
@@ -121,16 +122,21 @@ class Called:
                     "call the LoRunModel"
                 )
             index = forward.call(self.lorun_name)
+        if index >= len(self.lorun_calls) and self.lorun_repeats_last:
+            index = len(self.lorun_calls) - 1
         if index >= len(self.lorun_calls):
             raise LoRunError(
                 f"expected {len(self.lorun_calls)} calls of {self.lorun_name!r} in a forward, found one more: convert "
-                "with calls=, or with example_inputs= for which it is called as often"
+                'with calls=, or with example_inputs= for which it is called as often, or set lorun.beyond = "last"'
             )
         return self.lorun_calls[index](*args, **kwargs)
 
 
-def tell_calls_apart(module: nn.Module, name: str, copies: list[nn.Module]) -> None:
-    """Make call k of ``module`` in a forward run ``copies[k]``; it stays the same object, of a subclass."""
+def tell_calls_apart(module: nn.Module, name: str, copies: list[nn.Module], repeats_last: bool = False) -> None:
+    """Make call k of ``module`` in a forward run ``copies[k]``; it stays the same object, of a subclass.
+
+    With ``repeats_last``, calls beyond these run the last one; otherwise they are an error.
+    """
     for copy in copies:
         for hooks in (copy._forward_hooks, copy._forward_pre_hooks, copy._backward_hooks, copy._backward_pre_hooks):
             hooks.clear()  # they run on `module` already
@@ -138,6 +144,7 @@ def tell_calls_apart(module: nn.Module, name: str, copies: list[nn.Module]) -> N
     assert isinstance(module, Called)
     module.lorun_calls = nn.ModuleList(copies)
     module.lorun_name = name
+    module.lorun_repeats_last = repeats_last
     module.lorun_compiled_call = 0
 
 
