@@ -236,7 +236,7 @@ def _warn_if_it_grows(converted: Converted) -> None:
     if after <= before:
         return
     stages = [id(converted.base.get_submodule(site.module)) for site in converted.stage_map.sites]
-    advice = "choose a lower rank, or leave out the tensors that are smaller without"
+    advice = "choose a lower rank, or exclude the tensors that an adapter makes larger"
     if len(set(stages)) < len(stages):
         advice = (
             "its stages shared a denoiser already, so adapters make it no smaller; they let stages differ, and hold "
@@ -245,5 +245,5 @@ def _warn_if_it_grows(converted: Converted) -> None:
     warnings.warn(
         f"the conversion of {converted.stage_map.network} grows from {before:,} to {after:,} parameters, "
         f"{after / before:.2f} times as many: {advice}",
-        stacklevel=4,
+        stacklevel=6,
     )

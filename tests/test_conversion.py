@@ -6,6 +6,7 @@ import copy
 import logging
 import threading
 import warnings
+from collections import OrderedDict, defaultdict
 from functools import partial
 
 import pytest
@@ -375,12 +376,15 @@ def test_activations_kept_as_attributes() -> None:
         lambda d: setattr(d, "kernels", [d.body.weight]),
         lambda d: setattr(d, "run", lambda x, kernel=d.body.weight: F.conv2d(x, kernel)),
         lambda d: setattr(d, "run", {"body": partial(F.conv2d, weight=d.body.weight)}),
+        lambda d: setattr(d, "_run", lambda x, kernel=d.body.weight: F.conv2d(x, kernel)),
+        lambda d: setattr(d, "_kernels", [d.body.weight]),
+        lambda d: d.register_forward_hook(lambda *_, kernel=d.body.weight: None),
     ],
 )
 def test_parameters_out_of_reach_are_an_error(hide) -> None:
     net = ListOfDenoisers([Denoiser() for _ in range(3)])
     hide(net.denoisers[1])
-    with pytest.raises(LoRunError, match=r"denoisers.1.*'(kernels|run)'"):
+    with pytest.raises(LoRunError, match=r"denoisers.1.*'(kernels|run|_run|_kernels|_forward_hooks)'"):
         convert(net)
 
 
@@ -396,6 +400,34 @@ def test_a_conversion_that_grows_says_so() -> None:
         convert(net, config)
         convert(net, rank=2)
     assert sum("choose a lower rank" in str(warning.message) for warning in caught) == 1
+
+
+class Ordered(OrderedDict):
+    __getattr__ = OrderedDict.__getitem__
+
+
+class Default(defaultdict):
+    def __getattr__(self, name: str) -> object:
+        return self[name]
+
+
+class Slotted(dict):
+    __slots__ = ("note",)
+    __getattr__ = dict.__getitem__
+
+
+@pytest.mark.parametrize("kind", [Ordered, Default, Slotted])
+def test_dicts_whose_keys_are_attributes(kind) -> None:
+    case = ZOO["list_of_blocks"]()
+    settings = kind(list) if kind is Default else kind()
+    settings["b"], settings["a"] = case.net.blocks[0].step, [1]
+    if kind is Slotted:
+        settings.note = "mine"
+    case.net.settings = settings
+    copied = convert(case.net, rank=2).base.settings
+    assert type(copied) is kind and list(copied) == ["b", "a"] and copied["a"] == [1]
+    assert copied["b"] is not settings["b"] and (kind is not Default or copied["new"] == [])
+    assert kind is not Slotted or copied.note == "mine"
 
 
 class Settings(dict):
@@ -418,6 +450,7 @@ def attribute(value: object):
     [
         attribute(threading.Lock()),
         attribute([threading.RLock()]),
+        attribute(threading.Condition()),
         attribute(F),
         attribute(Settings(width=8, kernels=[3, Settings(a=1)])),
         attribute(torch.Generator()),
@@ -425,7 +458,7 @@ def attribute(value: object):
         buffer(torch.ones(3, dtype=torch.complex64)),
         buffer(torch.ones(3, dtype=torch.int8)),
     ],
-    ids=["lock", "locks", "python module", "settings", "generator", "logger", "complex", "integers"],
+    ids=["lock", "locks", "condition", "python module", "settings", "generator", "logger", "complex", "integers"],
 )
 def test_what_networks_keep_beside_their_weights(change, tmp_path) -> None:
     case = ZOO["list_of_blocks"]()

@@ -56,11 +56,11 @@ def restore(
     from ..model.pretrained import from_pretrained
     from ..task.restore import OVERLAP, measurement_files, restore_files, restore_measurements
     from ..task.task import load_task
-    from ..util.modules import required_arguments
+    from ..util.modules import positional_arguments
     from ..util.seeds import set_seed
 
     if (images is None) == (measurements is None):
-        raise click.UsageError("there are either images to measure, or measurements: give --images or --measurements")
+        raise click.UsageError("give either --images or --measurements")
     if measurements is not None and (tile or (sigma and converted is None)):
         raise click.UsageError(
             "--tile, and --sigma without --converted, are for images that are measured: give --images"
@@ -74,7 +74,7 @@ def restore(
     set_seed(seed)
     spec = load_task(task)
     net = spec.build().to(device)
-    names = required_arguments(net)
+    names = positional_arguments(net)
     noise: contextlib.AbstractContextManager = contextlib.nullcontext()
     if converted is None:
         spec.load_weights(net, weights, weights_key)

@@ -264,7 +264,7 @@ def _compare_sets(
 
 
 def _crops(spec: Task, folder: Path, seed: int, training: dict[str, Any]) -> Crops:
-    from ..task.crops import DIMMED, Crops
+    from ..task.crops import Crops
     from ..training.duration import Duration
 
     Duration(training["minutes"], training["steps"])
@@ -274,7 +274,7 @@ def _crops(spec: Task, folder: Path, seed: int, training: dict[str, Any]) -> Cro
         sigma=training["sigma"] or 0.0,
         seed=seed,
         size=training["batch"],
-        dimmed=0 if training["truth"] else DIMMED,
+        dimmed=0 if training["truth"] else None,
     )
 
 

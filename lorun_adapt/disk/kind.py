@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tarfile
+import zipfile
 from pathlib import Path
 
 from ..errors import LoRunError
@@ -28,11 +28,23 @@ def check_is_data(path: Path) -> None:
         problem, advice = "is a web page", "download the file itself instead of the page that shows it"
     elif head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")):
         problem, advice = "is compressed", "unpack it, and give the file inside"
-    elif tarfile.is_tarfile(path):
+    elif head[257:262] == b"ustar":
         problem, advice = "is a tar archive", "unpack it, and give the file inside"
+    elif head.startswith(b"PK") and not _is_of_torch(path):
+        problem, advice = "is a zip archive", "unpack it, and give the file inside"
     else:
         return
     raise LoRunError(f"{path} {problem}: {advice}")
+
+
+def _is_of_torch(path: Path) -> bool:
+    """Whether a zip file is one of torch or NumPy, or damaged, so that its reader says more."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = file.namelist()
+    except zipfile.BadZipFile:
+        return True
+    return any(name.endswith(("data.pkl", ".npy", "constants.pkl")) for name in names)
 
 
 def is_safetensors(path: Path) -> bool:

@@ -197,8 +197,8 @@ class Repository:
         except CONNECTION_ERRORS as error:
             if _is_of_the_disk(error):
                 raise LoRunError(
-                    f"cannot keep files of {name} on this disk ({_first_line(error)}): make room or a folder that can "
-                    "be written, or give another one with cache_dir= or HF_HOME"
+                    f"cannot keep files of {name} on this disk ({_first_line(error)}): free some space, make the "
+                    "folder writable, or choose another one with cache_dir= or HF_HOME"
                 ) from error
             raise LoRunError(
                 f"the request to the Hub for {name} failed ({_first_line(error)}): check the connection and the token, "

@@ -47,7 +47,7 @@ def push(
         try:
             return _upload(api, repo_id, folder, description, revision, commit_message, create_pr)
         except BaseException:
-            if new:
+            if new and revision is None and not create_pr:  # what these have is not in the list of files
                 _delete_if_empty(api, repo_id)
             raise
 

@@ -10,7 +10,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import parametrize
 
 from ..errors import LoRunError
-from ..util.copying import tensors_beside_modules
+from ..util.copying import REGISTERED, tensors_beside_modules
 from ..util.modules import has_valid_values, tensors_of
 from .locations import Location, any_inside
 from .stage_map import abridged
@@ -156,10 +156,11 @@ def _hidden_tensors(module: nn.Module, own: Collection[int]) -> str | None:
         own: the ids of the stage's parameters. An adapter replaces these, which a list or a function would not see.
     """
     for name, value in vars(module).items():
-        if not name.startswith("_"):
-            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-            if any(isinstance(item, nn.Parameter) for item in items):
-                return name
-            if any(id(tensor) in own for tensor in tensors_beside_modules(value)):
-                return name
+        if name in REGISTERED or (name.startswith("_") and type(module).__module__.startswith("torch.nn.")):
+            continue  # recurrent layers, for example, keep a second list of their weights
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        if any(isinstance(item, nn.Parameter) for item in items):
+            return name
+        if any(id(tensor) in own for tensor in tensors_beside_modules(value)):
+            return name
     return None

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..errors import LoRunError
-from ..util.modules import required_arguments, tensors_of
+from ..util.modules import positional_arguments, tensors_of
 from .checks import check_alike, check_plain
 from .left_out import left_out
 from .locations import Location, any_inside, is_within, paths_of
@@ -79,8 +79,8 @@ def find_stages(
         )
     if not stages_of_groups:
         raise LoRunError(
-            f"no repeated stage in {type(dun).__name__}, which does not unfold an algorithm: name the stages with "
-            "stages= if it does"
+            f"no repeated stage in {type(dun).__name__}, which does not seem to unfold an algorithm: if it does, name "
+            "the stages with stages="
         )
     groups = _groups(dun, stages_of_groups)
     if stages is None and trace.is_empty and not declared:
@@ -108,15 +108,15 @@ def _repeated(
     if not large:
         if any(_share(dun, item, total) >= MIN_SHARE for item in layers):
             raise LoRunError(
-                f"{type(dun).__name__} does not unfold an algorithm: what repeats in it are layers, such as "
-                f"{abridged(paths_of(layers[0]))}, which see no measurements; name the stages with stages= if it does"
+                f"{type(dun).__name__} does not seem to unfold an algorithm, as what repeats in it are layers that see "
+                f"no measurements, such as {abridged(paths_of(layers[0]))}: if it does, name the stages with stages="
             )
         return [], not_taken
     main = max(large, key=lambda item: (not _in_sequential(dun, item, trace), _share(dun, item, total)))
     main_owner = _owner(dun, main, trace)
     if main_owner and trace.is_empty and not any(path in declared for path, _ in main):
         raise LoRunError(
-            f"{type(dun).__name__} repeats modules only inside {main_owner}, such as {abridged(paths_of(main))}: if "
+            f"{type(dun).__name__} repeats modules inside {main_owner}, such as {abridged(paths_of(main))}: if "
             f"{main_owner} is called in a loop, pass example_inputs= or calls=, otherwise name the stages with stages="
         )
     taken = []
@@ -152,7 +152,12 @@ def _candidates(
         item for item in candidates if item not in small or not any(any_inside(item, other) for other in candidates)
     ]
     scales = any(trace.shrink(item) for item in candidates)
-    layers = [item for item in candidates if trace.are_layers(item) or (scales and trace.changes_size(item))]
+    layers = [
+        item
+        for item in candidates
+        if not any(path in declared for path, _ in item)
+        and (trace.are_layers(item) or (scales and trace.changes_size(item)))
+    ]
     return [item for item in candidates if item not in layers], layers
 
 
@@ -216,7 +221,7 @@ def _is_list(dun: nn.Module, path: str, trace: CallTrace) -> bool:
         return isinstance(module, (nn.ModuleList, nn.ModuleDict))
     if not trace.is_empty:
         return not trace.num_calls(path)
-    return any(len(required_arguments(child)) > 1 for child in module)
+    return any(sum(positional_arguments(child).values()) > 1 for child in module)
 
 
 def _owner(dun: nn.Module, locations: Sequence[Location], trace: CallTrace) -> str:

@@ -53,15 +53,22 @@ def _by_turn(stages_of_groups: Sequence[Sequence[Location]], numbers: list[list[
     result = [list(n) for n in numbers]
     for name in {name for name in lists if name is not None and lists.count(name) > 1}:
         groups = [group for group, other in enumerate(lists) if other == name]
-        places = sorted((place, group, i) for group in groups for i, place in enumerate(numbers[group]))
+        places = sorted(
+            (int(path.rpartition(".")[2]), group, i)
+            for group in groups
+            for i, (path, _) in enumerate(stages_of_groups[group])
+        )
         if len({place for place, _, _ in places}) < len(places):
             continue  # two modules in each place: the place is the stage
         turn, seen = 0, set[int]()
+        turns = {group: [0] * len(stages_of_groups[group]) for group in groups}
         for _, group, i in places:
             if group in seen:
                 turn, seen = turn + 1, set()
             seen.add(group)
-            result[group][i] = turn
+            turns[group][i] = turn
+        for group in groups:
+            result[group] = turns[group]
     return result
 
 

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import LoRunError
 from ..util.copying import copy_network
 from ..util.nested import tensors_in
 from .locations import Location
+
+PLAIN = (type(None), bool, int, float, str)  # arguments that hold no measurements
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Call:
     Attributes:
         position: among all calls of the forward.
         size: the last two dimensions of the first tensor that it took, if it took one.
-        makers: if it took one tensor only, straight from other modules, the ids of these.
+        makers: if it took nothing but one tensor, straight from other modules, the ids of these.
     """
 
     position: int
@@ -100,17 +102,23 @@ def trace_calls(dun: nn.Module, example_inputs: Sequence[object]) -> CallTrace:
     # Paired by name: a module object under several names is one object in the copy too.
     originals = {id(network.get_submodule(name)): id(module) for name, module in dun.named_modules()}
     calls: dict[int, list[Call]] = {}
-    clock, makers_of = iter(range(1 << 62)), WeakIdKeyDictionary()  # by tensor: the modules that returned it
+    clock = iter(range(1 << 62))
+    makers_of = WeakIdKeyDictionary()  # by tensor: its version, and the modules that returned it in this version
 
-    def note(module: nn.Module, args: object, kwargs: object) -> None:
+    def makers_in(tensor: Tensor) -> frozenset[int]:
+        version, makers = makers_of.get(tensor, (None, frozenset()))
+        return makers if version == tensor._version else frozenset()  # a data step may work in place
+
+    def note(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         taken = tensors_in([args, kwargs])
-        makers = makers_of.get(taken[0], frozenset()) if len(taken) == 1 else frozenset()
+        given = [value for value in (*args, *kwargs.values()) if not isinstance(value, PLAIN)]
+        makers = makers_in(taken[0]) if len(given) == len(taken) == 1 else frozenset[int]()
         size = tuple(taken[0].shape[-2:]) if taken else ()
         calls.setdefault(originals[id(module)], []).append(Call(next(clock), size, makers))
 
     def mark(module: nn.Module, _: object, output: object) -> None:
         for tensor in tensors_in(output):
-            makers_of[tensor] = makers_of.get(tensor, frozenset()) | {originals[id(module)]}
+            makers_of[tensor] = tensor._version, makers_in(tensor) | {originals[id(module)]}
 
     for module in network.modules():
         module.register_forward_pre_hook(note, with_kwargs=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import scipy.io
+import scipy.sparse
 
 from ..disk.kind import check_is_data
 from ..errors import LoRunError
@@ -40,26 +42,48 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise LoRunError(
             f"cannot read arrays from {path}: {type(error).__name__}: {error}; download it again"
         ) from error
+    found = {name: _native(array) for name, array in found.items()}
     return {name: array for name, array in found.items() if array.dtype.kind in "biufc" and array.size}
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """The array in the byte order of this machine; MATLAB's pairs of real and imaginary parts as complex numbers."""
+    if array.dtype.names == ("real", "imag"):
+        array = array["real"] + 1j * array["imag"]
+    return array.astype(array.dtype.newbyteorder("="))
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     if path.suffix.lower() in (".npy", ".npz"):
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
-            return {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+            if isinstance(loaded, np.ndarray):
+                return {path.stem: loaded}
+            return dict(_without_objects(loaded))
     with path.open("rb") as file:
         head = file.read(MATLAB_HEADER + len(HDF5))
     if head.startswith(HDF5) or head[MATLAB_HEADER:] == HDF5:
         return _read_hdf5(path, of_matlab=head[MATLAB_HEADER:] == HDF5)
-    return {name: item for name, item in scipy.io.loadmat(path).items() if isinstance(item, np.ndarray)}
+    loaded = scipy.io.loadmat(path, mat_dtype=True)  # otherwise doubles with whole values come as small integers
+    dense = {name: item.toarray() if scipy.sparse.issparse(item) else item for name, item in loaded.items()}
+    return {name: item for name, item in dense.items() if isinstance(item, np.ndarray)}
+
+
+def _without_objects(loaded: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of a ``.npz`` file, but for those of objects, which are pickled."""
+    for name in loaded.files:
+        try:
+            yield name, loaded[name]
+        except ValueError as error:
+            if "allow_pickle" not in str(error):
+                raise
 
 
 def _read_hdf5(path: Path, of_matlab: bool) -> dict[str, np.ndarray]:
     h5py, found = _h5py(path), dict[str, np.ndarray]()
 
     def visit(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset) and item.dtype.kind in "biufc" and not name.startswith("#"):
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "biufcV" and not name.startswith("#"):
             # MATLAB writes its arrays column by column, so that HDF5 has their axes in reverse.
             found[name] = np.asarray(item).T if of_matlab else np.asarray(item)
 

@@ -21,7 +21,7 @@ from .task import Task
 MAX_HELD_OUT = 20  # images
 NUM_JUDGED = 4  # batches of crops to judge by
 BATCH_PIXELS = 16 * 33 * 33  # enough to steady a step, few enough to take many steps
-DIMMED = 0.5  # the share of dimmed crops
+DIMMED = 0.25  # the share of dimmed crops
 DARKEST = 0.1  # what the values of a dimmed crop are multiplied by, at the least
 
 
@@ -71,7 +71,7 @@ class Crops:
         seed: of the choice of crops.
         size: how many crops are in a batch; by default as many as make 17,000 pixels.
         dimmed: the share of crops, 0 to 1, whose values are multiplied by a random factor from 0.1 to 1. A network
-            recovered on these is good on dark images, too. By default half of them, or none if there is noise.
+            recovered on these is good on dark images, too. By default a quarter of them, or none if there is noise.
 
     Raises:
         LoRunError: an image cannot be read, or holds NaN or Inf; a share that is none.

@@ -70,7 +70,7 @@ def _with_pillow(path: Path, channels: int) -> np.ndarray:
             _check_pages(getattr(image, "n_frames", 1), path)
         if _is_deep_colour(path, image):
             raise LoRunError(
-                f"{path} has colours of 16 bits, of which this format is read with 8 only: save it as TIFF, {OTHERWISE}"
+                f"{path} has 16-bit colours, but this format can only be read at 8 bits: save it as TIFF, {OTHERWISE}"
             )
         if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
             raise _transparent(path)
@@ -94,20 +94,33 @@ def _is_deep_colour(path: Path, image: Image.Image) -> bool:
 
 
 def _is_deep_tiff(path: Path) -> bool:
-    """Whether it is a TIFF file with more than 8 bits a value, other than grey with 16."""
+    """Whether it is a TIFF file with more than 8 bits a value, other than grey integers of 16 bits."""
     with path.open("rb") as file:
         if file.read(4) not in TIFF:
             return False
     with tifffile.TiffFile(path) as file:
         page = file.pages.first
-        return page.bitspersample > 8 and (page.samplesperpixel > 1 or page.dtype != np.uint16)
+        grey16 = page.samplesperpixel == 1 and page.dtype == np.uint16 and page.bitspersample == 16
+        return page.bitspersample > 8 and not grey16
 
 
 def _with_tifffile(path: Path) -> np.ndarray:
     with tifffile.TiffFile(path) as file:
         _check_pages(len(file.pages), path)
         page = file.pages.first
-        pixels = page.asarray()
+        if page.bitspersample % 8:
+            raise LoRunError(f"{path} has values of {page.bitspersample} bits: save it with 8 or 16, {OTHERWISE}")
+        try:
+            pixels = page.asarray()
+        except ValueError as error:
+            if "imagecodecs" not in str(error):
+                raise
+            if page.samplesperpixel == 1 and page.dtype == np.float32:
+                with Image.open(path) as image:
+                    return np.array(image)
+            raise LoRunError(
+                f"{path} is compressed ({tifffile.COMPRESSION(page.compression).name}): install imagecodecs, save it without, {OTHERWISE}"
+            ) from error
         pixels = np.moveaxis(pixels, 0, -1) if page.axes.startswith("S") else pixels
         if page.extrasamples:
             alpha = pixels[..., -1]
@@ -127,8 +140,7 @@ def between_0_and_1(pixels: np.ndarray, path: Path) -> np.ndarray:
         return pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
     if pixels.dtype.kind != "f":
         raise LoRunError(
-            f"{path} has values of {pixels.dtype}, of which nothing says how large they can be: save it with 8 or 16 "
-            f"bits, {OTHERWISE}"
+            f"{path} has {pixels.dtype} values with no known maximum: save it with 8 or 16 bits, {OTHERWISE}"
         )
     check_range(pixels, str(path), f"save it divided by its largest value, {OTHERWISE}")
     return pixels.astype(np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +24,7 @@ from .task import Task
 from .tiles import in_tiles
 
 OVERLAP = 16  # pixels
+SINGLE = {torch.float64: torch.float32, torch.complex128: torch.complex64}  # what networks take for double precision
 
 
 def restore(
@@ -56,7 +57,9 @@ def restore(
     >>> torch.allclose(restore(task, nn.Identity(), images, tile=8, overlap=2), images)
     True
     """
-    device = device_of(net)
+    if images.ndim != 4:
+        raise LoRunError(f"expected images (B, C, H, W), found {tuple(images.shape)}: add the dimensions that it lacks")
+    device, images = device_of(net), images.float().cpu()
 
     def whole(part: Tensor) -> Tensor:
         return task.run(net, to_device(task.measure(part, sigma), device), part)
@@ -101,7 +104,8 @@ def restore_files(
         LoRunError: a file is there already, or two would have one name, and nothing is written then; as
             :func:`restore`.
     """
-    depths = [np.dtype(np.uint8) if task.reads_itself else depth_of(path) for path in files]
+    plain = task.reads_itself or task.channels not in (1, 3)
+    depths = [np.dtype(np.uint8) if plain else depth_of(path) for path in files]
     written = [out / f"{path.stem}{_suffix(task, path, depth)}" for path, depth in zip(files, depths)]
     _check_written(written, files, overwrite)
     for target, path, depth in zip(progress(written, "restoring", "image", delay=2, leave=False), files, depths):
@@ -127,13 +131,13 @@ def measurement_files(path: Path) -> list[Path]:
 
 
 def restore_measurements(
-    task: Task, net: nn.Module, names: Sequence[str], files: Sequence[Path], out: Path, *, overwrite: bool = False
+    task: Task, net: nn.Module, names: Mapping[str, bool], files: Sequence[Path], out: Path, *, overwrite: bool = False
 ) -> list[Path]:
     """Restore images from files of measurements, and write each with 16 bits, or as ``.npy`` if it is a cube.
 
     Args:
-        names: the arguments that the forward of the original network must have. They are taken from the arrays of these
-            names in each file, or from ``arguments(arrays)`` of the task, if it has that.
+        names: the arguments that the forward of the original network takes by position, each with whether it must have
+            it. They are the arrays of these names in each file, or what ``arguments(arrays)`` of the task returns.
         files: ``.npy``, ``.npz``, ``.mat`` or HDF5 files.
         task, net, out, overwrite: as in :func:`restore_files`.
 
@@ -141,7 +145,7 @@ def restore_measurements(
         The files written.
 
     Raises:
-        LoRunError: as :func:`restore_files`; an argument is in no array.
+        LoRunError: as :func:`restore_files`; an argument is in no array, or an array is no argument.
     """
     depth = np.dtype(np.uint16)
     suffix = {1: ".png", 3: ".tif"}.get(task.channels, ".npy")
@@ -155,20 +159,22 @@ def restore_measurements(
     return written
 
 
-def _arguments(task: Task, names: Sequence[str], path: Path) -> tuple[Any, ...]:
+def _arguments(task: Task, names: Mapping[str, bool], path: Path) -> tuple[Any, ...]:
     """The arguments of a forward, from the arrays of a file."""
     arrays = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in read_arrays(path).items()}
-    arrays = {name: array.float() if array.dtype == torch.float64 else array for name, array in arrays.items()}
+    arrays = {name: array.to(SINGLE.get(array.dtype, array.dtype)) for name, array in arrays.items()}
     if task.arguments is not None:
         return task.arguments(arrays)
-    if len(arrays) == len(names) == 1:
+    if len(arrays) == sum(names.values()) == 1:
         return tuple(arrays.values())
-    if missing := [name for name in names if name not in arrays]:
+    given = [name for name in names if name in arrays]
+    missing = [name for name, required in names.items() if required and name not in arrays]
+    if missing or len(given) < len(arrays) or given != list(names)[: len(given)]:
         raise LoRunError(
-            f"the network's forward takes {', '.join(names)}, and {path} has {', '.join(arrays) or 'no array'} "
-            f"({', '.join(missing)} missing): name the arrays so, or define arguments(arrays) in the task"
+            f"the network's forward takes {', '.join(names)}, and {path} has {', '.join(arrays) or 'no array'}: name "
+            "the arrays like the first arguments, or define arguments(arrays) in the task"
         )
-    return tuple(arrays[name] for name in names)
+    return tuple(arrays[name] for name in given)
 
 
 def _check_written(written: Sequence[Path], files: Sequence[Path], overwrite: bool) -> None:

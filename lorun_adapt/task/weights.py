@@ -79,7 +79,7 @@ def choose_state(states: States, net: nn.Module, path: Path, key: str | None = N
     if len(fitting) > 1:
         kind = "the averaged ones, " if AVERAGED.search(chosen) else ""
         warnings.warn(
-            f"{path} holds weights under {', '.join(map(repr, fitting))}: {kind}{chosen!r}, are loaded; choose with "
+            f"{path} holds weights under {', '.join(map(repr, fitting))}: loading {kind}{chosen!r}; choose others with "
             "--weights-key, or weights_key in the task",
             stacklevel=2,
         )
@@ -105,12 +105,12 @@ def mismatch(net: nn.Module, state: Mapping[str, Tensor]) -> str:
     >>> mismatch(nn.Linear(1, 1), {"net.weight": torch.ones(1, 1), "net.bias": torch.ones(1)})
     "missing bias, weight; unexpected net.bias, net.weight; all names in the file have the prefix 'net.'"
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items() if isinstance(tensor, Tensor)}
     missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
     shapes = [
         f"{name} {tuple(state[name].shape)} instead of {shape}"
         for name, shape in wanted.items()
-        if name in state and tuple(state[name].shape) != shape
+        if isinstance(state.get(name), Tensor) and tuple(state[name].shape) != shape
     ]
     parts = [
         f"{what} {_names(names)}"
@@ -151,12 +151,17 @@ def _states_in(content: object, key: str) -> Iterator[tuple[str, dict[str, Tenso
     """The mappings from names to tensors in ``content``, with their keys."""
     if not isinstance(content, Mapping) or key.count(".") >= DEPTH:
         return
-    if content and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
+    if content and all(_is_entry(name, value) for name, value in content.items()):
         yield key, dict(content)
         return
     for name, value in content.items():
         if isinstance(name, str):
             yield from _states_in(value, f"{key}.{name}".lstrip("."))
+
+
+def _is_entry(name: object, value: object) -> bool:
+    """Whether it can be an entry of a state_dict: a tensor, or what ``get_extra_state`` of a module returned."""
+    return isinstance(name, str) and (isinstance(value, Tensor) or name.endswith("_extra_state"))
 
 
 def _summary(content: object) -> str:

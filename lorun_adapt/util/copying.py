@@ -11,7 +11,7 @@ import copy
 import dis
 import functools
 import threading
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -84,6 +84,7 @@ def deep_copy(value: Value, memo: dict[int, Any]) -> Value:
     memo.update({id(module): module for module in parts.of(ModuleType)})
     memo.update({id(lock): threading.Lock() for lock in parts.of(LOCK)})
     memo.update({id(lock): threading.RLock() for lock in parts.of(RLOCK)})
+    memo.update({id(condition): threading.Condition() for condition in parts.of(threading.Condition)})
     dicts: list[dict[Any, Any]] = [
         value for value in parts.of(dict) if _hides_deepcopy(value) and id(value) not in memo
     ]
@@ -97,8 +98,7 @@ def deep_copy(value: Value, memo: dict[int, Any]) -> Value:
         for function in functions:
             _fill(function, memo[id(function)], memo, parts)
         for held in dicts:
-            dict.update(memo[id(held)], copy.deepcopy(dict(dict.items(held)), memo))
-            vars(memo[id(held)]).update(copy.deepcopy(vars(held), memo))
+            _fill_dict(held, memo[id(held)], memo)
         for module in parts.of(nn.Module):  # deepcopy keeps the function of a bound method
             for name, method in vars(module).items():
                 if isinstance(method, MethodType) and id(method.__func__) in memo:
@@ -165,7 +165,7 @@ class _Parts:
         return [value for value in self._values.values() if isinstance(value, kind)]
 
     def dicts_that_hide_deepcopy(self) -> list[dict[Any, Any]]:
-        """The dicts whose keys are attributes, and which raise KeyError for those that they lack."""
+        """The dicts whose keys are attributes: asked for ``__deepcopy__``, they look for such a key."""
         return [value for value in self._values.values() if isinstance(value, dict) and _hides_deepcopy(value)]
 
     def that_remember(self) -> list[FunctionType]:
@@ -210,11 +210,20 @@ def _fails(value: object, memo: Mapping[int, Any]) -> bool:
 
 
 def _hides_deepcopy(value: dict[Any, Any]) -> bool:
-    try:
-        getattr(value, "__deepcopy__", None)
-    except Exception:
-        return True
-    return False
+    names = set().union(*(vars(kind) for kind in type(value).__mro__))
+    return "__getattr__" in names and "__deepcopy__" not in names
+
+
+def _fill_dict(held: dict[Any, Any], copied: dict[Any, Any], memo: dict[int, Any]) -> None:
+    """Give ``copied``, empty, the items and attributes of ``held``, without running code of their class."""
+    put = OrderedDict.__setitem__ if isinstance(held, OrderedDict) else dict.__setitem__
+    for key, item in list(OrderedDict.items(held) if isinstance(held, OrderedDict) else dict.items(held)):
+        put(copied, copy.deepcopy(key, memo), copy.deepcopy(item, memo))
+    if isinstance(held, defaultdict):
+        factory: Any = vars(defaultdict)["default_factory"]
+        factory.__set__(copied, copy.deepcopy(factory.__get__(held), memo))
+    for name, value in _attributes(held).items():
+        object.__setattr__(copied, name, copy.deepcopy(value, memo))
 
 
 def _children(value: object, follow_globals: bool) -> Iterator[tuple[str, object]]:

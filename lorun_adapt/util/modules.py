@@ -86,15 +86,19 @@ def distinct_tensors(network: nn.Module) -> dict[str, Tensor]:
     return dict(distinct.values())
 
 
-def required_arguments(module: nn.Module) -> list[str]:
-    """Return the names of the positional arguments that the forward must have.
+def positional_arguments(module: nn.Module) -> dict[str, bool]:
+    """Return the names of the positional arguments of the forward, and whether it must have each.
 
-    >>> required_arguments(nn.Linear(2, 2)), required_arguments(nn.Bilinear(2, 2, 2))
-    (['input'], ['input1', 'input2'])
+    Of a network in ``nn.DataParallel`` or the like, they are those of the network.
+
+    >>> positional_arguments(nn.DataParallel(nn.Bilinear(2, 2, 2))), positional_arguments(nn.MaxUnpool1d(2))
+    ({'input1': True, 'input2': True}, {'input': True, 'indices': True, 'output_size': False})
     """
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return positional_arguments(module.module)
     parameters = inspect.signature(module.forward).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [item.name for item in parameters if item.kind in kinds and item.default is inspect.Parameter.empty]
+    return {item.name: item.default is inspect.Parameter.empty for item in parameters if item.kind in kinds}
 
 
 def owner_of(denoiser: nn.Module, name: str) -> tuple[int, str]:

@@ -287,7 +287,7 @@ def test_an_error_of_the_disk_is_not_the_hubs(
         raise OSError(number, os.strerror(number), "/cache/models")
 
     monkeypatch.setattr("lorun_adapt.hub.repository.hf_hub_download", fail)
-    unchanged(lorun, blocks, rf"alice/net on this disk \(.*{os.strerror(number)}.*make room")
+    unchanged(lorun, blocks, rf"alice/net on this disk \(.*{os.strerror(number)}.*free some space")
 
 
 def test_a_refusal_is_not_taken_for_a_lost_connection(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,7 +111,7 @@ class Chain(nn.Module):
 
 @pytest.mark.parametrize("net", [Unet(True), Unet(False), Chain()])
 def test_a_network_that_unfolds_nothing_is_refused(net: nn.Module) -> None:
-    with pytest.raises(LoRunError, match=f"{type(net).__name__} does not unfold an algorithm.*stages="):
+    with pytest.raises(LoRunError, match=f"{type(net).__name__} does not seem to unfold an algorithm.*stages="):
         find_stages(net, example_inputs=ZOO["looped"]().inputs)
     by_hand = {"down": "down.*", "down1": ["down1", "up1"], "body": "body.*"}
     stages = next(stages for name, stages in by_hand.items() if hasattr(net, name))
@@ -124,6 +126,78 @@ def test_what_repeats_in_a_looped_denoiser_is_no_stage(inner: nn.Module) -> None
         find_stages(net)
     found = find_stages(net, example_inputs=ZOO["looped"]().inputs)
     assert names(found) == [[f"p (call {k})" for k in range(4)]] and not found.not_taken
+
+
+class Steps(nn.Module):
+    """Denoisers, and between them a data step of some kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.ds = kind, nn.ModuleList([Denoiser() for _ in range(3)])
+
+    def forward(self, y, mask):
+        x = y.clone()
+        for denoiser in self.ds:
+            if self.kind == "in place, before":
+                x -= 0.1 * (x - y)
+            x = denoiser(x)
+            if self.kind == "in place, after":
+                x[mask.expand_as(x) > 0] = y[mask.expand_as(x) > 0]
+        return x
+
+
+class Takes(Denoiser):
+    def forward(self, x, *others):
+        return super().forward(x)
+
+
+class Passes(ListOfBlocks):
+    """Stages that take the measurements as something else than a tensor of floats."""
+
+    def __init__(self, others) -> None:
+        super().__init__([Takes() for _ in range(3)])
+        self.others = others
+
+    def forward(self, y, mask):
+        x = y
+        for block in self.blocks:
+            x = block(x, *self.others(y, mask))
+        return x
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        Steps("in place, before"),
+        Steps("in place, after"),
+        Passes(lambda y, mask: (SimpleNamespace(y=y),)),
+        Passes(lambda y, mask: ((255 * y).byte(), mask.bool())),
+    ],
+)
+def test_data_steps_of_all_kinds_are_seen(net: nn.Module) -> None:
+    assert len(find_stages(net, example_inputs=ZOO["looped"]().inputs)) == 3
+
+
+def test_what_is_declared_is_a_stage() -> None:
+    class Remembers(Looped):
+        def forward(self, y, mask):
+            x = y
+            for _ in range(3):
+                x = self.p(x)
+            return x
+
+    with pytest.raises(LoRunError, match="does not seem to unfold"):
+        find_stages(Remembers(), example_inputs=ZOO["looped"]().inputs)
+    assert len(find_stages(Remembers(), example_inputs=ZOO["looped"]().inputs, calls={"p": 3})) == 3
+
+
+@pytest.mark.parametrize("name", ["blocks", "blocks2d"])
+def test_turns_are_those_of_the_list(name: str) -> None:
+    net = nn.Module()
+    kinds = (Big, Big, Residual, Big, Big, Residual)
+    setattr(net, name, nn.ModuleList([kind() for kind in kinds]))
+    stages = [[site.stage for site in group.sites] for group in find_stages(net).groups]
+    assert stages == [[0, 1, 2, 3], [1, 3]]
 
 
 def test_a_wrapped_network_is_no_child() -> None:

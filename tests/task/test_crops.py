@@ -23,7 +23,7 @@ def brightness(crops: Crops, batches: int = 50) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "options, share",
-    [({}, 0.5), ({"sigma": 25}, 0), ({"dimmed": 0}, 0), ({"dimmed": 1}, 1), ({"dimmed": 0.25, "sigma": 25}, 0.25)],
+    [({}, 0.25), ({"sigma": 25}, 0), ({"dimmed": 0}, 0), ({"dimmed": 1}, 1), ({"dimmed": 0.5, "sigma": 25}, 0.5)],
 )
 def test_a_share_of_the_crops_is_dimmed(options, share) -> None:
     found = brightness(Crops(TASK, [Path("a.png")], size=20, **options))

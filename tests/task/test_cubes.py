@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import scipy.io
+import scipy.sparse
 import tifffile
 import torch
 
@@ -65,7 +66,7 @@ def test_numbers_of_every_kind(tmp_path: Path, dtype) -> None:
     "write, message",
     [
         (lambda path: np.save(path, 2 * CUBE), "values from 0 to 1 in .*a.npy, found"),
-        (lambda path: np.save(path, CUBE.astype(np.int64)), "values of int64"),
+        (lambda path: np.save(path, CUBE.astype(np.int64)), "int64 values"),
         (lambda path: np.save(path, CUBE[..., :4]), r"one array with 5 channels in .*a.npy, found a \(6, 8, 4\)"),
         (lambda path: np.save(path, np.array([{}]), allow_pickle=True), "cannot read arrays from .*a.npy: ValueError"),
         (lambda path: path.write_bytes(b""), r"a.npy is empty \(0 bytes\)"),
@@ -76,6 +77,23 @@ def test_what_is_no_cube(tmp_path: Path, write, message) -> None:
     write(tmp_path / "a.npy")
     with pytest.raises(LoRunError, match=message):
         read_cube(tmp_path / "a.npy", 5)
+
+
+def test_arrays_of_every_kind(tmp_path: Path) -> None:
+    values = np.arange(6.0).reshape(2, 3)
+    np.save(tmp_path / "big.npy", values.astype(">f4"))
+    big = read_arrays(tmp_path / "big.npy")["big"]
+    assert torch.equal(torch.from_numpy(big), torch.from_numpy(values).float())
+    np.savez(tmp_path / "a.npz", good=values, objects=np.array([{}]))
+    assert list(read_arrays(tmp_path / "a.npz")) == ["good"]
+    scipy.io.savemat(tmp_path / "a.mat", {"ones": np.ones((2, 2)), "phi": scipy.sparse.eye(3), "cell": np.array([{}])})
+    found = read_arrays(tmp_path / "a.mat")
+    assert found["ones"].dtype == np.float64 and np.array_equal(found["phi"], np.eye(3)) and "cell" not in found
+    pair = np.zeros((2, 3), [("real", "f8"), ("imag", "f8")])
+    pair["real"], pair["imag"] = values, 1
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file["c"] = pair
+    assert np.array_equal(read_arrays(tmp_path / "c.h5")["c"], values + 1j)
 
 
 def test_two_cubes_in_one_file(tmp_path: Path) -> None:

@@ -55,6 +55,15 @@ def pillow(array: np.ndarray, mode: str | None = None, form: str = "PNG", **opti
     return saved(image.convert(mode) if mode else image, format=form, **options)
 
 
+def grey12() -> bytes:
+    """A TIFF file of 12 bits a value, all of them at their largest."""
+    content = bytearray(tiff(np.full((6, 8), 65535, np.uint16)))
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        place = file.pages.first.tags["BitsPerSample"].valueoffset
+    content[place] = 12
+    return bytes(content)
+
+
 OPAQUE = np.full_like(GREY, 255)
 RIGHT = {  # file -> values in [0, 1]
     "grey.png": (pillow(GREY), GREY / 255),
@@ -84,6 +93,10 @@ RIGHT = {  # file -> values in [0, 1]
     ),
     "colour_float.tif": (tiff((COLOUR / 255).astype(np.float32), photometric="rgb"), COLOUR / 255),
     "palette.png": (pillow(GREY, "P"), GREY / 255),
+    "float_lzw.tif": (
+        saved(Image.fromarray((GREY / 255).astype(np.float32)), format="TIFF", compression="tiff_lzw"),
+        GREY / 255,
+    ),
     "inks.tif": (pillow(COLOUR, "CMYK", "TIFF"), COLOUR / 255),
 }
 
@@ -104,9 +117,9 @@ def test_every_mode_has_its_values(tmp_path: Path, name: str, channels: int) -> 
 
 
 WRONG = {
-    "deep.png": (png(16, 2, DEEP_COLOUR), "colours of 16 bits.*save it as TIFF"),
-    "deep_alpha.png": (png(16, 6, np.dstack([DEEP_COLOUR, DEEP])), "colours of 16 bits"),
-    "deep.ppm": (b"P6\n8 6\n65535\n" + DEEP_COLOUR.astype(">u2").tobytes(), "colours of 16 bits"),
+    "deep.png": (png(16, 2, DEEP_COLOUR), "16-bit colours.*save it as TIFF"),
+    "deep_alpha.png": (png(16, 6, np.dstack([DEEP_COLOUR, DEEP])), "16-bit colours"),
+    "deep.ppm": (b"P6\n8 6\n65535\n" + DEEP_COLOUR.astype(">u2").tobytes(), "16-bit colours"),
     "alpha.png": (pillow(np.dstack([COLOUR, GREY])), "has transparent parts: save it on a background"),
     "alpha_grey.png": (pillow(np.stack([GREY, GREY], -1)), "has transparent parts"),
     "alpha16.tif": (
@@ -120,9 +133,10 @@ WRONG = {
         pillow(GREY, save_all=True, append_images=[Image.fromarray(GREY[::-1])]),
         "has 2 pages",
     ),
-    "int32.tif": (tiff(DEEP.astype(np.int32) - 9999), "values of int32, of which nothing says"),
-    "uint32.tif": (tiff(DEEP.astype(np.uint32) * 60000), "values of uint32"),
-    "int16.tif": (tiff(DEEP.astype(np.int16)), "values of int16"),
+    "int32.tif": (tiff(DEEP.astype(np.int32) - 9999), "int32 values with no known maximum"),
+    "uint32.tif": (tiff(DEEP.astype(np.uint32) * 60000), "uint32 values"),
+    "int16.tif": (tiff(DEEP.astype(np.int16)), "int16 values"),
+    "grey12.tif": (grey12(), "values of 12 bits: save it with 8 or 16"),
     "float.tif": (tiff(GREY.astype(np.float32)), "found 0 to 235: save it divided by"),
     "nan.tif": (tiff(np.full((4, 4), np.nan, np.float32)), "found nan to nan"),
     "empty.png": (b"", r"is empty \(0 bytes\)"),

@@ -15,8 +15,9 @@ from tasks import COLOUR_TASK, GREY_TASK, call
 import lorun_adapt
 from lorun_adapt import LoRunError
 from lorun_adapt.task.images import read_image
-from lorun_adapt.task.restore import restore, restore_files
+from lorun_adapt.task.restore import restore, restore_files, restore_measurements
 from lorun_adapt.task.task import load_task
+from lorun_adapt.util.modules import positional_arguments
 
 SAME = "\n\ndef restore(output, images):\n    return images\n"  # returns what was measured
 
@@ -136,6 +137,38 @@ def test_restore_on_the_command_line(task_file, weights, images, tmp_path, capsy
         assert code == 2 and message in err and not (tmp_path / "other").exists()
 
 
+def test_cubes_are_written_as_arrays(tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text(
+        "from torch import nn\nchannels = 5\nbuild = nn.Identity\n"
+        "def measure(images, sigma=0.0):\n    return (images,)\ndef restore(output, images):\n    return output\n"
+    )
+    np.save(tmp_path / "cube.npy", np.random.default_rng(0).random((6, 8, 5)).astype(np.float32))
+    task = load_task(tmp_path / "task.py")
+    (written,) = restore_files(task, task.build(), [tmp_path / "cube.npy"], tmp_path / "out")
+    assert written.name == "cube.npy" and np.array_equal(np.load(written), task.read(tmp_path / "cube.npy").numpy())
+    with pytest.raises(LoRunError, match=r"expected images \(B, C, H, W\), found \(5, 6, 8\)"):
+        restore(task, task.build(), task.read(tmp_path / "cube.npy"))
+    assert restore(task, task.build(), torch.rand(1, 5, 6, 8).double()).dtype == torch.float32
+
+
+def test_optional_arguments_are_taken_from_the_file(tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text(GREY_TASK)
+    task = load_task(tmp_path / "task.py")
+
+    class Masked(torch.nn.Module):
+        def forward(self, y, mask=None, gain=1.0):
+            return y if mask is None else y * mask
+
+    y, mask = torch.rand(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
+    np.savez(tmp_path / "a.npz", y=y.numpy(), mask=mask.numpy())
+    names = positional_arguments(torch.nn.DataParallel(Masked()))
+    (written,) = restore_measurements(task, Masked(), names, [tmp_path / "a.npz"], tmp_path / "out")
+    assert not np.asarray(Image.open(written)).any()
+    np.savez(tmp_path / "a.npz", y=y.numpy(), msk=mask.numpy())
+    with pytest.raises(LoRunError, match="takes y, mask, gain, and .*a.npz has y, msk: name the arrays like"):
+        restore_measurements(task, Masked(), names, [tmp_path / "a.npz"], tmp_path / "more")
+
+
 def test_from_measurements(tmp_path: Path, capsys, monkeypatch) -> None:
     text = GREY_TASK + "\nweights = 'net.pth'\n"
     (tmp_path / "task.py").write_text(text)
@@ -155,7 +188,7 @@ def test_from_measurements(tmp_path: Path, capsys, monkeypatch) -> None:
         assert (read_image(tmp_path / "out" / name, 1) - expected).abs().max() < 0.51 / 65535
     np.save(tmp_path / "y.npy", y.numpy())
     code, _, err = call(capsys, monkeypatch, *given, tmp_path / "y.npy")
-    assert code == 2 and "forward takes y, mask, and" in err and "(mask missing): name the arrays so" in err
+    assert code == 2 and "forward takes y, mask, and" in err and "has y: name the arrays like the first" in err
     more = "\n\ndef arguments(arrays):\n    return arrays['y'], torch.ones(1, 1, *arrays['y'].shape[-2:])\n"
     (tmp_path / "task.py").write_text(text + more)
     code, out, err = call(capsys, monkeypatch, *given, tmp_path / "y.npy")
@@ -165,7 +198,7 @@ def test_from_measurements(tmp_path: Path, capsys, monkeypatch) -> None:
     code, _, err = call(capsys, monkeypatch, *given, tmp_path / "y.npy", "--overwrite")
     assert code == 2 and "one image (1, 1, H, W), found (1, 1, 12): it gets None for the images" in err
     for wrong, message in (
-        ((folder, "--images", folder), "give --images or --measurements"),
+        ((folder, "--images", folder), "give either --images or --measurements"),
         ((folder, "--tile", 16), "give --images"),
         ((folder, "--sigma", 5), "give --images"),
         ((tmp_path / "none",), "no measurements at"),

@@ -8,6 +8,7 @@ import io
 import re
 import tarfile
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_of_several_weights_the_averaged_ones(tmp_path: Path) -> None:
         inner = averaged.split(".")
         content[inner[0]] = net.state_dict() if len(inner) == 1 else {inner[1]: net.state_dict()}
         torch.save(content, tmp_path / "net.pt")
-        with pytest.warns(UserWarning, match=f"'{plain}', '{averaged}': the averaged ones, '{averaged}', are loaded"):
+        with pytest.warns(UserWarning, match=f"'{plain}', '{averaged}': loading the averaged ones, '{averaged}'"):
             assert load(tmp_path / "net.pt", net)["first.weight"].any()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -91,7 +92,7 @@ def test_of_several_weights_the_averaged_ones(tmp_path: Path) -> None:
     with pytest.raises(LoRunError, match="no weights under the key 'other' in .*: choose one of 'state_dict', 'model_"):
         load(tmp_path / "net.pt", net, "other")
     torch.save({"a": zeros, "b": net.state_dict()}, tmp_path / "net.pt")
-    with pytest.warns(UserWarning, match="under 'a', 'b': 'a', are loaded"):
+    with pytest.warns(UserWarning, match="under 'a', 'b': loading 'a'; choose"):
         load(tmp_path / "net.pt", net)
 
 
@@ -122,6 +123,13 @@ def tar(content: bytes) -> bytes:
     return buffer.getvalue()
 
 
+def zipped(content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("net.pth", content)
+    return buffer.getvalue()
+
+
 def saved(value: object, legacy: bool = False) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer, _use_new_zipfile_serialization=not legacy)
@@ -139,6 +147,8 @@ WHOLE = saved({"w": torch.zeros(1000)})
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "is a Git LFS pointer.*git lfs pull"),
         (tar(WHOLE), "is a tar archive: unpack it"),
         (b"\x1f\x8b" + bytes(30), "is compressed: unpack it"),
+        (zipped(WHOLE), "is a zip archive: unpack it"),
+        (bytes(600), "is no file of torch or safetensors"),
         (WHOLE[: len(WHOLE) // 2], "is cut off or damaged: download it again"),
         (saved({"w": torch.zeros(1000)}, legacy=True)[:3000], "is cut off or damaged: download it again"),
         (save({"w": torch.zeros(1000)})[:500], "is a damaged safetensors file"),
@@ -207,6 +217,22 @@ def test_what_does_not_fit_is_said(change: Any, message: str) -> None:
     net = network()
     found = mismatch(net, change(net.state_dict()))
     assert re.search(message, found), found
+
+
+def test_states_that_hold_more_than_tensors(tmp_path: Path) -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"scale": 2}
+
+        def set_extra_state(self, state: object) -> None:
+            pass
+
+    net = Extra(1, 1)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    net.load_state_dict(load(tmp_path / "net.pt", net))
+    assert mismatch(net, {"weight": torch.ones(2, 1)}).startswith(
+        "missing bias; of another shape weight (2, 1) instead"
+    )
 
 
 def test_more_stages_in_the_file_or_in_the_network() -> None:
