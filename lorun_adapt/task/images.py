@@ -118,8 +118,9 @@ def _with_tifffile(path: Path) -> np.ndarray:
             if page.samplesperpixel == 1 and page.dtype == np.float32:
                 with Image.open(path) as image:
                     return np.array(image)
+            kind = tifffile.COMPRESSION(page.compression).name
             raise LoRunError(
-                f"{path} is compressed ({tifffile.COMPRESSION(page.compression).name}): install imagecodecs, save it without, {OTHERWISE}"
+                f"{path} is compressed ({kind}): install imagecodecs, save it without compression, {OTHERWISE}"
             ) from error
         pixels = np.moveaxis(pixels, 0, -1) if page.axes.startswith("S") else pixels
         if page.extrasamples:
