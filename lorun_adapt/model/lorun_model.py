@@ -994,6 +994,7 @@ class LoRunModel(nn.Module):
         self._assemble_again()
         return self
 
+    @in_own_modes
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         result = self.__new__(type(self))
         memo[id(self)] = result

@@ -37,8 +37,8 @@ def in_tiles(images: Tensor, restore: Callable[[Tensor], Tensor], tile: int, ove
     if overlap < 0 or stride < 1:
         raise LoRunError(f"expected an overlap of 0 to {tile - unit} pixels for tiles of {tile}, found {overlap}")
     total, weights = torch.zeros_like(images), torch.zeros_like(images[:1, :1])
-    for top, bottom in _spans(images.shape[-2], tile, stride):
-        for left, right in _spans(images.shape[-1], tile, stride):
+    for top, bottom in _spans(images.shape[-2], tile, stride, unit):
+        for left, right in _spans(images.shape[-1], tile, stride, unit):
             part = images[..., top:bottom, left:right]
             rows = _ramp(bottom - top, tile - stride, top > 0, bottom < images.shape[-2])
             columns = _ramp(right - left, tile - stride, left > 0, right < images.shape[-1])
@@ -48,10 +48,17 @@ def in_tiles(images: Tensor, restore: Callable[[Tensor], Tensor], tile: int, ove
     return total / weights
 
 
-def _spans(length: int, tile: int, stride: int) -> list[tuple[int, int]]:
-    """Where tiles start and end; the last one may be smaller."""
-    count = max(0, -(-(length - tile) // stride))
-    return [(i * stride, min(i * stride + tile, length)) for i in range(count + 1)]
+def _spans(length: int, tile: int, stride: int, unit: int) -> list[tuple[int, int]]:
+    """Where tiles start and end. The last one is moved back so as not to be narrow, and may be a part of a unit longer.
+
+    >>> _spans(70, 32, 24, 1), _spans(70, 32, 24, 8), _spans(20, 32, 24, 8)
+    ([(0, 32), (24, 56), (38, 70)], [(0, 32), (24, 56), (32, 70)], [(0, 20)])
+    """
+    starts = list(range(0, max(1, length - tile + 1), stride))
+    if starts[-1] + tile < length:
+        starts.append((length - tile) // unit * unit)
+    starts = sorted(set(starts))
+    return [(start, length if start == starts[-1] else start + tile) for start in starts]
 
 
 def _ramp(length: int, overlap: int, at_start: bool, at_end: bool) -> Tensor:
