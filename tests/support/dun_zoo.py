@@ -339,6 +339,47 @@ class Remembering(nn.Module):
         return x
 
 
+class Alternating(nn.Module):
+    """Two kinds that take turns in one list, of which one holds the other, too (SSR)."""
+
+    def __init__(self, stages: int = 3) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        for _ in range(stages):
+            self.blocks += [Block(Denoiser()), Denoiser()]
+
+    def forward(self, y: Tensor, mask: Tensor) -> Tensor:
+        x = y
+        for block, denoiser in zip(self.blocks[::2], self.blocks[1::2]):
+            x = denoiser(gradient_step(block(x, y, mask), y, mask, 0.5))
+        return x
+
+
+class Sequentials(nn.Module):
+    """Two Sequentials that serve as lists (KXNet)."""
+
+    def __init__(self, stages: int = 3) -> None:
+        super().__init__()
+        self.first = nn.Sequential(*[Block(Denoiser()) for _ in range(stages)])
+        self.second = nn.Sequential(*[RawKernels() for _ in range(stages)])
+
+    def forward(self, y: Tensor, mask: Tensor) -> Tensor:
+        x = y
+        for first, second in zip(self.first, self.second):
+            x = second(first(x, y, mask), y, mask)
+        return x
+
+
+@entry
+def alternating() -> Case:
+    return Case(Alternating(), [[f"blocks.{k}" for k in range(first, 6, 2)] for first in (0, 1)])
+
+
+@entry
+def sequentials() -> Case:
+    return Case(Sequentials(), [[f"{name}.{k}" for k in range(3)] for name in ("first", "second")])
+
+
 @entry
 def remembering() -> Case:
     return Case(Remembering(), [[f"denoisers.{k}" for k in range(3)]])
