@@ -25,6 +25,7 @@ FOLDER = os.environ.get("ISTA_NET_PLUS")
 
 channels = 1
 patch = BLOCK
+tile = BLOCK  # blocks are restored one by one
 weights = str(Path(FOLDER, "net_params_200.pkl").resolve()) if FOLDER else None
 
 
