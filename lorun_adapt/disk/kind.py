@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import LoRunError
 
 LFS_POINTER = b"version https://git-lfs.github.com"
 HEAD = 512  # bytes to look at
+
+
+@contextmanager
+def reading(what: str, path: Path, advice: str) -> Iterator[None]:
+    """Within the block a library reads ``path``; say in a sentence what is wrong with the file.
+
+    Readers of damaged files raise errors of many kinds, often without the name of the file.
+
+    >>> with reading("the image", Path("photo.png"), "remove the file"):
+    ...     pass
+    Traceback (most recent call last):
+        ...
+    lorun_adapt.errors.LoRunError: cannot read the image photo.png: FileNotFoundError: [Errno 2] No such file or \
+directory: 'photo.png'; remove the file
+    """
+    try:
+        check_is_data(path)
+        yield
+    except LoRunError:
+        raise
+    except Exception as error:
+        raise LoRunError(f"cannot read {what} {path}: {type(error).__name__}: {error}; {advice}") from error
 
 
 def check_is_data(path: Path) -> None:

@@ -20,6 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from ..errors import LoRunError
 from ..stages.stage_map import StageMap
 from ..util.copying import copy_network
+from ..util.modules import positional_arguments
 from ..util.nested import device_of, map_tensors, tensors_in, to_device
 from ..util.numbers import is_numeric
 from ..util.seeds import seeded
@@ -160,7 +161,7 @@ def num_positional_arguments(network: nn.Module) -> int | None:
     kinds = [parameter.kind for parameter in inspect.signature(network.forward).parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds:
         return None
-    return sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+    return len(positional_arguments(network))
 
 
 def _lost_gradients(network: nn.Module, output: Any) -> bool:

@@ -98,20 +98,15 @@ def _repeated(
     total = _num_parameters(dun, [""])
     candidates, layers = _candidates(dun, trace, declared)
     large = [item for item in candidates if _share(dun, item, total) >= MIN_SHARE]
-    not_taken = [
-        NotTaken(paths_of(locations), _num_parameters(dun, paths_of(locations)), reason)
-        for locations, reason in [
-            *((item, f"below {MIN_SHARE:.0%} of the parameters") for item in candidates if item not in large),
-            *((item, "layers: they see no measurements") for item in layers),
-        ]
-    ]
+    reasons = [(item, f"below {MIN_SHARE:.0%} of the parameters") for item in candidates if item not in large]
+    reasons += [(item, "layers: they see no measurements") for item in layers]
     if not large:
         if any(_share(dun, item, total) >= MIN_SHARE for item in layers):
             raise LoRunError(
                 f"{type(dun).__name__} does not seem to unfold an algorithm, as what repeats in it are layers that see "
                 f"no measurements, such as {abridged(paths_of(layers[0]))}: if it does, name the stages with stages="
             )
-        return [], not_taken
+        return [], []
     main = max(large, key=lambda item: (not _in_sequential(dun, item, trace), _share(dun, item, total)))
     main_owner = _owner(dun, main, trace)
     if main_owner and trace.is_empty and not any(path in declared for path, _ in main):
@@ -126,9 +121,9 @@ def _repeated(
         if locations is main or (beside and not _in_sequential(dun, locations, trace)):
             taken.append(locations)
         else:
-            where = f"repeats inside {owner or type(dun).__name__}"
-            not_taken.append(NotTaken(paths_of(locations), _num_parameters(dun, paths_of(locations)), where))
-    return taken, not_taken
+            reasons.append((locations, f"repeats inside {owner or type(dun).__name__}"))
+    paths = [(paths_of(locations), reason) for locations, reason in reasons]
+    return taken, [NotTaken(names, _num_parameters(dun, names), reason) for names, reason in paths]
 
 
 def _candidates(

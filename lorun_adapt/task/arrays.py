@@ -11,7 +11,7 @@ import numpy as np
 import scipy.io
 import scipy.sparse
 
-from ..disk.kind import check_is_data
+from ..disk.kind import reading
 from ..errors import LoRunError
 
 ARRAY_SUFFIXES = {".npy", ".npz", ".mat", ".h5", ".hdf5"}
@@ -33,15 +33,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     ...     sorted(read_arrays(Path(here) / "y.npz"))
     ['phi', 'y']
     """
-    try:
-        check_is_data(path)
+    with reading("arrays from", path, "download it again"):
         found = _read(path)
-    except LoRunError:
-        raise
-    except Exception as error:  # the readers raise many kinds for damaged files
-        raise LoRunError(
-            f"cannot read arrays from {path}: {type(error).__name__}: {error}; download it again"
-        ) from error
     found = {name: _native(array) for name, array in found.items()}
     return {name: array for name, array in found.items() if array.dtype.kind in "biufc" and array.size}
 

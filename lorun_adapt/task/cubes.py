@@ -9,6 +9,7 @@ import tifffile
 import torch
 from torch import Tensor
 
+from ..disk.kind import reading
 from ..errors import LoRunError
 from .arrays import ARRAY_SUFFIXES, read_arrays
 from .images import OTHERWISE, between_0_and_1
@@ -30,7 +31,11 @@ def read_cube(path: Path, channels: int) -> Tensor:
     ...     read_cube(Path(here) / "cube.npy", 28).shape
     torch.Size([28, 16, 20])
     """
-    arrays = _pages(path) if path.suffix.lower() in (".tif", ".tiff") else read_arrays(path)
+    if path.suffix.lower() in (".tif", ".tiff"):
+        with reading("the pages of", path, "download it again"):
+            arrays = {"pages": tifffile.imread(path)}
+    else:
+        arrays = read_arrays(path)
     cubes = [array for array in arrays.values() if array.ndim == 3 and channels in (array.shape[0], array.shape[-1])]
     if len(cubes) != 1:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
@@ -40,10 +45,3 @@ def read_cube(path: Path, channels: int) -> Tensor:
         )
     cube = np.moveaxis(cubes[0], -1, 0) if cubes[0].shape[-1] == channels else cubes[0]
     return torch.from_numpy(np.ascontiguousarray(between_0_and_1(cube, path)))
-
-
-def _pages(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return {"pages": tifffile.imread(path)}
-    except Exception as error:  # tifffile raises many kinds for damaged files
-        raise LoRunError(f"cannot read {path}: {type(error).__name__}: {error}; download it again") from error

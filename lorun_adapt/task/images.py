@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..disk.kind import check_is_data
+from ..disk.kind import reading
 from ..errors import LoRunError
 
 IMAGE_SUFFIXES = {".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
@@ -50,17 +50,10 @@ def depth_of(path: Path) -> np.dtype:
 
 
 def _pixels(path: Path, channels: int) -> np.ndarray:
-    try:
-        check_is_data(path)
+    with reading("the image", path, f"remove the file, {OTHERWISE}"):
         pixels = _with_tifffile(path) if _is_deep_tiff(path) else _with_pillow(path, channels)
         if not pixels.size or pixels.ndim not in (2, 3):
             raise ValueError(f"its shape is {pixels.shape}")
-    except LoRunError:
-        raise
-    except Exception as error:  # the readers raise many kinds for damaged files
-        raise LoRunError(
-            f"cannot read the image {path}: {type(error).__name__}: {error}; remove the file, {OTHERWISE}"
-        ) from error
     return pixels
 
 

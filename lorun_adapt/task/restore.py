@@ -153,8 +153,7 @@ def restore_measurements(
     _check_written(written, files, overwrite)
     for target, path in zip(progress(written, "restoring", "image", delay=2, leave=False), files):
         arguments = _arguments(task, names, path)
-        with torch.no_grad():
-            image = task.image_in(task.run_forward(net, to_device(arguments, device_of(net))))
+        image = task.image_in(task.run_forward(net, to_device(arguments, device_of(net))))
         write_file(target, functools.partial(_write, image=image, suffix=suffix, depth=depth))
     return written
 

@@ -157,17 +157,16 @@ class Task:
         Raises:
             LoRunError: the forward or the task's function fails.
         """
-        with torch.no_grad():  # not inference_mode, as some forwards compute gradients within
-            output = self.run_forward(net, arguments)
-        return self.restored(output, images).float().cpu()
+        return self.restored(self.run_forward(net, arguments), images).float().cpu()
 
     def run_forward(self, net: nn.Module, arguments: tuple[Any, ...]) -> Any:
-        """Return what the network's forward returns.
+        """Return what the network's forward returns, without gradients.
 
         Raises:
             LoRunError: the forward fails.
         """
-        return self._guard("the network's forward", net, *arguments)
+        with torch.no_grad():  # not inference_mode, as some forwards compute gradients within
+            return self._guard("the network's forward", net, *arguments)
 
     def image_in(self, output: Any) -> Tensor:
         """Return the restored image (C, H, W) in ``output``, where only measurements are known: float32, on the CPU.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -178,9 +178,9 @@ def _unwrapped(name: str) -> str:
     return name
 
 
-def _names(names: object) -> str:
+def _names(names: Iterable[str]) -> str:
     """Names, shortest first, at most six of them."""
-    found = sorted(names, key=lambda name: (len(name), name))  # type: ignore[call-overload]
+    found = sorted(names, key=lambda name: (len(name), name))
     return ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
 
 

@@ -12,10 +12,10 @@ import dis
 import functools
 import threading
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import suppress
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ Value = TypeVar("Value")
 
 ATOMS = (str, bytes, int, float, complex, type(None), type, torch.dtype, torch.device)
 LOCK, RLOCK = type(threading.Lock()), type(threading.RLock())
+CONTAINERS = {dict, list, tuple, set, OrderedDict}  # without code of their own; modules have many empty ones
 REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
@@ -85,10 +86,8 @@ def deep_copy(value: Value, memo: dict[int, Any]) -> Value:
     memo.update({id(lock): threading.Lock() for lock in parts.of(LOCK)})
     memo.update({id(lock): threading.RLock() for lock in parts.of(RLOCK)})
     memo.update({id(condition): threading.Condition() for condition in parts.of(threading.Condition)})
-    dicts: list[dict[Any, Any]] = [
-        value for value in parts.of(dict) if _hides_deepcopy(value) and id(value) not in memo
-    ]
-    memo.update({id(value): type(value).__new__(type(value)) for value in dicts})
+    dicts = [held for held in parts.dicts_that_hide_deepcopy() if id(held) not in memo]
+    memo.update({id(held): type(held).__new__(type(held)) for held in dicts})
     functions = [function for function in parts.that_remember() if id(function) not in memo]
     cells: dict[int, CellType] = {}
     for function in functions:
@@ -152,7 +151,7 @@ class _Parts:
             if isinstance(value, nn.Module) and not into_modules:
                 continue
             for name, child in _children(value, follow_globals):
-                if isinstance(child, ATOMS):
+                if isinstance(child, ATOMS) or (type(child) in CONTAINERS and not child):
                     continue
                 self._holders.setdefault(id(child), []).append(id(value))
                 if id(child) not in self._values:
@@ -259,17 +258,21 @@ def _children(value: object, follow_globals: bool) -> Iterator[tuple[str, object
 def _attributes(value: object) -> dict[str, Any]:
     """The attributes of an object, without running its code."""
     found: dict[str, Any] = {}
-    for kind in type(value).__mro__:
-        slots = vars(kind).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            try:
-                found[name] = object.__getattribute__(value, name)
-            except AttributeError:
-                continue
+    for name in _slots(cast(Hashable, type(value))):
+        try:
+            found[name] = object.__getattribute__(value, name)
+        except AttributeError:
+            continue
     try:
         return found | object.__getattribute__(value, "__dict__")
     except AttributeError:
         return found
+
+
+@functools.cache
+def _slots(kind: type) -> list[str]:
+    found = [vars(base).get("__slots__", ()) for base in kind.__mro__]
+    return [name for slots in found for name in ((slots,) if isinstance(slots, str) else slots)]
 
 
 def _global_names(code: CodeType) -> set[str]:
