@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .stages.find import find_stages
     from .stages.stage_map import StageMap
     from .task.crops import Crops, held_out_of
-    from .task.evaluate import evaluate, psnr, ssim
+    from .task.evaluate import evaluate
+    from .task.metrics import psnr, ssim
     from .task.task import Task, load_task
     from .training.fit import fit
 
@@ -64,8 +65,8 @@ _MODULES = {
     "from_pretrained": "model.pretrained",
     "held_out_of": "task.crops",
     "load_task": "task.task",
-    "psnr": "task.evaluate",
-    "ssim": "task.evaluate",
+    "psnr": "task.metrics",
+    "ssim": "task.metrics",
 }
 
 

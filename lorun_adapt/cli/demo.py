@@ -15,7 +15,7 @@ from ..disk.folder import write_file
 from ..errors import LoRunError
 from ..model.lorun_model import LoRunModel
 from ..model.pretrained import from_pretrained
-from ..task.evaluate import psnr, ssim
+from ..task.metrics import psnr, ssim
 from ..task.task import load_task
 from ..util.nested import to_device
 from ..util.tables import kilobytes, table

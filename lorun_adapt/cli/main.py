@@ -80,6 +80,13 @@ def inspect(
 @click.option("--converted", type=FILE, help="Folder of a conversion to compare with the original.")
 @click.option("--adapter-name", metavar="NAME", help="The set to evaluate.  [default: the active set]")
 @SIGMA
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    metavar="NAME",
+    help="A further metric: psnr_y (PSNR of luma), sam (angle of spectra, in radians), lpips.",
+)
 @click.option("--record", is_flag=True, help="Save the result in the conversion and its model cards.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @DEVICE
@@ -92,12 +99,13 @@ def eval_(
     converted: Path | None,
     adapter_name: str | None,
     sigma: float,
+    metrics: tuple[str, ...],
     record: bool,
     as_json: bool,
     device: torch.device,
     seed: int,
 ) -> None:
-    """Measure PSNR and SSIM on a folder of images."""
+    """Measure PSNR, SSIM and other metrics on a folder of images."""
 
     from ..files.save import update_cards
     from ..model.pretrained import from_pretrained
@@ -130,6 +138,7 @@ def eval_(
             original,
             lorun,
             sigma=sigma,
+            metrics=metrics,
             num_parameters=sum(p.numel() for p in net.parameters()),
             num_parameters_converted=lorun.report().network_after.num_parameters if lorun is not None else None,
         )

@@ -24,7 +24,8 @@ from ..network.adapter import terms_of
 from ..network.observe import Observer
 from ..network.report import Report
 from ..peft_format.options import config_of_ranks
-from ..task.evaluate import check_size, psnr, ssim
+from ..task.evaluate import check_size
+from ..task.metrics import psnr, ssim
 from ..task.task import Task
 from ..util.nested import device_of, replaced, to_device
 from ..util.progress import progress

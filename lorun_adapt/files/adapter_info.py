@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 from ..disk.reading import parse_json
@@ -15,11 +16,14 @@ from ..util.text import is_short
 
 MAX_INFO_BYTES = 1 << 19  # bytes
 MAX_VALUE = 1e12
+MAX_FURTHER = 16  # metrics beside PSNR and SSIM
+METRIC_NAME = re.compile("[a-z][a-z0-9_]{0,31}")
+FURTHER = {"further", "further_original"}
 
 
 def adapter_info_text(info: AdapterInfo) -> str:
     """Return the text of the file."""
-    quality = [dataclasses.asdict(item) for item in info.quality]
+    quality = [_row(item) for item in info.quality]
     return json.dumps({"noise_schedule": info.noise, "measured": quality}, indent=2) + "\n"
 
 
@@ -54,19 +58,37 @@ def read_adapter_info(content: bytes, num_stages: int, where: str) -> AdapterInf
 
 def is_storable(quality: Quality) -> bool:
     """Whether :func:`read_adapter_info` could read ``quality`` back."""
-    return _is_quality(dataclasses.asdict(quality))
+    return _is_quality(_row(quality))
+
+
+def _row(quality: Quality) -> dict[str, Any]:
+    """A measurement as the file has it: without further metrics where there are none, as files were written before."""
+    row = dataclasses.asdict(quality)
+    return {name: value for name, value in row.items() if name not in FURTHER or value}
 
 
 def _is_quality(row: Any) -> bool:
-    if not isinstance(row, dict) or row.keys() != {field.name for field in dataclasses.fields(Quality)}:
+    names = {field.name for field in dataclasses.fields(Quality)}
+    if not isinstance(row, dict) or not names - FURTHER <= row.keys() <= names:
         return False
-    numbers = {name: value for name, value in row.items() if name not in ("images", "count")}
+    numbers = {name: value for name, value in row.items() if name not in {"images", "count"} | FURTHER}
     return (
         is_short(row["images"])
         and type(row["count"]) is int
         and 0 < row["count"] < 2**31
-        and all(
-            (n is None and name.endswith("_original")) or (is_number(n) and -MAX_VALUE < n < MAX_VALUE)
-            for name, n in numbers.items()
-        )
+        and all((n is None and name.endswith("_original")) or _is_figure(n) for name, n in numbers.items())
+        and all(_are_further(row[name]) for name in FURTHER & row.keys())
     )
+
+
+def _are_further(figures: Any) -> bool:
+    return (
+        isinstance(figures, dict)
+        and len(figures) <= MAX_FURTHER
+        and all(isinstance(name, str) and METRIC_NAME.fullmatch(name) for name in figures)
+        and all(map(_is_figure, figures.values()))
+    )
+
+
+def _is_figure(value: Any) -> bool:
+    return is_number(value) and -MAX_VALUE < value < MAX_VALUE

@@ -121,7 +121,11 @@ def _metadata(converted: Converted, measured: Iterable[tuple[str, Quality]]) -> 
             metric_value=round(value, 4),
         )
         for name, row in measured
-        for kind, title, value in (("psnr", "PSNR (dB)", row.psnr), ("ssim", "SSIM", row.ssim))
+        for kind, title, value in (
+            ("psnr", "PSNR (dB)", row.psnr),
+            ("ssim", "SSIM", row.ssim),
+            *((kind, kind, value) for kind, value in row.further.items()),
+        )
     ]
     data = ModelCardData(
         library_name="lorun-adapt",
@@ -138,15 +142,20 @@ def _metadata(converted: Converted, measured: Iterable[tuple[str, Quality]]) -> 
 def _quality_table(measured: list[tuple[str, Quality]]) -> list[str]:
     if not measured:
         return []
-    lines = [
-        "| adapter set | images | sigma | PSNR (dB) | SSIM | PSNR of the original (dB) |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
+    further = list(dict.fromkeys(kind for _, row in measured for kind in row.further))
+    columns = ["adapter set", "images", "sigma", "PSNR (dB)", "SSIM", "PSNR of the original (dB)"]
+    columns += [name for kind in further for name in (kind, f"{kind} of the original")]
+    lines = [f"| {' | '.join(columns)} |", f"| --- | --- |{' ---: |' * (len(columns) - 2)}"]
     for name, row in measured:
-        images = f"{_escaped(row.images)} ({row.count})"
-        original = "" if row.psnr_original is None else f"{row.psnr_original:.2f}"
-        lines.append(f"| `{name}` | {images} | {row.sigma:g} | {row.psnr:.2f} | {row.ssim:.4f} | {original} |")
+        cells = [f"`{name}`", f"{_escaped(row.images)} ({row.count})", f"{row.sigma:g}", f"{row.psnr:.2f}"]
+        cells += [f"{row.ssim:.4f}", "" if row.psnr_original is None else f"{row.psnr_original:.2f}"]
+        cells += [_figure(figures.get(kind)) for kind in further for figures in (row.further, row.further_original)]
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _loading_example(converted: Converted, adapters_only: bool) -> list[str]:

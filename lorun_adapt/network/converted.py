@@ -52,6 +52,8 @@ class Quality:
         ssim: mean SSIM over the images, at most 1.
         psnr_original: the same for the original network; None if not measured.
         ssim_original: the same for the original network; None if not measured.
+        further: the means of other metrics, by name, such as ``{"sam": 0.08}``.
+        further_original: the same for the original network.
 
     >>> import lorun_adapt
     >>> lorun_adapt.Quality("bsd68", count=68, sigma=0.0, psnr=29.25, ssim=0.85).psnr
@@ -65,6 +67,8 @@ class Quality:
     ssim: float
     psnr_original: float | None = None
     ssim_original: float | None = None
+    further: Mapping[str, float] = field(default_factory=dict)
+    further_original: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

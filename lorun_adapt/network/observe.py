@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from ..errors import LoRunError
 from ..stages.stage_map import StageMap
 from ..util.copying import copy_network
-from ..util.modules import positional_arguments
+from ..util.modules import hint_on_arguments, positional_arguments
 from ..util.nested import device_of, map_tensors, tensors_in, to_device
 from ..util.numbers import is_numeric
 from ..util.seeds import seeded
@@ -103,7 +103,7 @@ class Observer:
             except Exception as error:
                 raise LoRunError(
                     f"{type(probe).__name__} cannot run on the first batch of calibration ({type(error).__name__}: "
-                    f"{error}): each batch must hold the arguments of its forward"
+                    f"{error}): each batch must hold the arguments of its forward{hint_on_arguments(probe, batch)}"
                 ) from error
         if not final:
             raise LoRunError(

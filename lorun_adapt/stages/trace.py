@@ -11,6 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import LoRunError
 from ..util.copying import copy_network
+from ..util.modules import hint_on_arguments
 from ..util.nested import tensors_in
 from .locations import Location
 
@@ -130,5 +131,6 @@ def trace_calls(dun: nn.Module, example_inputs: Sequence[object]) -> CallTrace:
         raise LoRunError(
             f"{type(dun).__name__} cannot run on its example inputs ({type(error).__name__}: {error}): pass the "
             "arguments of its forward in example_inputs=, or in each batch of calibration="
+            f"{hint_on_arguments(dun, example_inputs)}"
         ) from error
     return CallTrace(dun, calls)

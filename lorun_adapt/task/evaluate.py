@@ -1,16 +1,14 @@
-"""PSNR and SSIM of a network and of its conversion, over a folder of images."""
+"""Metrics of a network and of its conversion, over a folder of images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from rich.table import Table
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
 from ..errors import LoRunError
@@ -19,21 +17,25 @@ from ..util.nested import device_of, to_device
 from ..util.progress import progress
 from ..util.tables import table
 from ..util.text import shortened
+from .metrics import METRICS, WINDOW, check_metrics
 from .task import Task
 
 PERFECT = 999.0  # dB, stands for infinity in files, as JSON has none
-WINDOW = 11  # pixels: the side of SSIM's Gaussian window
+QUALITY = ("psnr", "ssim")  # the metrics that every model card has
 
 
 @dataclass(frozen=True)
 class Score:
-    """PSNR in dB and SSIM of one image, restored by the original and the converted network; None without one."""
+    """The metrics of one image, restored by the original and the converted network.
+
+    Attributes:
+        name: the image's file name.
+        values: by the names of the metrics, for the original, and the same names with ``_converted``; None without the
+            network.
+    """
 
     name: str
-    psnr: float | None
-    ssim: float | None
-    psnr_converted: float | None
-    ssim_converted: float | None
+    values: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,20 @@ class Evaluation:
     """The scores of all images, and the numbers of parameters of the original and the converted network."""
 
     images: tuple[Score, ...]
+    metrics: tuple[str, ...]
     num_parameters: int
     num_parameters_converted: int | None
 
     def mean(self) -> dict[str, float | None]:
-        """Return the mean PSNR in dB and SSIM over the images, by the names of a :class:`Score`."""
-        names = ("psnr", "ssim", "psnr_converted", "ssim_converted")
-        columns = {name: [getattr(score, name) for score in self.images] for name in names}
-        return {name: None if None in values else fmean(values) for name, values in columns.items()}
+        """Return the mean of each of the values of a :class:`Score` over the images."""
+        columns = {name: [score.values[name] for score in self.images] for name in self.images[0].values}
+        known = {name: [value for value in column if value is not None] for name, column in columns.items()}
+        return {name: fmean(values) if values else None for name, values in known.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """Return all scores and their means, as ``eval --json`` prints them."""
         return {
-            "images": [asdict(score) for score in self.images],
+            "images": [{"name": score.name, **score.values} for score in self.images],
             "mean": self.mean(),
             "parameters": self.num_parameters,
             "parameters_converted": self.num_parameters_converted,
@@ -69,6 +72,7 @@ class Evaluation:
         mean = {name: None if value is None else min(value, PERFECT) for name, value in self.mean().items()}
         psnr, ssim = mean["psnr_converted"], mean["ssim_converted"]
         assert psnr is not None and ssim is not None, "the evaluation has no converted network"
+        further = [name for name in self.metrics if name not in QUALITY]
         return Quality(
             shortened(images),
             len(self.images),
@@ -77,19 +81,26 @@ class Evaluation:
             ssim=ssim,
             psnr_original=mean["psnr"],
             ssim_original=mean["ssim"],
+            further={name: value for name in further if (value := mean[f"{name}_converted"]) is not None},
+            further_original={name: value for name in further if (value := mean[name]) is not None},
         )
 
     def tables(self) -> list[Table]:
         """Return a table of the scores and, with a converted network, one of the numbers of parameters."""
-        columns = ("image", "PSNR>", "SSIM>", "PSNR converted>", "SSIM converted>")
-        rows = [(s.name, *_cells(asdict(s))) for s in self.images]
+        titles = [METRICS[name].title for name in self.metrics]
+        columns = ("image", *(f"{title}>" for title in titles), *(f"{title} converted>" for title in titles))
+        rows = [(s.name, *self._cells(s.values)) for s in self.images]
         sizes = table(
             "",
             ("", "original>", "converted>"),
             [("parameters", f"{self.num_parameters:,}", f"{self.num_parameters_converted or 0:,}")],
         )
-        result = [table("", columns, [*rows, ("mean", *_cells(self.mean()))])]
+        result = [table("", columns, [*rows, ("mean", *self._cells(self.mean()))])]
         return result if self.num_parameters_converted is None else [*result, sizes]
+
+    def _cells(self, values: dict[str, float | None]) -> list[str]:
+        digits = [METRICS[name].digits for name in self.metrics] * 2
+        return ["-" if value is None else f"{value:.{n}f}" for value, n in zip(values.values(), digits)]
 
 
 def evaluate(
@@ -99,6 +110,7 @@ def evaluate(
     converted: nn.Module | None,
     *,
     sigma: float = 0.0,
+    metrics: Sequence[str] = (),
     num_parameters: int = 0,
     num_parameters_converted: int | None = None,
     description: str = "restoring",
@@ -110,12 +122,15 @@ def evaluate(
         files: the images.
         original, converted: the networks; None leaves one out.
         sigma: noise on the measurements (0..255).
+        metrics: names of metrics beside PSNR and SSIM: ``"psnr_y"``, ``"sam"``, ``"lpips"``.
         num_parameters, num_parameters_converted: sizes of the networks, for the report.
         description: what the progress bar says.
 
     Raises:
-        LoRunError: an image cannot be read or is too small for SSIM, or a function of the task fails.
+        LoRunError: an image cannot be read, or is too small for SSIM or wrong for another metric; there is no such
+            metric, or what it needs is not installed; a function of the task fails.
 
+    >>> import torch
     >>> from types import SimpleNamespace
     >>> task = SimpleNamespace(
     ...     border=0,
@@ -127,20 +142,21 @@ def evaluate(
     >>> round(result.mean()["psnr"], 3)
     20.0
     """
+    check_metrics(metrics)
+    names = tuple(dict.fromkeys((*QUALITY, *metrics)))
     scores = []
     for path in progress(files, description, "image", delay=2, leave=False):
         images = task.read(path)[None]
         check_size(images, task.border, path)
         arguments = task.measure(images, sigma)
-        values: list[float | None] = []
-        for net in (original, converted):
-            if net is None:
-                values += [None, None]
-                continue
-            restored = task.run(net, to_device(arguments, device_of(net)), images)
-            values += [psnr(restored[0], images[0], task.border), ssim(restored[0], images[0], task.border)]
-        scores.append(Score(path.name, *values))
-    return Evaluation(tuple(scores), num_parameters, num_parameters_converted)
+        values: dict[str, float | None] = {}
+        for net, suffix in ((original, ""), (converted, "_converted")):
+            restored = None if net is None else task.run(net, to_device(arguments, device_of(net)), images)[0]
+            for name in names:
+                value = METRICS[name].value
+                values[name + suffix] = None if restored is None else value(restored, images[0], task.border)
+        scores.append(Score(path.name, values))
+    return Evaluation(tuple(scores), names, num_parameters, num_parameters_converted)
 
 
 def check_size(images: Tensor, border: int, path: Path) -> None:
@@ -154,48 +170,3 @@ def check_size(images: Tensor, border: int, path: Path) -> None:
             f"expected images of at least {WINDOW + 2 * border} pixels a side, found {tuple(images.shape[-2:])} in "
             f"{path}: remove the image or use a larger one"
         )
-
-
-def psnr(image: Tensor, truth: Tensor, border: int = 0) -> float:
-    """Return the peak signal-to-noise ratio in dB of ``image`` to ``truth``, both (C, H, W) in [0, 1].
-
-    ``border`` pixels at each side are left out. Equal images have infinity.
-
-    >>> round(psnr(torch.full((1, 16, 16), 0.6), torch.full((1, 16, 16), 0.5)), 3)
-    20.0
-    """
-    image, truth = _cut(image, border), _cut(truth, border)
-    if torch.equal(image, truth):
-        return float("inf")
-    return float(peak_signal_noise_ratio(truth.double().numpy(), image.double().numpy(), data_range=1.0))
-
-
-def ssim(image: Tensor, truth: Tensor, border: int = 0) -> float:
-    """Return the structural similarity of ``image`` to ``truth``, both (C, H, W) in [0, 1].
-
-    It has the Gaussian window of Wang et al. (2004), of 11 pixels; ``border`` pixels at each side are left out.
-
-    >>> image = torch.linspace(0, 1, 256).reshape(1, 16, 16)
-    >>> round(ssim(image, image), 3), ssim(1 - image, image) < 0.5
-    (1.0, True)
-    """
-    return float(
-        structural_similarity(
-            _cut(truth, border).double().numpy(),
-            _cut(image, border).double().numpy(),
-            data_range=1.0,
-            channel_axis=0,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-        )
-    )
-
-
-def _cut(image: Tensor, border: int) -> Tensor:
-    return image[:, border : image.shape[1] - border, border : image.shape[2] - border]
-
-
-def _cells(values: dict[str, Any]) -> tuple[str, ...]:
-    formats = {"psnr": "{:.2f}", "ssim": "{:.4f}", "psnr_converted": "{:.2f}", "ssim_converted": "{:.4f}"}
-    return tuple("-" if values[name] is None else form.format(values[name]) for name, form in formats.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -99,6 +99,17 @@ def positional_arguments(module: nn.Module) -> dict[str, bool]:
     parameters = inspect.signature(module.forward).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return {item.name: item.default is inspect.Parameter.empty for item in parameters if item.kind in kinds}
+
+
+def hint_on_arguments(network: nn.Module, arguments: Sequence[Any]) -> str:
+    """The end of a sentence that says why a forward of ``network`` fails on ``arguments``; empty if it is not known.
+
+    The data sets of deepinv (0.3) yield the truth first and no physics, which its networks take second.
+    """
+    place = [*positional_arguments(network), "physics"].index("physics")
+    if not 0 < place < len(arguments) or not isinstance(arguments[place], Tensor):
+        return ""
+    return "; for deepinv's batches, (x, y), pass (y, physics, x)"
 
 
 def owner_of(denoiser: nn.Module, name: str) -> tuple[int, str]:

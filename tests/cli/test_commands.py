@@ -55,8 +55,14 @@ def test_from_checkpoint_to_scores(task_file, weights, images, tmp_path, capsys,
         assert result["mean"][key] == pytest.approx(np.mean([entry[key] for entry in result["images"]]))
     net = load_task(str(task_file)).build()
     assert result["parameters"] == sum(p.numel() for p in net.parameters()) > result["parameters_converted"]
-    code, out, _ = call(capsys, monkeypatch, "eval", task_file, "--converted", tmp_path / "out", "--images", images)
+    given = ("eval", task_file, "--converted", tmp_path / "out", "--images", images)
+    code, out, _ = call(capsys, monkeypatch, *given)
     assert code == 0 and "mean" in out and "a.JPG" in out
+    code, out, _ = call(capsys, monkeypatch, *given, "--metric", "psnr_y", "--metric", "sam", "--record")
+    assert code == 0 and "PSNR of Y" in out and "SAM (rad)" in out
+    assert "sam of the original" in (tmp_path / "out/README.md").read_text()
+    code, _, err = call(capsys, monkeypatch, *given, "--metric", "mse")
+    assert code == 2 and err == "error: no metric 'mse': choose from psnr, ssim, psnr_y, sam, lpips\n"
 
 
 def test_recovery_on_the_command_line(task_file, weights, images, tmp_path, capsys, monkeypatch) -> None:

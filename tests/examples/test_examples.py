@@ -270,8 +270,8 @@ def test_published_network(tmp_path, capsys, monkeypatch) -> None:
         f"conv{k}_{way}" for k in (1, 2) for way in ("forward", "backward")
     }
     file = spec.images(images)[0]
-    scores = evaluate(spec, [file], net, full.merge_and_unload()).images[0]
-    assert abs(scores.psnr - scores.psnr_converted) < 0.5
+    scores = evaluate(spec, [file], net, full.merge_and_unload()).mean()
+    assert abs(scores["psnr"] - scores["psnr_converted"]) < 0.5
     fresh = spec.build()
     fresh.load_state_dict(full.merge_and_unload().state_dict(), strict=True)
 

@@ -66,7 +66,7 @@ def test_what_is_no_noise(noise) -> None:
         lorun.set_noise("other", sigma=1)
 
 
-GOOD = {"noise_schedule": 25.0, "measured": [vars(Quality("a", 1, 0.0, 1.0, 1.0))]}
+GOOD = {"noise_schedule": 25.0, "measured": [vars(Quality("a", 1, 0.0, 1.0, 1.0, further={"sam": 0.1}))]}
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,17 @@ GOOD = {"noise_schedule": 25.0, "measured": [vars(Quality("a", 1, 0.0, 1.0, 1.0)
         {**GOOD, "measured": [{**GOOD["measured"][0], "psnr": "1"}]},
         {**GOOD, "measured": [{**GOOD["measured"][0], "psnr": 10**400}]},
         {**GOOD, "measured": [{**GOOD["measured"][0], "images": "\ud800"}]},
+        {**GOOD, "measured": [{**GOOD["measured"][0], "further": None}]},
+        {**GOOD, "measured": [{**GOOD["measured"][0], "further": {"sam": None}}]},
+        {**GOOD, "measured": [{**GOOD["measured"][0], "further_original": {"a|b": 1.0}}]},
+        {**GOOD, "measured": [{**GOOD["measured"][0], "more": {}}]},
     ],
 )
 def test_damage_is_refused(wrong) -> None:
     assert read_adapter_info(json.dumps(GOOD).encode(), 3, "here").sigma == 25
     backwards = {**GOOD, "measured": [dict(reversed(GOOD["measured"][0].items()))]}
-    assert read_adapter_info(json.dumps(backwards).encode(), 3, "here").quality == (Quality("a", 1, 0.0, 1.0, 1.0),)
+    expected = Quality("a", 1, 0.0, 1.0, 1.0, further={"sam": 0.1})
+    assert read_adapter_info(json.dumps(backwards).encode(), 3, "here").quality == (expected,)
     with pytest.raises(LoRunError, match="here has an invalid '"):
         read_adapter_info(json.dumps(wrong).encode(), 3, "here")
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from dun_zoo import ZOO, Block, Denoiser, EncoderDecoder, HeadBodyTail, ListOfBlocks, ListOfDenoisers, Looped
 from torch import nn
 
+import lorun_adapt
 from lorun_adapt import LoRunError, find_stages
 
 
@@ -383,3 +384,35 @@ def test_wrong_calls_and_inputs_are_errors() -> None:
         find_stages(Looped(), calls={"p": 1})
     with pytest.raises(LoRunError, match="cannot run on its example inputs"):
         find_stages(Looped(), example_inputs=(torch.zeros(1),))
+
+
+def test_batches_of_deepinv_data_sets_get_a_hint() -> None:
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.denoiser = Denoiser()
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor, physics: SimpleNamespace) -> torch.Tensor:
+            return self.denoiser(x - physics.A_adjoint(physics.A(x) - y))
+
+    class Unfolded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stages = nn.ModuleList(Stage() for _ in range(3))
+
+        def forward(self, y: torch.Tensor, physics: SimpleNamespace) -> torch.Tensor:
+            x = y
+            for stage in self.stages:
+                x = stage(x, y, physics)
+            return x
+
+    net, truth = Unfolded(), torch.rand(2, 1, 8, 8)
+    physics = SimpleNamespace(A=torch.neg, A_adjoint=torch.neg)
+    hint = r"for deepinv's batches, \(x, y\), pass \(y, physics, x\)"
+    with pytest.raises(LoRunError, match=f"cannot run on its example inputs .*{hint}"):
+        lorun_adapt.convert(net, rank=1, calibration=[(truth, -truth)], steps=1)
+    lorun = lorun_adapt.convert(net, rank=1)
+    with pytest.raises(LoRunError, match=f"cannot run on the first batch .*{hint}"):
+        lorun.recover(net, [(truth, -truth)], steps=1)
+    lorun.recover(net, [(-truth, physics, truth)], steps=1)
+    assert lorun(-truth, physics).shape == truth.shape

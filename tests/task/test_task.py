@@ -13,7 +13,7 @@ from PIL import Image
 from tasks import COLOUR_TASK, call
 
 from lorun_adapt import LoRunError
-from lorun_adapt.task.evaluate import psnr, ssim
+from lorun_adapt.task.metrics import psnr, ssim
 from lorun_adapt.task.task import load_task
 
 
