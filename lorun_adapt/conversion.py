@@ -9,17 +9,19 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import LoraConfig
 from torch import nn
 
 from .errors import LoRunError
 from .factorise.allocate import allocate
+from .factorise.fresh import untrained_set
 from .factorise.group import factorise_group
 from .factorise.plan import plan
 from .factorise.ranks import config_for_energy, config_for_rank
 from .model.lorun_model import DEFAULT_SET, LoRunModel
 from .network.adapter import StageAdapter
-from .network.assemble import share
+from .network.assemble import share_base
 from .network.batches import Batches
 from .network.converted import AdapterSet, Converted
 from .network.divergence import warn_if_it_diverges
@@ -56,6 +58,7 @@ def convert(
     example_inputs: Sequence[object] | None = None,
     calls: Mapping[str, int] | None = None,
     beyond: str = "error",
+    share: bool = True,
     calibration: Iterable[Any] | None = None,
     minutes: float | None = None,
     steps: int | None = None,
@@ -89,6 +92,9 @@ def convert(
             inputs, unless others are given.
         beyond: what runs if a module is called in a loop more often than there are stages; see
             :attr:`LoRunModel.beyond`.
+        share: if False, each stage keeps its own weights as a frozen base, so nothing is lost and the network becomes
+            no smaller. The adapters start at zero: small sets to fine-tune for other noise levels, masks or scanners.
+            Give ``rank`` or ``config``, and no calibration, as there is nothing to recover.
         calibration, minutes, steps, loss, also, recompute, resume_from: recover the quality afterwards, as in
             :meth:`LoRunModel.recover`. Minutes include the conversion.
         seed: seed of the random numbers of measuring sensitivities and of recovery. Without ``calibration`` it has no
@@ -99,8 +105,8 @@ def convert(
 
     Raises:
         LoRunError: as :func:`find_stages` and :meth:`LoRunModel.recover`; more than one of config, rank, energy and
-            budget; a config field that is not supported; NaN or Inf in the weights; a parametrised or lazy module in
-            a stage.
+            budget; energy, budget or calibration with ``share=False``; a config field that is not supported; NaN or Inf
+            in the weights; a parametrised or lazy module in a stage.
 
     >>> import lorun_adapt, torch
     >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -129,6 +135,7 @@ def convert(
         stages=stages,
         example_inputs=example_inputs,
         calls=calls,
+        share=share,
         calibration=batches,
         duration=duration,
         seed=seed,
@@ -165,6 +172,7 @@ def collapse(
     stages: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
     example_inputs: Sequence[object] | None = None,
     calls: Mapping[str, int] | None = None,
+    share: bool = True,
     calibration: Batches | None = None,
     duration: Duration | None = None,
     seed: int = 0,
@@ -181,7 +189,14 @@ def collapse(
     given = [name for name, value in named.items() if value is not None]
     if len(given) > 1:
         raise LoRunError(f"{' and '.join(given)} exclude each other: give only one of config, rank, energy and budget")
-    stage_map = find_stages(dun, stages=stages, example_inputs=example_inputs, calls=calls)
+    if not share and (energy is not None or budget is not None or calibration is not None):
+        raise LoRunError(
+            "share=False keeps the weights of every stage, so there is nothing to recover, and no energy or budget to "
+            "choose ranks by: give rank or config, and no calibration"
+        )
+    stage_map = dataclasses.replace(
+        find_stages(dun, stages=stages, example_inputs=example_inputs, calls=calls), shared=share
+    )
     modules = [site.module for site in stage_map.sites]
     check_parameters(dun, modules)
     check_reachable(dun, modules)
@@ -211,22 +226,29 @@ def collapse(
 
     base = copy_network(dun)
     check_separate(dun, base)
-    factorised = {group.name: factorise_group(dun, group, plans[group.name], kind) for group in stage_map.groups}
-    adapters: dict[int, dict[str, StageAdapter]] = {stage: {} for stage in range(len(stage_map))}
-    for group in stage_map.groups:
-        share(base, group, factorised[group.name].base)
-        for site, adapter in zip(group.sites, factorised[group.name].adapters):
-            adapters[site.stage][group.name] = adapter
+    residuals: dict[str, dict[str, list[tuple[float, float]]]] = {group.name: {} for group in stage_map.groups}
+    if share:
+        adapters: dict[int, dict[str, StageAdapter]] = {stage: {} for stage in range(len(stage_map))}
+        for group in stage_map.groups:
+            factorised = factorise_group(dun, group, plans[group.name], kind)
+            share_base(base, group, factorised.base)
+            residuals[group.name] = factorised.residuals
+            for site, adapter in zip(group.sites, factorised.adapters):
+                adapters[site.stage][group.name] = adapter
+        default = AdapterSet(adapters, config)
+    else:
+        default = untrained_set(base, stage_map, config, torch.Generator().manual_seed(0))
     ranks = {name: {tensor: setting.rank for tensor, setting in p.settings.items()} for name, p in plans.items()}
     converted = Converted(
         base,
         dataclasses.replace(stage_map, ranks=ranks),
-        {DEFAULT_SET: AdapterSet(adapters, config)},
-        dict.fromkeys(adapters, DEFAULT_SET),
-        {name: item.residuals for name, item in factorised.items()},
+        {DEFAULT_SET: default},
+        dict.fromkeys(default.adapters, DEFAULT_SET),
+        residuals,
         trainable_names=frozenset(name for name, p in dun.named_parameters() if p.requires_grad),
     )
-    _warn_if_it_grows(converted)
+    if share:
+        _warn_if_it_grows(converted)
     return converted
 
 

@@ -97,6 +97,9 @@ BUDGET = click.option(
     metavar="N|SHARE",
     help="Instead of a rank: parameters of the converted network, or a share (0 to 1) of the original's.",
 )
+NO_SHARE = click.option(
+    "--no-share", is_flag=True, help="Keep every stage's weights, and add adapters to fine-tune; no smaller network."
+)
 CONVERTED = click.option("--converted", type=FILE, required=True, help="Folder of a converted network.")
 
 

@@ -81,13 +81,15 @@ def write_page(path: Path, task: Task, original: nn.Module, lorun: LoRunModel, f
         LoRunError: an image can't be read, a function of the task fails, or the page can't be written.
     """
     observer = Observer(original, lorun.stage_map, to_device(task.example_inputs(), device_of(original)))
-    without_base = {spec.name for group in lorun.stage_map.groups for spec in group.tensors if spec.without_base}
-    unrecovered = LoRunModel(collapse(original, _same_ranks(lorun), without_base=without_base, **_named_stages(lorun)))
-    networks = {
+    networks: dict[str, tuple[nn.Module, int]] = {
         "original": (original, sum(p.numel() for p in original.parameters())),
         "this conversion": (lorun, lorun.report().network_after.num_parameters),
-        "the same ranks, not recovered": (unrecovered, unrecovered.num_parameters()),
     }
+    if lorun.stage_map.shared:
+        without_base = {spec.name for group in lorun.stage_map.groups for spec in group.tensors if spec.without_base}
+        same_ranks = collapse(original, _same_ranks(lorun), without_base=without_base, **_named_stages(lorun))
+        unrecovered = LoRunModel(same_ranks)
+        networks["the same ranks, not recovered"] = unrecovered, unrecovered.num_parameters()
     scores: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}
     scores_of_base: list[tuple[float, float]] = []
     curves: dict[str, list[list[float]]] = {"original": [], "this conversion": []}
@@ -100,17 +102,20 @@ def write_page(path: Path, task: Task, original: nn.Module, lorun: LoRunModel, f
         for name, (network, _) in networks.items():
             restored[name] = task.run(network, to_device(arguments, device_of(network)), truth)
             scores[name].append(_score(restored[name], truth, task))
-        with lorun.disable_adapter():
-            scores_of_base.append(_score(task.run(lorun, to_device(arguments, device_of(lorun)), truth), truth, task))
+        if lorun.stage_map.shared:
+            with lorun.disable_adapter():
+                image = task.run(lorun, to_device(arguments, device_of(lorun)), truth)
+            scores_of_base.append(_score(image, truth, task))
         for name in curves:
             running = lorun.network if name == "this conversion" else original
             curves[name].append(stage_psnr(task, running, observer, arguments, truth))
         if place < NUM_PICTURED:
             pictures.append(_pictures(file.name, truth, restored["original"], restored["this conversion"], task))
     rows = [Alternative(name, networks[name][1], *_means(scores[name])) for name in networks]
-    sets = sum(p.numel() for held in (lorun.adapters, lorun.outside) for p in held.parameters())
-    base = lorun.num_parameters() - sets
-    rows.append(Alternative("its base in every stage, no adapters", base, *_means(scores_of_base)))
+    if scores_of_base:
+        sets = sum(p.numel() for held in (lorun.adapters, lorun.outside) for p in held.parameters())
+        base = lorun.num_parameters() - sets
+        rows.append(Alternative("its base in every stage, no adapters", base, *_means(scores_of_base)))
     page = "\n".join(_page(lorun, rows, curves, pictures, len(files)))
     write_file(path, lambda out: out.write(page.encode()))
 
@@ -182,7 +187,8 @@ def _page(
     drop = rows[0].psnr - rows[1].psnr
     yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}, converted</title>'
     yield f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
-    yield f"<h1>{name}: {times:.2f} times fewer parameters</h1>"
+    shared = lorun.stage_map.shared
+    yield f"<h1>{name}: {f'{times:.2f} times fewer parameters' if shared else 'adapters on the original'}</h1>"
     change = f"{drop:.2f} dB below the original" if drop >= 0 else f"{-drop:.2f} dB above the original"
     yield f"<p>{len(lorun.stage_map)} stages, {change} on the mean of {count} images.</p>"
     yield "<h2>Size and quality</h2>" + _table(rows)
@@ -195,9 +201,11 @@ def _page(
     else:
         yield "<p>The stages of this network do not pass images on.</p>"
     yield "<h2>Where the parameters went</h2>" + _sizes(report)
-    yield "<h2>Rank and error of each tensor</h2>"
-    yield "<p>Each cell shows the rank, and the share of the weights' norm that was lost when they were factorised: the"
-    yield "stronger the colour, the more. Tensors that are not shown are private to each stage.</p>" + _heat_map(lorun)
+    if shared:
+        yield "<h2>Rank and error of each tensor</h2>"
+        yield "<p>Each cell shows the rank, and the share of the weights' norm that was lost when they were factorised:"
+        yield " the stronger the colour, the more. Tensors that are not shown are private to each stage.</p>"
+        yield _heat_map(lorun)
     yield f"<h2>Images</h2><p>Errors are shown {ERROR_GAIN} times brighter than they are.</p>"
     yield from pictures
     yield "</html>"
@@ -217,7 +225,7 @@ def _sizes(report: Report) -> str:
     head = "<thead><tr><th>stage</th><th>before</th><th>after</th></tr></thead>"
     rows = [(str(item.stage), item.before.num_parameters, item.after.num_parameters) for item in report.stages]
     outside = report.network_after.num_parameters - report.denoisers_after.num_parameters
-    rows += [("shared base", 0, report.base.num_parameters), ("outside the stages", outside, outside)]
+    rows += [(report.base_title, 0, report.base.num_parameters), ("outside the stages", outside, outside)]
     rows.append(("whole network", report.network_before.num_parameters, report.network_after.num_parameters))
     body = "".join(f"<tr><td>{name}</td><td>{before:,}</td><td>{after:,}</td></tr>" for name, before, after in rows)
     return f'<div class="wide"><table>{head}{body}</table></div>'

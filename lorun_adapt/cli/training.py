@@ -21,6 +21,7 @@ from .options import (
     ENERGY,
     FILE,
     MINUTES,
+    NO_SHARE,
     OUT,
     RANK,
     RECOMPUTE,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 @RANK
 @ENERGY
 @BUDGET
+@NO_SHARE
 @STAGES
 @OUT
 @DTYPE
@@ -67,6 +69,7 @@ def convert_(
     rank: int | None,
     energy: float | None,
     budget: int | float | None,
+    no_share: bool,
     stages: tuple[str, ...],
     out: Path,
     dtype: torch.dtype | None,
@@ -89,6 +92,8 @@ def convert_(
 
     started = time.monotonic()
 
+    if no_share and calibration is not None:
+        raise click.UsageError("--no-share leaves nothing to recover: leave --calibration out, and use finetune")
     if calibration is None and (given := [f"--{name}" for name, value in training.items() if value]):
         raise click.UsageError(f"{' and '.join(given)} need --calibration: give a folder of images")
     spec, net = trained_network(task, weights, weights_key, seed)
@@ -103,6 +108,7 @@ def convert_(
             budget=budget,
             stages=stages or None,
             example_inputs=inputs,
+            share=not no_share,
             calibration=weighed,
             duration=None if crops is None else Duration(training["minutes"], training["steps"]),
             seed=seed,

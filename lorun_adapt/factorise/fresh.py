@@ -15,13 +15,16 @@ from ..util.modules import tensor_of
 from .plan import plan
 
 
-def untrained_set(base: nn.Module, stage_map: StageMap, config: LoraConfig) -> AdapterSet:
+def untrained_set(
+    base: nn.Module, stage_map: StageMap, config: LoraConfig, generator: torch.Generator = torch.default_generator
+) -> AdapterSet:
     """Return a set with zero terms for the tensors that ``config`` adapts, and copies of the base's other tensors.
 
     Args:
-        base: the shared base.
+        base: the base.
         stage_map: the positions of its stages.
         config: the tensors to adapt and their ranks.
+        generator: of the random numbers that terms start from.
 
     Raises:
         LoRunError: as :func:`~lorun_adapt.factorise.plan.plan`.
@@ -41,6 +44,6 @@ def untrained_set(base: nn.Module, stage_map: StageMap, config: LoraConfig) -> A
                 if setting is None:
                     private[spec.name] = value.clone()
                 else:
-                    terms[spec.name] = kind.untrained(spec, setting, value, torch.default_generator)
+                    terms[spec.name] = kind.untrained(spec, setting, value, generator)
             adapters.setdefault(site.stage, {})[group.name] = make_adapter(group, terms, private)
     return AdapterSet(dict(sorted(adapters.items())), config)

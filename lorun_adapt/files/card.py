@@ -26,18 +26,23 @@ def model_card(converted: Converted, problems: Mapping[str, str], folder: Path) 
         problems: reasons why PEFT cannot load some adapters, and the first folder that each applies to.
         folder: the folder with the files that the card describes.
     """
-    report, network = make_report(converted), converted.stage_map.network
+    report, network, shared = make_report(converted), converted.stage_map.network, converted.stage_map.shared
     adapters_only = not (folder / BASE_FILE).exists()
     before, after = report.network_before, report.network_after
     measured = [(name, row) for name in converted.sets for row in converted.sets[name].info.quality]
     lines = [
         *_metadata(converted, measured),
-        f"# {network}: a shared base and an adapter per stage",
+        f"# {network}: {'a shared base and ' if shared else ''}an adapter per stage",
         "",
         *([_escaped(converted.card.task), ""] if converted.card.task else []),
-        f"A trained deep unfolding network with {len(converted.stage_map)} stages. Its stages share one denoiser, the "
-        "base, and each stage has a low-rank adapter, as in [LoRun](https://arxiv.org/abs/2602.18697). The adapters "
-        "are stored in PEFT's file format.",
+        f"A trained deep unfolding network with {len(converted.stage_map)} stages. "
+        + (
+            "Its stages share one denoiser, the base, and each stage has a low-rank adapter, as in "
+            "[LoRun](https://arxiv.org/abs/2602.18697)."
+            if shared
+            else "Its stages keep their own weights, and each has a low-rank adapter."
+        )
+        + " The adapters are stored in PEFT's file format.",
         "",
     ]
     if adapters_only:
@@ -89,7 +94,8 @@ def set_card(converted: Converted, name: str, folder: Path) -> str:
         "",
         *([_escaped(converted.card.task), ""] if converted.card.task else []),
         f"{len(held.adapters)} stages, ranks {_ranks_text(held)}, {parameters:,} parameters, "
-        f"{tensor_bytes(folder):,} bytes, for the base with the fingerprint `{converted.fingerprint[:12]}`.",
+        f"{tensor_bytes(folder):,} bytes, for the base with the fingerprint `{converted.fingerprint[:12]}`"
+        f"{'' if converted.stage_map.shared else ': the untouched original network'}.",
     ]
     if held.info.noise is not None:
         lines.append(f"Sigma of the noise on the measurements, on a scale of 0 to 255: {_noise_text(held.info.noise)}.")
@@ -160,7 +166,10 @@ def _figure(value: float | None) -> str:
 
 def _loading_example(converted: Converted, adapters_only: bool) -> list[str]:
     network, name = converted.stage_map.network, list(converted.sets)[-1]
-    if adapters_only:
+    if adapters_only and not converted.stage_map.shared:
+        load = ["lorun = lorun_adapt.convert(net, share=False)  # net with the original weights"]
+        load.append(f'lorun.load_adapter("path or user/name of this folder", "{name}")')
+    elif adapters_only:
         load = ['lorun = lorun_adapt.from_pretrained("path or user/name of the base", net)']
         load.append(f'lorun.load_adapter("path or user/name of this folder", "{name}")')
     else:
@@ -180,11 +189,13 @@ def _loading_example(converted: Converted, adapters_only: bool) -> list[str]:
 def _peft_example(converted: Converted) -> list[str]:
     first, group = next(iter(converted.sets)), converted.stage_map.groups[0].name
     several = len(converted.stage_map.groups) > 1
+    arguments = [f'"{group}"'] if several else []
+    arguments += [] if converted.stage_map.shared else ["stage=0"]
     return [
         "To load one stage with PEFT:",
         "",
         "```python",
-        f'denoiser = lorun.base_denoiser("{group}")' if several else "denoiser = lorun.base_denoiser()",
+        f"denoiser = lorun.base_denoiser({', '.join(arguments)})",
         f'PeftModel.from_pretrained(denoiser, "adapters/{first}/stage_00{"/" + group if several else ""}")',
         "```",
     ]

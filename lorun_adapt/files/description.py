@@ -26,7 +26,7 @@ from ..stages.stage_map import Group, Site, StageMap, stage_key
 from ..util.text import is_short
 from .layout import CONFIG_FILE, NAMES, is_adapter_name
 
-FORMAT = 1
+FORMATS = {True: 1, False: 2}  # by whether the stages share the base, as 0.1.0 takes for granted
 MAX_SETS, MAX_STAGES = 100, 1000
 MAX_BYTES = 64 << 20  # of a file, if the network is unknown
 
@@ -45,7 +45,7 @@ def describe(converted: Converted, files: Mapping[str, str]) -> dict[str, Any]:
     if not is_card(card):
         raise LoRunError(f"the card must have short lines of printable text, not {card}: change lorun.card")
     return {
-        "format": FORMAT,
+        "format": FORMATS[converted.stage_map.shared],
         "network": converted.stage_map.network,
         "groups": groups_of(converted.stage_map),
         "adapters": list(converted.sets),
@@ -105,11 +105,12 @@ def parse_description(content: bytes, file: Path) -> dict[str, Any]:
     """Parse and validate a description; ``file`` is its path, for error messages."""
     description = parse_json(content, str(file))
     version = description.get("format") if isinstance(description, dict) else None
-    if type(version) is int and version > FORMAT:
+    if type(version) is int and version > max(FORMATS.values()):
         raise LoRunError(
-            f"{file} has format {str(version)[:20]}, but this version reads format {FORMAT}: update lorun-adapt"
+            f"{file} has format {str(version)[:20]}, but this version reads formats up to {max(FORMATS.values())}: "
+            "update lorun-adapt"
         )
-    wrong = None if type(version) is int and version == FORMAT else "format"
+    wrong = None if type(version) is int and version in FORMATS.values() else "format"
     if wrong is None:
         wrong = _invalid_key(description) if is_unchanged(description) else "sha256"
     if wrong is not None:
@@ -268,7 +269,7 @@ def stage_map_of(dun: nn.Module, description: Mapping[str, Any], file: Path) -> 
             )
         specs = tuple(dataclasses.replace(spec, without_base=spec.name in entry["without_base"]) for spec in specs)
         groups.append(Group(entry["name"], sites, specs))
-    return StageMap(network, tuple(groups))
+    return StageMap(network, tuple(groups), shared=description["format"] == FORMATS[True])
 
 
 def _check_separate(modules: Mapping[str, nn.Module], groups: Sequence[Sequence[Site]], file: Path) -> None:

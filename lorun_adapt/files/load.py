@@ -14,7 +14,7 @@ from torch import nn
 from ..disk.reading import DTYPES, Slot, file_limit, parse_tensors
 from ..errors import LoRunError
 from ..network.adapter import terms_of
-from ..network.assemble import share
+from ..network.assemble import share_base
 from ..network.converted import Card, Converted
 from ..stages.checks import check_dense
 from ..stages.stage_map import StageMap
@@ -46,10 +46,10 @@ def load(folder: Path, dun: nn.Module) -> Converted:
     content = saved.content(BASE_FILE, file_limit(slots))
     base = copy_network(dun)
     check_separate(dun, base)
-    for group in stage_map.groups:
+    for group in stage_map.groups if stage_map.shared else ():
         firsts = {spec.name: stage_values(dun, group, spec)[0].clone() for spec in group.tensors}
         values = {s.name: firsts[s.name].zero_() if s.without_base else firsts[s.name] for s in group.tensors}
-        share(base, group, values)
+        share_base(base, group, values)
     _fill_base(base, stage_map, content, folder / BASE_FILE)
     reader = SetReader(base, stage_map, description["fingerprint"])
     sets = {name: reader.read_set(saved, f"{ADAPTERS_FOLDER}/{name}") for name in description["adapters"]}

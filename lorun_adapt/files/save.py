@@ -19,7 +19,7 @@ from ..network.converted import AdapterInfo, AdapterSet, Converted
 from ..peft_format import writer
 from ..peft_format.limits import peft_view
 from ..stages.stage_map import Group, StageMap
-from ..stages.tensors import base_tensors
+from ..stages.tensors import base_denoiser, base_tensors
 from ..util.modules import buffer_names, has_valid_values
 from .adapter_info import adapter_info_text
 from .card import model_card, set_card
@@ -140,13 +140,14 @@ def _adapters(
 ) -> Iterator[tuple[str, Group, StageAdapter, tuple[nn.Module, nn.Module]]]:
     """Yield for each adapter of a set: its folder in the set's, its group, the adapter, and two denoisers of the base.
 
-    The first denoiser is the stage's own, the second that of the group's first stage.
+    The first denoiser is the stage's own, the second is the one that PEFT loads the adapter on.
     """
     stage_map: StageMap = converted.stage_map
     for group in stage_map.groups:
         for site in group.sites:
             if site.stage in held.adapters:
-                denoiser, first = (converted.base.get_submodule(s.module) for s in (site, group.sites[0]))
+                denoiser = converted.base.get_submodule(site.module)
+                first = base_denoiser(converted.base, stage_map, group, site)
                 adapter = held.adapters[site.stage][group.name]
                 yield stage_folder(stage_map, group, site), group, adapter, (denoiser, first)
 

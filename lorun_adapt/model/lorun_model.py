@@ -33,7 +33,7 @@ from ..network.noise import Noise, noise_of
 from ..network.report import Report, make_report
 from ..network.sharing import share_again, shared_places
 from ..stages.stage_map import Group, Site
-from ..stages.tensors import base_tensors
+from ..stages.tensors import base_denoiser, base_tensors
 from ..training.duration import Duration
 from ..util.copying import copy_network, deep_copy
 from ..util.fingerprint import fingerprint_of
@@ -622,8 +622,9 @@ class LoRunModel(nn.Module):
 
         Raises:
             LoRunError: a calibration that is empty, does not fit the network, or has only NaN or Inf; a teacher with
-                other tensors; several adapter sets; a pattern that matches no parameter outside the stages; both or
-                neither of minutes and steps; with ``recompute``, a stage whose inputs are changed in place.
+                other tensors; several adapter sets; stages that share no base; a pattern that matches no parameter
+                outside the stages; both or neither of minutes and steps; with ``recompute``, a stage whose inputs are
+                changed in place.
 
         >>> import lorun_adapt, torch
         >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -634,6 +635,10 @@ class LoRunModel(nn.Module):
         """
         from ..training.recovery import recover  # imported here: training needs libraries that inference does not
 
+        if not self.stage_map.shared:
+            raise LoRunError(
+                "the stages keep their own weights, so there is nothing to recover: train a set with finetune"
+            )
         duration = Duration(minutes, steps)
         path = None if resume_from is None else as_path(resume_from)
         with seeded(seed):
@@ -872,7 +877,7 @@ class LoRunModel(nn.Module):
         return network.train(self.training)
 
     @in_own_modes
-    def base_denoiser(self, group: str | None = None) -> nn.Module:
+    def base_denoiser(self, group: str | None = None, stage: int | None = None) -> nn.Module:
         """Return a copy of the shared denoiser: a module of the original class with the base's weights.
 
         PEFT can load a stage's adapter on it, unless the model card says that PEFT cannot represent the stage:
@@ -881,9 +886,10 @@ class LoRunModel(nn.Module):
         Args:
             group: the denoiser's group, required if a stage has several denoisers; one of
                 ``[g.name for g in lorun.stage_map.groups]``.
+            stage: the stage, counted from 0, whose denoiser to return; required if the stages share no base.
 
         Raises:
-            LoRunError: an unknown group, or no group given where there are several.
+            LoRunError: an unknown group or stage, or none given where there are several.
 
         >>> import lorun_adapt
         >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -895,7 +901,12 @@ class LoRunModel(nn.Module):
             group = next(iter(groups))
         if group not in groups:
             raise LoRunError(f"expected the name of a denoiser among {list(groups)}, found {group!r}: give group=")
-        return copy_network(self.base.get_submodule(groups[group].sites[0].module))
+        sites = {site.stage: site for site in groups[group].sites}
+        if stage is None and self.stage_map.shared:
+            stage = next(iter(sites))
+        if stage not in sites:
+            raise LoRunError(f"expected one of the stages {list(sites)} of {group!r}, found {stage!r}: give stage=")
+        return copy_network(base_denoiser(self.base, self.stage_map, groups[group], sites[stage]))
 
     # --- figures ---------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from .dense import dense_tensors, weighted_sum_of_tensors
 from .separate import COPIES, separate_stages
 
 
-def share(network: nn.Module, group: Group, values: Mapping[str, Tensor]) -> None:
+def share_base(network: nn.Module, group: Group, values: Mapping[str, Tensor]) -> None:
     """Make all sites of ``group`` in ``network`` share one copy of each tensor in ``values``."""
     modules = [network.get_submodule(site.module) for site in group.sites]
     for spec in group.tensors:

@@ -56,7 +56,7 @@ class Report:
 
     Attributes:
         stages: the sizes and residuals of each stage.
-        base: the size of the shared denoisers, without adapters.
+        base: the size of the shared denoisers, without adapters; of all, if the stages share none.
         denoisers_before: the size of all denoisers of the original network.
         denoisers_after: the size of the shared denoisers and the active adapters.
         network_before: the size of the original network.
@@ -65,6 +65,7 @@ class Report:
             divided by the norm of all tensors.
         num_adapted: the number of tensors that have a low-rank term, summed over the groups.
         num_without_base: the number of these that have no base, as a budget chooses.
+        shared: whether the stages share the base.
 
     >>> import lorun_adapt
     >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -82,6 +83,12 @@ class Report:
     relative_error: float
     num_adapted: int
     num_without_base: int
+    shared: bool
+
+    @property
+    def base_title(self) -> str:
+        """What the base is called in tables."""
+        return "shared base" if self.shared else "base of all stages"
 
     def tables(self) -> list[Table]:
         """Return the report as one table: a row for each stage, the shared base, all denoisers, the whole network."""
@@ -90,7 +97,7 @@ class Report:
         for item in self.stages:
             worst = f"{max(item.residuals.values()):.3f}" if item.residuals else "-"
             rows.append((item.stage, ", ".join(item.modules), *_cells(item.before, item.after), worst))
-        rows.append(("", "shared base", *_cells(Size(), self.base), ""))
+        rows.append(("", self.base_title, *_cells(Size(), self.base), ""))
         rows.append(("", "all denoisers", *_cells(self.denoisers_before, self.denoisers_after), ""))
         rows.append(
             ("", "whole network", *_cells(self.network_before, self.network_after), f"{self.relative_error:.3f}")
@@ -150,6 +157,7 @@ def make_report(converted: Converted) -> Report:
                 item.residuals | residuals,
             )
     before = sum((item.before for item in stages.values()), Size())
+    base = base if converted.stage_map.shared else before
     buffers = {id(buffer) for buffer in converted.base.buffers()}
     tensors = base_tensors(converted.base, converted.stage_map).values()
     whole = _sum((tensor.numel(), tensor.dtype, id(tensor) in buffers) for tensor in tensors)
@@ -164,6 +172,7 @@ def make_report(converted: Converted) -> Report:
         (lost / norm) ** 0.5 if norm else 0.0,
         sum(len(converted.stage_map.adapted(group)) for group in groups),
         sum(spec.without_base for group in groups for spec in group.tensors),
+        converted.stage_map.shared,
     )
 
 

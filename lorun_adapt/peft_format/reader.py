@@ -18,6 +18,7 @@ from ..disk.reading import Slot, file_limit, parse_json, parse_tensors
 from ..errors import LoRunError
 from ..network.adapter import StageAdapter, make_adapter
 from ..stages.stage_map import Group, Site, StageMap, TensorSpec
+from ..stages.tensors import base_denoiser
 from ..terms.registry import LORA, TERMS, other_kinds
 from ..terms.term import LoraFactors, Term
 from ..util.modules import has_valid_values
@@ -31,13 +32,14 @@ MAX_CONFIGS = 16  # in the cache; the stages of a set mostly have the same confi
 
 
 def readers_of(base: nn.Module, stage_map: StageMap) -> dict[tuple[str, str], Reader]:
-    """Return the reader of each denoiser's files, by (group, module); identical denoisers share one."""
+    """Return the reader of each denoiser's files, by (group, module); identical denoisers with one base share one."""
     found: dict[tuple[str, str], Reader] = {}
     for group in stage_map.groups:
         distinct: list[Reader] = []
         for site in group.sites:
-            reader = Reader(base, group, site)
-            alike = next((other for other in distinct if other.slots == reader.slots), None)
+            reader = Reader(base, stage_map, group, site)
+            others = distinct if stage_map.shared else []
+            alike = next((other for other in others if other.slots == reader.slots), None)
             if alike is None:
                 distinct.append(reader)
             found[group.name, site.module] = alike or reader
@@ -53,8 +55,8 @@ class Reader:
         num_bytes: the maximum size of a file.
     """
 
-    def __init__(self, base: nn.Module, group: Group, site: Site) -> None:
-        self.base, self.group = base, group
+    def __init__(self, base: nn.Module, stage_map: StageMap, group: Group, site: Site) -> None:
+        self.base, self.stage_map, self.group = base, stage_map, group
         denoiser = base.get_submodule(site.module)
         self._names = [(spec, FactorNames(denoiser, spec)) for spec in group.tensors if not spec.common]
         self._adaptable = {spec.name for spec, _ in self._names if spec.adaptable}
@@ -225,7 +227,8 @@ class Reader:
         key = site.module, frozenset(terms)
         if key not in self._problems:
             layers = {name.rpartition(".")[0] for name in terms}
-            denoiser, first = (self.base.get_submodule(s.module) for s in (site, self.group.sites[0]))
+            denoiser = self.base.get_submodule(site.module)
+            first = base_denoiser(self.base, self.stage_map, self.group, site)
             self._problems[key] = layer_problem(denoiser, first, layers)
         for spec, _ in self._names:
             if len(spec.aliases) > 1 and (spec.name in terms or file_config.saved(spec)):

@@ -120,6 +120,7 @@ class StageMap:
         groups: the denoisers that share a base, in the order in which they stand in the network.
         not_taken: modules that repeat too, but are left as they are.
         ranks: by group and tensor, the ranks of the low-rank terms, once these are planned.
+        shared: whether the stages share one base; if not, each stage's base is its own weights.
 
     >>> spec = TensorSpec("weight", (32, 32, 3, 3), torch.float32, False, ("weight",), nn.Conv2d)
     >>> group = Group("denoiser", (Site(0, "blocks.0"), Site(1, "blocks.1")), (spec,))
@@ -132,6 +133,7 @@ class StageMap:
     groups: tuple[Group, ...]
     not_taken: tuple[NotTaken, ...] = ()
     ranks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    shared: bool = True
 
     def dropping_bases(self, names: Mapping[str, Collection[str]]) -> StageMap:
         """Return a copy in which the tensors named for each group, and only these, have no base."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..util.modules import distinct_tensors, tensor_of
-from .stage_map import Group, StageMap, TensorSpec
+from .stage_map import Group, Site, StageMap, TensorSpec
 
 
 def base_tensors(base: nn.Module, stage_map: StageMap) -> dict[str, Tensor]:
@@ -18,6 +18,11 @@ def base_tensors(base: nn.Module, stage_map: StageMap) -> dict[str, Tensor]:
         for tensor in stage_parameters(base, group, spec)
     }
     return {name: tensor for name, tensor in distinct_tensors(base).items() if id(tensor) not in zeros}
+
+
+def base_denoiser(base: nn.Module, stage_map: StageMap, group: Group, site: Site) -> nn.Module:
+    """Return the denoiser that PEFT loads the adapter at ``site`` on: the shared one, or else the stage's own."""
+    return base.get_submodule((group.sites[0] if stage_map.shared else site).module)
 
 
 def outside_parameters(base: nn.Module, stage_map: StageMap) -> dict[str, nn.Parameter]:

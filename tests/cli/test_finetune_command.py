@@ -97,6 +97,42 @@ def test_finetune_on_the_command_line(made, capsys, monkeypatch) -> None:
     assert again.adapter_names == ["default", "sigma25"] and again.adapter_info["sigma25"] == about
 
 
+def test_sets_on_the_original_network(made, capsys, monkeypatch) -> None:
+    task, given = made / "my_task.py", ("--weights", made / "net.pth")
+    images = ("--images", made / "images")
+    code, out, err = call(
+        capsys, monkeypatch, "convert", task, *given, "--rank", 2, "--no-share", "--out", made / "unshared"
+    )
+    assert code == 0 and "base of all stages" in out and "warning" not in err, err
+    code, out, err = call(
+        capsys, monkeypatch, "finetune", task, "--converted", made / "unshared", "--sigma", 25, "--adapter-name",
+        "sigma25", *images, "--steps", 150, "--out", made / "tuned",
+    )  # fmt: skip
+    assert code == 0, err
+    scores = {line.split()[0]: float(line.split()[1]) for line in out.splitlines() if len(line.split()) == 3}
+    assert scores["sigma25"] > scores["default"] + 0.3
+    code, out, err = call(
+        capsys, monkeypatch, "eval", task, *given, "--converted", made / "tuned", *images, "--adapter-name", "default",
+        "--json",
+    )  # fmt: skip
+    mean = json.loads(out)["mean"]
+    assert mean["psnr"] == mean["psnr_converted"]
+    page = made / "page.html"
+    code, _, err = call(capsys, monkeypatch, "report", made / "tuned", "--task", task, *given, *images, "--out", page)
+    assert code == 0, err
+    assert "adapters on the original" in page.read_text() and "not recovered" not in page.read_text()
+    code, _, err = call(
+        capsys, monkeypatch, "convert", task, *given, "--no-share", "--calibration", made / "images", "--steps", 1,
+        "--out", made / "wrong",
+    )  # fmt: skip
+    assert code == 2 and "--no-share leaves nothing to recover" in err and not (made / "wrong").exists()
+    code, _, err = call(
+        capsys, monkeypatch, "recover", task, *given, "--converted", made / "tuned", "--calibration", made / "images",
+        "--steps", 1, "--out", made / "wrong",
+    )  # fmt: skip
+    assert code == 2 and "error: " in err and not (made / "wrong").exists()
+
+
 TOLD = """
 class Net(ListOfBlocks):
     sigma = 0.0

@@ -217,9 +217,9 @@ HURT: dict[str, tuple[Callable[[Path], object], bool, str]] = {
     "description_huge": (rewrite("lorun_config.json", lambda c: c + b" " * 2**24), False, "expected at most"),
     "edited_by_hand": (description(lambda d: d.update(network="Other")), False, "invalid 'sha256'"),
     "newer": (
-        description(lambda d: d.update(format=2)),
+        description(lambda d: d.update(format=3)),
         False,
-        "has format 2, but this version reads format 1",
+        "has format 3, but this version reads formats up to 2",
     ),
     "format_true": (description(lambda d: d.update(format=True)), True, "invalid 'format'"),
     "another_class": (description(lambda d: d.update(network="Other")), True, "the class Other, found ListOfBlocks"),
