@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two processes of tests on two cores; thos
 import numpy as np
 import pytest
 import torch
+import transformer_zoo  # noqa: F401 - adds to ZOO
 from conversions import train_a_bit
 from dun_zoo import ZOO, Case
 from hub_server import HubServer

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conversions import FULL, convert_fully, relative, train_a_bit
+from conversions import FULL, convert_fully, floats_of, relative, train_a_bit
 from dun_zoo import ZOO, Case
 from torch import Tensor
 
@@ -50,14 +50,14 @@ def test_original_is_left_untouched(case: Case) -> None:
 def test_original_and_conversion_share_nothing(case: Case) -> None:
     lorun = convert_fully(case)
     original, converted = case.net(*case.inputs), lorun(*case.inputs)
-    tensors = list(lorun.state_dict().values())
+    tensors = floats_of(lorun)
     values = [tensor.clone() for tensor in tensors]
     for tensor in tensors:
         tensor.add_(1)
     assert torch.equal(case.net(*case.inputs), original)
     for tensor, value in zip(tensors, values):
         tensor.copy_(value)
-    for tensor in case.net.state_dict().values():
+    for tensor in floats_of(case.net):
         tensor.add_(1)
     assert not torch.equal(case.net(*case.inputs), original)
     assert torch.equal(lorun(*case.inputs), converted)
@@ -145,6 +145,7 @@ import sys, torch, warnings
 warnings.simplefilter("ignore")
 sys.path[:] = {path!r}
 from dun_zoo import ZOO
+import transformer_zoo
 import lorun_adapt
 torch.set_num_threads(1)
 outputs = {{}}

@@ -30,6 +30,11 @@ def convert_fully(case: Case, rank: int = FULL) -> lorun_adapt.LoRunModel:
         return lorun_adapt.convert(case.net, config, **case.find())
 
 
+def floats_of(network: nn.Module) -> list[Tensor]:
+    """The parameters and buffers that may be changed at will; indices may not."""
+    return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
+
+
 def train_a_bit(lorun: lorun_adapt.LoRunModel, inputs: tuple[Any, ...], steps: int = 2) -> None:
     """Move all adapters away from where they started."""
     optimizer = torch.optim.Adam([p for p in lorun.parameters() if p.requires_grad], lr=0.01)
