@@ -25,7 +25,7 @@ from .network.assemble import share_base
 from .network.batches import Batches
 from .network.converted import AdapterSet, Converted
 from .network.divergence import warn_if_it_diverges
-from .network.observe import num_positional_arguments
+from .network.observe import forward_arguments
 from .network.report import make_report
 from .peft_format.options import config_of_ranks
 from .stages.checks import check_dense, check_finite, check_parameters, check_reachable
@@ -121,7 +121,7 @@ def convert(
         with seeded(seed):
             batches = Batches(calibration)
         if example_inputs is None:
-            example_inputs = to_device(batches.first[: num_positional_arguments(dun)], device_of(dun))
+            example_inputs = to_device(forward_arguments(dun, batches.first), device_of(dun))
     elif any(value is not None for value in (minutes, steps, loss, resume_from)) or also or recompute:
         raise LoRunError(
             "minutes, steps, loss, also, recompute and resume_from need calibration: pass it as well, or leave them out"
@@ -257,9 +257,8 @@ def _warn_if_it_grows(converted: Converted) -> None:
     before, after = report.network_before.num_parameters, report.network_after.num_parameters
     if after <= before:
         return
-    stages = [id(converted.base.get_submodule(site.module)) for site in converted.stage_map.sites]
     advice = "choose a lower rank, or exclude the tensors that an adapter makes larger"
-    if len(set(stages)) < len(stages):
+    if report.denoisers_before.num_parameters <= report.base.num_parameters:
         advice = (
             "its stages shared a denoiser already, so adapters make it no smaller; they let stages differ, and hold "
             "what other noise levels need"

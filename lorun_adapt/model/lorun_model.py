@@ -404,6 +404,36 @@ class LoRunModel(nn.Module):
         self._check_active({site.stage: name})
         return self._store.adapters_at(name, site.stage)[group.name]
 
+    @in_own_modes
+    def add_outside(self, adapter_name: str, also: str | Sequence[str]) -> None:
+        """Give a set its own copies of parameters outside the stages, such as step sizes and noise levels.
+
+        While all stages run with the set, the copies take the place of the base's parameters. They are trainable then,
+        in any training loop, and are saved with the set. :meth:`finetune` does the same with its ``also``.
+
+        Args:
+            adapter_name: a loaded set. Copies that it has already stay as they are.
+            also: glob patterns of parameters outside the stages, such as ``"step_sizes"`` or ``"condition.*"``.
+
+        Raises:
+            LoRunError: an unknown set, or a pattern that matches no parameter outside the stages; nothing changes then.
+
+        >>> import lorun_adapt, torch
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> net = ToyUnfoldingNet()
+        >>> net.gain = torch.nn.Parameter(torch.ones(()))
+        >>> lorun = lorun_adapt.convert(net, rank=1)
+        >>> lorun.add_outside("default", "gain")
+        >>> lorun.network.gain.requires_grad, lorun.base.gain.requires_grad
+        (True, False)
+        """
+        from ..training.finetune import matching_parameters
+
+        with self._lock:
+            held = self._store.get(adapter_name)
+            own = matching_parameters(self.base, self.stage_map, also)
+            self._put(adapter_name, dataclasses.replace(held, outside={**own, **held.outside}))
+
     def outside_of(self, adapter_name: str) -> Mapping[str, Tensor]:
         """Return the parameters outside the stages that a set replaces, by name.
 

@@ -67,7 +67,6 @@ class Observer:
 
     def __init__(self, teacher: nn.Module, stage_map: StageMap, batch: tuple[Any, ...]) -> None:
         self._groups = {site.module: group.name for site, group in stage_map.sites.items()}
-        self._num_arguments = num_positional_arguments(teacher)
         self._inputs_with_grad = False
         self._final, self.passed_on = self._relevant(teacher, batch)
 
@@ -82,7 +81,7 @@ class Observer:
         return Outputs(output, [final[i] for i in self._final], stages)
 
     def _forward(self, network: nn.Module, batch: tuple[Any, ...], seed: int) -> tuple[list[StageOutput], Any]:
-        arguments = to_device(batch[: self._num_arguments], device_of(network))
+        arguments = to_device(forward_arguments(network, batch), device_of(network))
         if self._inputs_with_grad and torch.is_grad_enabled():
             arguments = map_tensors(arguments, _with_grad)
         with capturing(network, self._groups) as captured, seeded(seed):
@@ -99,7 +98,7 @@ class Observer:
             parameter.requires_grad_(is_numeric(parameter))
         with torch.enable_grad(), capturing(probe, self._groups) as captured, seeded(0):
             try:
-                final = tensors_in(probe(*to_device(batch[: self._num_arguments], device_of(probe))))
+                final = tensors_in(probe(*to_device(forward_arguments(probe, batch), device_of(probe))))
             except Exception as error:
                 raise LoRunError(
                     f"{type(probe).__name__} cannot run on the first batch of calibration ({type(error).__name__}: "
@@ -153,15 +152,22 @@ def capturing(network: nn.Module, places: Mapping[str, str]) -> Iterator[list[St
             handle.remove()
 
 
-def num_positional_arguments(network: nn.Module) -> int | None:
-    """Return the number of positional arguments of the forward; None for ``*args``.
+def forward_arguments(network: nn.Module, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of the forward in a batch; further items, such as the ground truth, are for the loss.
 
-    Further items of a batch, such as the ground truth, are only for the loss.
+    Networks of deepinv (0.5) take the measurements and the physics, (y, physics). Batches in the order of its data
+    sets, (x, y, physics), have the truth first.
+
+    >>> forward_arguments(nn.Bilinear(2, 2, 1), ("first", "second", "truth"))
+    ('first', 'second')
     """
+    if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return forward_arguments(network.module, batch)
     kinds = [parameter.kind for parameter in inspect.signature(network.forward).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL in kinds:
-        return None
-    return len(positional_arguments(network))
+    names = list(positional_arguments(network))
+    if names[1:2] == ["physics"] and len(batch) > 2 and isinstance(batch[1], Tensor):
+        return batch[1:3]
+    return batch if inspect.Parameter.VAR_POSITIONAL in kinds else batch[: len(names)]
 
 
 def _lost_gradients(network: nn.Module, output: Any) -> bool:

@@ -132,7 +132,7 @@ def _candidates(
     """What repeats outside everything else that repeats: what may be stages, and what is only layers."""
     alike: dict[object, list[str]] = {}
     for path, module in dun.named_modules(remove_duplicate=False):
-        if path and any(True for _ in module.parameters()) and not _is_layer(module):
+        if path and any(True for _ in module.parameters()) and not _is_layer(module) and not _is_shell(module, trace):
             alike.setdefault(signature(module), []).append(path)
     total = _num_parameters(dun, [""])
     everywhere = [_locations(dun, paths, trace, declared) for paths in alike.values()]
@@ -154,6 +154,13 @@ def _candidates(
         and (trace.are_layers(item) or (scales and trace.changes_size(item)))
     ]
     return [item for item in candidates if item not in layers], layers
+
+
+def _is_shell(module: nn.Module, trace: CallTrace) -> bool:
+    """Whether it is never called, but its only child is, as deepinv's priors are: the child is what repeats."""
+    children = list(module.children())
+    own = any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False))
+    return len(children) == 1 and not own and not trace.was_called(module) and trace.was_called(children[0])
 
 
 def _share(dun: nn.Module, locations: Sequence[Location], total: int) -> float:

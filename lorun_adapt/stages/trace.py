@@ -52,6 +52,9 @@ class CallTrace:
     def is_empty(self) -> bool:
         return not self._calls
 
+    def was_called(self, module: nn.Module) -> bool:
+        return id(module) in self._calls
+
     def num_calls(self, path: str) -> int:
         return len(self._calls_of(path))
 

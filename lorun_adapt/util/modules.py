@@ -104,12 +104,12 @@ def positional_arguments(module: nn.Module) -> dict[str, bool]:
 def hint_on_arguments(network: nn.Module, arguments: Sequence[Any]) -> str:
     """The end of a sentence that says why a forward of ``network`` fails on ``arguments``; empty if it is not known.
 
-    The data sets of deepinv (0.3) yield the truth first and no physics, which its networks take second.
+    The data sets of deepinv (0.5) yield the truth first and no physics, which its networks take second.
     """
     place = [*positional_arguments(network), "physics"].index("physics")
     if not 0 < place < len(arguments) or not isinstance(arguments[place], Tensor):
         return ""
-    return "; for deepinv's batches, (x, y), pass (y, physics, x)"
+    return "; for deepinv's batches, (x, y), pass (x, y, physics)"
 
 
 def owner_of(denoiser: nn.Module, name: str) -> tuple[int, str]:

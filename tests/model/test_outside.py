@@ -28,6 +28,35 @@ def beside() -> tuple[LoRunModel, nn.Module]:
     return lorun_adapt.convert(net, rank=2), net
 
 
+def test_any_training_loop_trains_them() -> None:
+    lorun, net = beside()
+    expected = lorun(*BATCH)
+    parameters = {name: p for name, p in lorun.named_parameters() if p.requires_grad}
+    lorun.add_outside("default", "step*")
+    assert torch.equal(lorun(*BATCH), expected)
+    more = {name: p for name, p in lorun.named_parameters() if p.requires_grad and name not in parameters}
+    assert [tuple(p.shape) for p in more.values()] == [tuple(net.steps.shape)]
+    optimizer = torch.optim.SGD([p for p in lorun.parameters() if p.requires_grad], lr=0.1)
+    lorun(*BATCH).square().sum().backward()
+    optimizer.step()
+    trained = lorun.outside_of("default")["steps"].clone()
+    assert not torch.equal(trained, net.steps) and torch.equal(lorun.base.steps, net.steps)
+    lorun.add_outside("default", ["steps", "condition.0.*"])  # what it has already stays
+    assert torch.equal(lorun.outside_of("default")["steps"], trained) and len(lorun.outside_of("default")) == 3
+    again, _ = beside()
+    again.add_outside("default", ["steps", "condition.0.*"])
+    again.load_state_dict(lorun.state_dict())
+    assert torch.equal(again(*BATCH), lorun(*BATCH))
+    lorun.copy_adapter("default", "other")  # not active, so not trained
+    lorun.add_outside("other", "condition.2.*")
+    assert not any(p.requires_grad for p in lorun.outside_of("other").values())
+    before = lorun.outside_of("default")
+    for wrong in (("nobody", "steps"), ("default", "blocks.*")):
+        with pytest.raises(LoRunError, match="no adapter set 'nobody'|no parameter outside the stages matches"):
+            lorun.add_outside(*wrong)
+    assert lorun.outside_of("default").keys() == before.keys()
+
+
 def test_what_belongs_to_the_noise_trains_and_travels(tmp_path) -> None:
     lorun, net = beside()
     before, base = frozen(lorun), lorun(*BATCH)

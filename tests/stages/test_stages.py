@@ -408,11 +408,12 @@ def test_batches_of_deepinv_data_sets_get_a_hint() -> None:
 
     net, truth = Unfolded(), torch.rand(2, 1, 8, 8)
     physics = SimpleNamespace(A=torch.neg, A_adjoint=torch.neg)
-    hint = r"for deepinv's batches, \(x, y\), pass \(y, physics, x\)"
+    hint = r"for deepinv's batches, \(x, y\), pass \(x, y, physics\)"
     with pytest.raises(LoRunError, match=f"cannot run on its example inputs .*{hint}"):
         lorun_adapt.convert(net, rank=1, calibration=[(truth, -truth)], steps=1)
     lorun = lorun_adapt.convert(net, rank=1)
     with pytest.raises(LoRunError, match=f"cannot run on the first batch .*{hint}"):
         lorun.recover(net, [(truth, -truth)], steps=1)
-    lorun.recover(net, [(-truth, physics, truth)], steps=1)
+    for batch in ((-truth, physics), (truth, -truth, physics)):
+        lorun.recover(net, [batch], steps=1)
     assert lorun(-truth, physics).shape == truth.shape
