@@ -14,6 +14,7 @@ from peft import LoraConfig
 from torch import nn
 
 from .errors import LoRunError
+from .factorise.aligned import aligned
 from .factorise.allocate import allocate
 from .factorise.fresh import untrained_set
 from .factorise.group import factorise_group
@@ -27,6 +28,7 @@ from .network.converted import AdapterSet, Converted
 from .network.divergence import warn_if_it_diverges
 from .network.observe import forward_arguments
 from .network.report import make_report
+from .network.sharing import ties_of
 from .peft_format.options import config_of_ranks
 from .stages.checks import check_dense, check_finite, check_parameters, check_reachable
 from .stages.find import find_stages
@@ -139,6 +141,7 @@ def convert(
         calibration=batches,
         duration=duration,
         seed=seed,
+        align_channels=batches is None,
     )
     lorun = LoRunModel(converted)
     lorun.beyond = beyond
@@ -177,6 +180,7 @@ def collapse(
     duration: Duration | None = None,
     seed: int = 0,
     without_base: Collection[str] = (),
+    align_channels: bool = True,
 ) -> Converted:
     """Convert without recovery; see :func:`convert` for the arguments not listed here.
 
@@ -184,6 +188,8 @@ def collapse(
         calibration: batches to measure the sensitivity of the output on, which decides how a budget is divided.
         duration: how long recovery takes afterwards; measuring takes a twentieth of the minutes at most.
         without_base: names of tensors that get no base; with a budget, they are chosen automatically.
+        align_channels: bring the hidden channels of the stages into one order, where ``example_inputs`` prove that
+            nothing else changes. Recovery factorises the original anew, in its own order.
     """
     named = {"config": config, "rank": rank, "energy": energy, "budget": budget}
     given = [name for name, value in named.items() if value is not None]
@@ -229,8 +235,9 @@ def collapse(
     residuals: dict[str, dict[str, list[tuple[float, float]]]] = {group.name: {} for group in stage_map.groups}
     if share:
         adapters: dict[int, dict[str, StageAdapter]] = {stage: {} for stage in range(len(stage_map))}
+        source = aligned(dun, stage_map, plans, kind, example_inputs if align_channels else None)
         for group in stage_map.groups:
-            factorised = factorise_group(dun, group, plans[group.name], kind)
+            factorised = factorise_group(source, group, plans[group.name], kind)
             share_base(base, group, factorised.base)
             residuals[group.name] = factorised.residuals
             for site, adapter in zip(group.sites, factorised.adapters):
@@ -245,7 +252,8 @@ def collapse(
         {DEFAULT_SET: default},
         dict.fromkeys(default.adapters, DEFAULT_SET),
         residuals,
-        trainable_names=frozenset(name for name, p in dun.named_parameters() if p.requires_grad),
+        trainable_names=frozenset(name for name, p in dun.named_parameters(remove_duplicate=False) if p.requires_grad),
+        ties=ties_of(dun),
     )
     if share:
         _warn_if_it_grows(converted)

@@ -80,14 +80,17 @@ def write_page(path: Path, task: Task, original: nn.Module, lorun: LoRunModel, f
     Raises:
         LoRunError: an image can't be read, a function of the task fails, or the page can't be written.
     """
-    observer = Observer(original, lorun.stage_map, to_device(task.example_inputs(), device_of(original)))
+    inputs = to_device(task.example_inputs(), device_of(original))
+    observer = Observer(original, lorun.stage_map, inputs)
     networks: dict[str, tuple[nn.Module, int]] = {
         "original": (original, sum(p.numel() for p in original.parameters())),
         "this conversion": (lorun, lorun.report().network_after.num_parameters),
     }
     if lorun.stage_map.shared:
         without_base = {spec.name for group in lorun.stage_map.groups for spec in group.tensors if spec.without_base}
-        same_ranks = collapse(original, _same_ranks(lorun), without_base=without_base, **_named_stages(lorun))
+        same_ranks = collapse(
+            original, _same_ranks(lorun), without_base=without_base, example_inputs=inputs, **_named_stages(lorun)
+        )
         unrecovered = LoRunModel(same_ranks)
         networks["the same ranks, not recovered"] = unrecovered, unrecovered.num_parameters()
     scores: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}

@@ -112,6 +112,7 @@ def convert_(
             calibration=weighed,
             duration=None if crops is None else Duration(training["minutes"], training["steps"]),
             seed=seed,
+            align_channels=crops is None,
         )
     lorun = LoRunModel(converted)
     if crops is None:

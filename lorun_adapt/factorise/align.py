@@ -77,12 +77,16 @@ def hidden_channels(denoiser: nn.Module) -> list[HiddenChannels]:
 
     The denoiser must be traced as a whole: a part of it does not show how the rest uses its channels.
     """
-    try:
-        copied = copy_network(denoiser, share_tensors=True).eval()
-        graph = fx.Tracer().trace(copied)
-    except Exception:  # a forward that depends on its data; torch.fx raises many kinds
-        return []
-    return _Reader(copied, graph).pairs()
+    places: list[HiddenChannels] | None = None
+    for training in (False, True):  # features may leave the stage in training alone
+        try:
+            copied = copy_network(denoiser, share_tensors=True).train(training)
+            graph = fx.Tracer().trace(copied)
+        except Exception:  # a forward that depends on its data; torch.fx raises many kinds
+            return []
+        found = _Reader(copied, graph).pairs()
+        places = found if places is None else [place for place in places if place in found]
+    return places or []
 
 
 class _Reader:

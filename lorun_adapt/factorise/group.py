@@ -12,7 +12,6 @@ from ..stages.stage_map import Group
 from ..stages.tensors import stage_values
 from ..terms.term import Term
 from ..util.numbers import is_numeric
-from .align import align
 from .plan import Plan
 
 
@@ -32,7 +31,7 @@ class FactorisedGroup(NamedTuple):
 
 
 def factorise_group(dun: nn.Module, group: Group, planned: Plan, kind: type[Term]) -> FactorisedGroup:
-    """Align the hidden channels of the stages, then factorise their tensors.
+    """Factorise the tensors of the stages.
 
     Args:
         dun: the network to convert; it is not changed.
@@ -47,11 +46,6 @@ def factorise_group(dun: nn.Module, group: Group, planned: Plan, kind: type[Term
         for spec in group.tensors
         if not spec.common
     }
-    if not all(bool((stack == stack[0]).all()) for stack in stacks.values()):
-        denoisers = [dun.get_submodule(site.module) for site in group.sites]
-        with_base = {spec.name for spec in group.tensors if not spec.without_base}
-        settings = {name: setting for name, setting in planned.settings.items() if name in with_base}
-        stacks = align(group, denoisers, stacks, settings, kind, planned.kept)
     base: dict[str, Tensor] = {}
     residuals: dict[str, list[tuple[float, float]]] = {}
     terms: list[dict[str, Term]] = [{} for _ in group.sites]

@@ -24,7 +24,8 @@ def refit(
 ) -> bool:
     """Fit the base and the active adapters of ``converted`` to the weights of ``source``, in place.
 
-    Groups and adapted tensors of unknown sensitivity do not change. Private tensors are copied from ``source``.
+    Groups of unknown sensitivity, and tensors that their stages share already, do not change. Private tensors are
+    copied from ``source``.
 
     Args:
         converted: the network to change.
@@ -50,12 +51,13 @@ def refit(
             if spec.name not in terms[0]:
                 for adapter, value in zip(adapters, values):
                     private_tensors(adapter)[spec.name].copy_(value)
-            elif (known := sensitivity.get((group.name, spec.name))) is not None:
+            elif len({id(tensor) for tensor in stage_parameters(source, group, spec)}) > 1:
                 if not time_left():
                     return False
-                first = terms[0][spec.name]
+                first, known = terms[0][spec.name], sensitivity.get((group.name, spec.name))
                 stack = torch.stack([value.cpu() for value in values])
-                setting, weighting = Setting(first.rank, first.scaling), Weighting(known.rows, known.columns, damping)
+                setting = Setting(first.rank, first.scaling)
+                weighting = None if known is None else Weighting(known.rows, known.columns, damping)
                 fitted = type(first).fit(stack, spec, setting, weighting=weighting)
                 stage_parameters(converted.base, group, spec)[0].copy_(fitted.base)
                 for own, new in zip(terms, fitted.terms):

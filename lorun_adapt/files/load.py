@@ -16,6 +16,7 @@ from ..errors import LoRunError
 from ..network.adapter import terms_of
 from ..network.assemble import share_base
 from ..network.converted import Card, Converted
+from ..network.sharing import ties_of
 from ..stages.checks import check_dense
 from ..stages.stage_map import StageMap
 from ..stages.tensors import base_tensors, stage_values
@@ -63,8 +64,9 @@ def load(folder: Path, dun: nn.Module) -> Converted:
         sets,
         dict(enumerate(description["active"])),
         description["errors"],
-        trainable_names=frozenset(name for name, p in dun.named_parameters() if p.requires_grad),
+        trainable_names=frozenset(name for name, p in dun.named_parameters(remove_duplicate=False) if p.requires_grad),
         card=Card(**description["card"]),
+        ties=ties_of(dun),
         known_fingerprint=description["fingerprint"],
     )
 

@@ -31,7 +31,7 @@ from ..network.batches import Batches
 from ..network.converted import AdapterSet, Choice, Converted, Quality
 from ..network.noise import Noise, noise_of
 from ..network.report import Report, make_report
-from ..network.sharing import share_again, shared_places
+from ..network.sharing import share_again, shared_places, tie_again
 from ..stages.stage_map import Group, Site
 from ..stages.tensors import base_denoiser, base_tensors
 from ..training.duration import Duration
@@ -103,6 +103,7 @@ class LoRunModel(nn.Module):
         self.residuals = {group: dict(tensors) for group, tensors in converted.residuals.items()}
         self.trainable_names = converted.trainable_names
         self.card = converted.card
+        self._ties = converted.ties
         self.loading: Loading | None = None
         self._running = Running(len(converted.stage_map))
         self._beyond = "error"
@@ -133,6 +134,7 @@ class LoRunModel(nn.Module):
             self.residuals,
             self.trainable_names,
             self.card,
+            self._ties,
             self.fingerprint,
         )
 
@@ -874,8 +876,8 @@ class LoRunModel(nn.Module):
 
         Raises:
             LoRunError: the original class has one module for all stages (one that is called in a loop, or that has
-                several parents), and the merged stages differ; an unknown set, or one without an adapter for a stage;
-                with ``safe_merge``, NaN or Inf.
+                several parents), or ties parameters, and what is merged differs; an unknown set, or one without an
+                adapter for a stage; with ``safe_merge``, NaN or Inf.
 
         >>> import lorun_adapt
         >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -897,6 +899,7 @@ class LoRunModel(nn.Module):
             outsides = [self._store.get(name).outside for name in names]
             outside = weighted_outside(self.base, self.stage_map, outsides, [1.0] * len(names))
         network = merge(self.base, self.stage_map, choices, outside)
+        tie_again(network, self._ties)
         self._prepare(network, active)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name in self.trainable_names)

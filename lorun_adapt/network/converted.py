@@ -138,6 +138,7 @@ class Converted:
             and its replacement at conversion, and the norm of the original tensor.
         trainable_names: names of the parameters that the original network trains.
         card: the text of the model card.
+        ties: names of parameters that the original network ties, those of one parameter together.
         known_fingerprint: the fingerprint of the base, if it has been computed.
 
     Raises:
@@ -151,6 +152,7 @@ class Converted:
     residuals: Residuals
     trainable_names: frozenset[str]
     card: Card = Card()
+    ties: tuple[tuple[str, ...], ...] = ()
     known_fingerprint: str | None = None
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from ..errors import LoRunError
 from ..util.modules import positional_arguments, tensors_of
 from .checks import check_alike, check_plain
 from .left_out import left_out
-from .locations import Location, any_inside, is_within, paths_of
+from .locations import Location, any_inside, paths_of
 from .naming import declared_calls, named_stages
 from .numbering import group_name, stage_indices
 from .specs import tensor_specs
@@ -130,16 +130,14 @@ def _candidates(
     dun: nn.Module, trace: CallTrace, declared: Mapping[str, int]
 ) -> tuple[list[list[Location]], list[list[Location]]]:
     """What repeats outside everything else that repeats: what may be stages, and what is only layers."""
-    alike: dict[object, list[str]] = {}
-    for path, module in dun.named_modules(remove_duplicate=False):
-        if path and any(True for _ in module.parameters()) and not _is_layer(module) and not _is_shell(module, trace):
-            alike.setdefault(signature(module), []).append(path)
+    alike = _alike(dun, trace)
     total = _num_parameters(dun, [""])
-    everywhere = [_locations(dun, paths, trace, declared) for paths in alike.values()]
+    everywhere = [_locations(dun, paths, trace, declared) for paths in alike]
     large = [item for item in everywhere if len(item) > 1 and _share(dun, item, total) >= MIN_SHARE]
-    outer = {path for item in large for path, _ in item}
-    # What a repeated module holds repeats with it, and is not counted again.
-    outside = [[path for path in paths if not is_within(path.rpartition(".")[0], outer)] for paths in alike.values()]
+    outer = [dun.get_submodule(path) for item in large for path in paths_of(item)]
+    # What a repeated module holds repeats with it, and is not counted again, under whatever name.
+    inside = {id(child) for module in outer for child in module.modules() if child is not module}
+    outside = [[path for path in paths if id(dun.get_submodule(path)) not in inside] for paths in alike]
     found = [_locations(dun, paths, trace, declared) for paths in outside if paths]
     candidates = [locations for locations in found if len(locations) > 1]
     small = [item for item in candidates if _share(dun, item, total) < MIN_SHARE]
@@ -154,6 +152,22 @@ def _candidates(
         and (trace.are_layers(item) or (scales and trace.changes_size(item)))
     ]
     return [item for item in candidates if item not in layers], layers
+
+
+def _alike(dun: nn.Module, trace: CallTrace) -> list[list[str]]:
+    """The paths of all modules that may be stages, those built alike together."""
+    alike: dict[object, list[str]] = {}
+    for path, module in dun.named_modules(remove_duplicate=False):
+        if not path or _is_layer(module) or _is_shell(module, trace) or not any(True for _ in module.parameters()):
+            continue
+        # A list is a stage only in a list of stages; a copy of the list beside it, or a second name, is none.
+        if not _is_list(dun, path, trace) or _is_list(dun, path.rpartition(".")[0], trace):
+            alike.setdefault(signature(module), []).append(path)
+    result = []
+    for paths in alike.values():
+        reached = [path for path in paths if trace.reaches(path.rpartition(".")[0])]
+        result.append(reached or paths)  # a whole list that does not run, such as an average of the weights, is left
+    return result
 
 
 def _is_shell(module: nn.Module, trace: CallTrace) -> bool:

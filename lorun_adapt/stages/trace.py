@@ -55,6 +55,10 @@ class CallTrace:
     def was_called(self, module: nn.Module) -> bool:
         return id(module) in self._calls
 
+    def reaches(self, path: str) -> bool:
+        """Whether the module at ``path``, or one within it, was called."""
+        return any(id(module) in self._calls for module in self._dun.get_submodule(path).modules())
+
     def num_calls(self, path: str) -> int:
         return len(self._calls_of(path))
 

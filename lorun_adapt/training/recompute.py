@@ -7,15 +7,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError, checkpoint, set_checkpoint_early_stop
 
 from ..errors import LoRunError
-from ..util.nested import tensors_in
+from ..util.nested import map_tensors, tensors_in
 
+SAME = 1e-3  # the relative difference at which two runs of a stage are no longer the same
 CHANGED = (
     "the network changes a stage's input in place, so the stage cannot run again in the backward pass: train without "
     "recompute"
+)
+DIFFERENT = (
+    "a stage does something else when it runs again in the backward pass, as it keeps a state, changes an object that "
+    "it is given, or recomputes parts of its own: train without recompute"
 )
 
 
@@ -50,34 +55,69 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any, **keywords: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*arguments, **keywords)
-        versions = [(tensor, tensor._version) for tensor in tensors_in((arguments, keywords))]
-        runs = 0
+        given = _without_aliases((arguments, keywords))
+        versions = _versions(given)
+        returned: list[tuple[Tensor, int]] | None = None
 
         def once_more(*arguments: Any, **keywords: Any) -> Any:
-            nonlocal runs
-            runs += 1
-            if runs > 1 and any(tensor._version != version for tensor, version in versions):
+            nonlocal returned
+            if returned is None:
+                result = forward(*arguments, **keywords)
+                returned = [(tensor.detach(), tensor._version) for tensor in tensors_in(result)]
+                return result
+            if any(tensor._version != version for tensor, version in versions):
                 raise LoRunError(CHANGED)
-            return forward(*arguments, **keywords)
+            arguments, keywords = _without_aliases(given)  # as they were: the first run may have changed the lists
+            result = forward(*arguments, **keywords)
+            _check_same(returned, tensors_in(result))
+            return result
 
-        return checkpoint(once_more, *arguments, use_reentrant=False, **keywords)
+        with set_checkpoint_early_stop(False):  # the second run must come to its end, to be compared
+            return checkpoint(once_more, *arguments, use_reentrant=False, **keywords)
 
     return run
 
 
+def _without_aliases(value: Any) -> Any:
+    """The same tensors in lists, tuples and dicts of their own, which the stage may change."""
+    return map_tensors(value, lambda tensor: tensor)
+
+
+def _versions(value: Any) -> list[tuple[Tensor, int]]:
+    return [(tensor, tensor._version) for tensor in tensors_in(value)]
+
+
+@torch.no_grad()
+def _check_same(returned: list[tuple[Tensor, int]], again: list[Tensor]) -> None:
+    """Check that a stage has returned the same again; what was changed in place since then cannot be compared.
+
+    Raises:
+        LoRunError: it has not.
+    """
+    if len(returned) != len(again):
+        raise LoRunError(DIFFERENT)
+    for (first, version), second in zip(returned, again):
+        if first._version != version:
+            continue
+        if first.shape != second.shape or bool((first - second).norm() > SAME * first.norm()):
+            raise LoRunError(DIFFERENT)
+
+
 @contextmanager
 def explaining(recomputed: bool) -> Iterator[None]:
-    """In the block, a backward pass that cannot run a stage again says so.
+    """In the block, a forward or a backward pass that cannot run a stage again says so.
 
     Args:
         recomputed: whether stages run again; if not, errors pass as they are.
 
     Raises:
-        LoRunError: a stage's input was changed in place after the stage took it.
+        LoRunError: a stage's input was changed in place after the stage took it, or the stage cannot run twice.
     """
     try:
         yield
     except RuntimeError as error:
         if recomputed and ("inplace operation" in str(error) or "changed in place" in str(error)):
             raise LoRunError(CHANGED) from error
+        if recomputed and (isinstance(error, CheckpointError) or "saved tensor hooks" in str(error)):
+            raise LoRunError(DIFFERENT) from error
         raise

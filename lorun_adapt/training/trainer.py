@@ -274,7 +274,7 @@ class Trainer:
             if processes > 1:
                 sum_gradients(self.optimised.parameters, self.accelerator)
             return processes * mean_over_processes(self.accelerator, value)
-        with bfloat16(run.bfloat16):
+        with bfloat16(run.bfloat16), explaining(bool(self.objective.recomputed)):
             loss = self.loss_of(lambda: drawn)[0]
         value = mean_over_processes(self.accelerator, float(loss.detach()))
         if math.isfinite(value):
