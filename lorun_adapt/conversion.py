@@ -29,10 +29,12 @@ from .network.divergence import warn_if_it_diverges
 from .network.observe import forward_arguments
 from .network.report import make_report
 from .network.sharing import ties_of
+from .network.unseen import check_adapters_are_seen
 from .peft_format.options import config_of_ranks
 from .stages.checks import check_dense, check_finite, check_parameters, check_reachable
 from .stages.find import find_stages
 from .stages.fold import DEFAULT_RANK
+from .stages.stage_map import StageMap
 from .terms.registry import kind_of
 from .training.duration import Duration
 from .util.copying import check_separate, copy_network
@@ -107,8 +109,9 @@ def convert(
 
     Raises:
         LoRunError: as :func:`find_stages` and :meth:`LoRunModel.recover`; more than one of config, rank, energy and
-            budget; energy, budget or calibration with ``share=False``; a config field that is not supported; NaN or Inf
-            in the weights; a parametrised or lazy module in a stage.
+            budget; energy, budget or calibration with ``share=False``; a network that gets at its stages' weights in a
+            way that adapters do not see (with ``example_inputs`` or ``calibration``); a config field that is not
+            supported; NaN or Inf in the weights; a parametrised or lazy module in a stage.
 
     >>> import lorun_adapt, torch
     >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -195,10 +198,14 @@ def collapse(
     given = [name for name, value in named.items() if value is not None]
     if len(given) > 1:
         raise LoRunError(f"{' and '.join(given)} exclude each other: give only one of config, rank, energy and budget")
+    if not isinstance(share, bool):
+        raise LoRunError(
+            f"expected True or False for share, found {share!r}: pass share=False to keep every stage's weights"
+        )
     if not share and (energy is not None or budget is not None or calibration is not None):
         raise LoRunError(
-            "share=False keeps the weights of every stage, so there is nothing to recover, and no energy or budget to "
-            "choose ranks by: give rank or config, and no calibration"
+            "share=False keeps every stage's weights, so nothing is lost that could be recovered or traded for size: "
+            "give rank or config, and leave energy, budget and calibration out"
         )
     stage_map = dataclasses.replace(
         find_stages(dun, stages=stages, example_inputs=example_inputs, calls=calls), shared=share
@@ -244,7 +251,8 @@ def collapse(
                 adapters[site.stage][group.name] = adapter
         default = AdapterSet(adapters, config)
     else:
-        default = untrained_set(base, stage_map, config, torch.Generator().manual_seed(0))
+        default = untrained_set(base, stage_map, config, plans, torch.Generator().manual_seed(0))
+        _warn_if_it_is_large(default, stage_map)
     ranks = {name: {tensor: setting.rank for tensor, setting in p.settings.items()} for name, p in plans.items()}
     converted = Converted(
         base,
@@ -257,7 +265,21 @@ def collapse(
     )
     if share:
         _warn_if_it_grows(converted)
+        if example_inputs is not None:
+            check_adapters_are_seen(converted, example_inputs)
     return converted
+
+
+def _warn_if_it_is_large(held: AdapterSet, stage_map: StageMap) -> None:
+    adapters = [adapter for stage in held.adapters.values() for adapter in stage.values()]
+    of_set = sum(parameter.numel() for adapter in adapters for parameter in adapter.parameters())
+    of_stages = sum(len(group.sites) * group.num_parameters for group in stage_map.groups)
+    if of_set >= of_stages:
+        warnings.warn(
+            f"a set of adapters has {of_set:,} parameters, and the stages of {stage_map.network} have {of_stages:,}: "
+            "choose a lower rank, at which terms are smaller than the tensors",
+            stacklevel=6,
+        )
 
 
 def _warn_if_it_grows(converted: Converted) -> None:

@@ -85,7 +85,7 @@ def inspect(
     "metrics",
     multiple=True,
     metavar="NAME",
-    help="A further metric: psnr_y (PSNR of luma), sam (angle of spectra, in radians), lpips.",
+    help="A further metric; may be repeated: psnr_y (PSNR of luma), sam (spectral angle, in radians), lpips.",
 )
 @click.option("--record", is_flag=True, help="Save the result in the conversion and its model cards.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -110,11 +110,13 @@ def eval_(
     from ..files.save import update_cards
     from ..model.pretrained import from_pretrained
     from ..task.evaluate import evaluate
+    from ..task.metrics import check_metrics
     from ..task.task import load_task
     from ..util.seeds import set_seed
 
     if converted is None and (adapter_name or record):
         raise click.UsageError("--adapter-name and --record need a conversion: give --converted")
+    check_metrics(metrics)
     set_seed(seed)
     spec = load_task(task)
     files = spec.images(images)

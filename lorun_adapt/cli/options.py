@@ -98,7 +98,9 @@ BUDGET = click.option(
     help="Instead of a rank: parameters of the converted network, or a share (0 to 1) of the original's.",
 )
 NO_SHARE = click.option(
-    "--no-share", is_flag=True, help="Keep every stage's weights, and add adapters to fine-tune; no smaller network."
+    "--no-share",
+    is_flag=True,
+    help="Keep every stage's own weights and add untrained adapters; the network does not become smaller.",
 )
 CONVERTED = click.option("--converted", type=FILE, required=True, help="Folder of a converted network.")
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -89,7 +88,11 @@ def write_page(path: Path, task: Task, original: nn.Module, lorun: LoRunModel, f
     if lorun.stage_map.shared:
         without_base = {spec.name for group in lorun.stage_map.groups for spec in group.tensors if spec.without_base}
         same_ranks = collapse(
-            original, _same_ranks(lorun), without_base=without_base, example_inputs=inputs, **_named_stages(lorun)
+            original,
+            _same_ranks(lorun),
+            without_base=without_base,
+            example_inputs=inputs,
+            **lorun.stage_map.as_arguments(),
         )
         unrecovered = LoRunModel(same_ranks)
         networks["the same ranks, not recovered"] = unrecovered, unrecovered.num_parameters()
@@ -153,18 +156,6 @@ def _same_ranks(lorun: LoRunModel) -> LoraConfig:
     config = config_of_ranks(ranks)
     config.target_parameters = list(ranks)
     return config
-
-
-def _named_stages(lorun: LoRunModel) -> dict[str, Any]:
-    """The arguments of ``convert`` that name the stages of ``lorun``."""
-    groups = lorun.stage_map.groups
-    if any(site.call is not None for group in groups for site in group.sites):
-        calls: dict[str, int] = {}
-        for group in groups:
-            for site in group.sites:
-                calls[site.module] = calls.get(site.module, 0) + 1
-        return {"calls": calls}
-    return {"stages": [[site.module for site in group.sites] for group in groups]}
 
 
 def _score(image: Tensor, truth: Tensor, task: Task) -> tuple[float, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -12,11 +14,15 @@ from ..stages.stage_map import StageMap
 from ..terms.registry import kind_of
 from ..terms.term import Term
 from ..util.modules import tensor_of
-from .plan import plan
+from .plan import Plan
 
 
 def untrained_set(
-    base: nn.Module, stage_map: StageMap, config: LoraConfig, generator: torch.Generator = torch.default_generator
+    base: nn.Module,
+    stage_map: StageMap,
+    config: LoraConfig,
+    plans: Mapping[str, Plan],
+    generator: torch.Generator = torch.default_generator,
 ) -> AdapterSet:
     """Return a set with zero terms for the tensors that ``config`` adapts, and copies of the base's other tensors.
 
@@ -24,12 +30,10 @@ def untrained_set(
         base: the base.
         stage_map: the positions of its stages.
         config: the tensors to adapt and their ranks.
+        plans: the same for each group.
         generator: of the random numbers that terms start from.
-
-    Raises:
-        LoRunError: as :func:`~lorun_adapt.factorise.plan.plan`.
     """
-    plans, kind = plan(base, stage_map, config), kind_of(config.peft_type)
+    kind = kind_of(config.peft_type)
     adapters: dict[int, dict[str, StageAdapter]] = {}
     for group in stage_map.groups:
         for site in group.sites:

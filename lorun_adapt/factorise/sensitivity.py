@@ -14,11 +14,16 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ..errors import LoRunError
 from ..network.recording import Recorder, StageCall
 from ..stages.stage_map import StageMap
 from ..stages.tensors import stage_parameters
 from ..util.copying import copy_network
 
+IN_PLACE = (
+    "the network changes a tensor in place that its gradient needs, so it cannot train: use the operation that returns "
+    "a new tensor"
+)
 MAX_SIDE = 1024  # of a moment that is stored; above it, all directions get the same weight
 
 
@@ -130,7 +135,12 @@ class _Moments:
         tensors = [self.tensors[key][stage] for key, stage in places]
         if not projected.requires_grad:
             return
-        gradients = torch.autograd.grad(projected, tensors, allow_unused=True, materialize_grads=True)
+        try:
+            gradients = torch.autograd.grad(projected, tensors, allow_unused=True, materialize_grads=True)
+        except RuntimeError as error:
+            if "inplace operation" in str(error):
+                raise LoRunError(IN_PLACE) from error
+            raise
         for (key, stage), gradient in zip(places, gradients):
             matrix = gradient.detach().cpu().reshape(self._matrices[key])
             if not bool(torch.isfinite(matrix).all()):

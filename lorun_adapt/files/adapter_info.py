@@ -17,7 +17,7 @@ from ..util.text import is_short
 MAX_INFO_BYTES = 1 << 19  # bytes
 MAX_VALUE = 1e12
 MAX_FURTHER = 16  # metrics beside PSNR and SSIM
-METRIC_NAME = re.compile("[a-z][a-z0-9_]{0,31}")
+METRIC_NAME = re.compile("(?!(psnr|ssim)$)[a-z][a-z0-9_]{0,31}")
 FURTHER = {"further", "further_original"}
 
 
@@ -63,8 +63,10 @@ def is_storable(quality: Quality) -> bool:
 
 def _row(quality: Quality) -> dict[str, Any]:
     """A measurement as the file has it: without further metrics where there are none, as files were written before."""
-    row = dataclasses.asdict(quality)
-    return {name: value for name, value in row.items() if name not in FURTHER or value}
+    row = {field.name: getattr(quality, field.name) for field in dataclasses.fields(quality)}
+    return {
+        name: dict(value) if name in FURTHER else value for name, value in row.items() if name not in FURTHER or value
+    }
 
 
 def _is_quality(row: Any) -> bool:

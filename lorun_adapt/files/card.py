@@ -107,7 +107,8 @@ def set_card(converted: Converted, name: str, folder: Path) -> str:
         "",
         *_quality_table(measured),
         "```python",
-        "# lorun: a conversion with this base, from lorun_adapt.from_pretrained(...)",
+        "# lorun: a conversion with this base"
+        + (", from lorun_adapt.from_pretrained(...)" if converted.stage_map.shared else ""),
         f'lorun.load_adapter("path or user/name of the folder with this set", "{name}")',
         f'lorun.set_adapter("{name}")',
         "```",
@@ -166,8 +167,10 @@ def _figure(value: float | None) -> str:
 
 def _loading_example(converted: Converted, adapters_only: bool) -> list[str]:
     network, name = converted.stage_map.network, list(converted.sets)[-1]
+    weights = "the original" if adapters_only and not converted.stage_map.shared else "any"
     if adapters_only and not converted.stage_map.shared:
-        load = ["lorun = lorun_adapt.convert(net, share=False)  # net with the original weights"]
+        found = ", ".join(f"{name}={value!r}" for name, value in converted.stage_map.as_arguments().items())
+        load = [f"lorun = lorun_adapt.convert(net, share=False, {found})"]
         load.append(f'lorun.load_adapter("path or user/name of this folder", "{name}")')
     elif adapters_only:
         load = ['lorun = lorun_adapt.from_pretrained("path or user/name of the base", net)']
@@ -178,7 +181,7 @@ def _loading_example(converted: Converted, adapters_only: bool) -> list[str]:
         "```python",
         "import lorun_adapt",
         "",
-        f"net = ...  # your {network}, with any weights",
+        f"net = ...  # your {network}, with {weights} weights",
         *load,
         f'lorun.set_adapter("{name}")',
         "```",

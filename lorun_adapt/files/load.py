@@ -22,7 +22,7 @@ from ..stages.stage_map import StageMap
 from ..stages.tensors import base_tensors, stage_values
 from ..util.copying import check_separate, copy_network
 from ..util.modules import buffer_names, distinct_tensors, has_valid_values, tensors_of
-from .description import read_description, stage_map_of
+from .description import FORMATS, read_description, stage_map_of
 from .layout import ADAPTERS_FOLDER, BASE_FILE, CONFIG_FILE
 from .saved import SavedFolder
 from .sets import SetReader
@@ -82,10 +82,10 @@ def check_has_base(description: Mapping[str, Any], where: object) -> None:
         LoRunError: the description lists no base.
     """
     if BASE_FILE not in description["files"]:
-        raise LoRunError(
-            f"{where} has adapters but no base: load their base {str(description.get('fingerprint'))[:12]} first, then "
-            "these adapters with load_adapter"
-        )
+        base = f"load their base {str(description.get('fingerprint'))[:12]} first"
+        if description.get("format") == FORMATS[False]:
+            base = "convert the original network with share=False first"
+        raise LoRunError(f"{where} has adapters but no base: {base}, then load these adapters with load_adapter")
 
 
 def stored_dtype(converted: Converted, path: Path) -> torch.dtype | None:

@@ -87,7 +87,7 @@ def check_base(expected: str, found: str, where: str) -> None:
     if expected != found:
         raise LoRunError(
             f"expected an adapter for the base {expected[:12]}, found one for {found[:12]} in {where}: load the base "
-            "that it was trained on with from_pretrained"
+            "that it was trained on with from_pretrained, or convert the same weights with share=False if it has none"
         )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..disk.folder import as_path
 from ..errors import LoRunError
 from ..factorise.fresh import untrained_set
+from ..factorise.plan import plan
 from ..files.adapter_info import is_storable
 from ..files.layout import INTERPOLATED
 from ..files.save import save
@@ -38,6 +39,7 @@ from ..training.duration import Duration
 from ..util.copying import copy_network, deep_copy
 from ..util.fingerprint import fingerprint_of
 from ..util.modules import distinct_tensors
+from ..util.numbers import is_index
 from ..util.seeds import seeded
 from ..util.torch_modes import in_own_modes
 from .combine import weighted_outside, weighted_set
@@ -66,7 +68,8 @@ class LoRunModel(nn.Module):
     network are available on this object, as in PEFT.
 
     Attributes:
-        base: the base without adapters: a network of the original class whose stages are identical.
+        base: the base without adapters: a network of the original class whose stages are identical, unless
+            ``stage_map.shared`` is False.
         adapters: the adapter sets, ``adapters[name]["stage_03"][group]``.
         outside: the parameters outside the stages that a set replaces, for each set that replaces some.
         network: the network that runs. ``set_adapter`` and ``.to`` replace it, so register hooks on it afterwards.
@@ -314,7 +317,9 @@ class LoRunModel(nn.Module):
         """
         self._check_new(adapter_name)
         with self._lock:
-            self._put(adapter_name, untrained_set(self.base, self.stage_map, config))
+            self._put(
+                adapter_name, untrained_set(self.base, self.stage_map, config, plan(self.base, self.stage_map, config))
+            )
 
     @in_own_modes
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
@@ -911,7 +916,7 @@ class LoRunModel(nn.Module):
 
     @in_own_modes
     def base_denoiser(self, group: str | None = None, stage: int | None = None) -> nn.Module:
-        """Return a copy of the shared denoiser: a module of the original class with the base's weights.
+        """Return a copy of a denoiser of the base, the shared one or that of ``stage``: a module of the original class.
 
         PEFT can load a stage's adapter on it, unless the model card says that PEFT cannot represent the stage:
         ``PeftModel.from_pretrained(lorun.base_denoiser(), "saved/adapters/default/stage_03")``.
@@ -919,7 +924,7 @@ class LoRunModel(nn.Module):
         Args:
             group: the denoiser's group, required if a stage has several denoisers; one of
                 ``[g.name for g in lorun.stage_map.groups]``.
-            stage: the stage, counted from 0, whose denoiser to return; required if the stages share no base.
+            stage: the stage, counted from 0; required if the stages share no base.
 
         Raises:
             LoRunError: an unknown group or stage, or none given where there are several.
@@ -935,11 +940,11 @@ class LoRunModel(nn.Module):
         if group not in groups:
             raise LoRunError(f"expected the name of a denoiser among {list(groups)}, found {group!r}: give group=")
         sites = {site.stage: site for site in groups[group].sites}
-        if stage is None and self.stage_map.shared:
+        if stage is None and (self.stage_map.shared or len({site.module for site in sites.values()}) == 1):
             stage = next(iter(sites))
-        if stage not in sites:
+        if not is_index(stage) or int(stage) not in sites:
             raise LoRunError(f"expected one of the stages {list(sites)} of {group!r}, found {stage!r}: give stage=")
-        return copy_network(base_denoiser(self.base, self.stage_map, groups[group], sites[stage]))
+        return copy_network(base_denoiser(self.base, self.stage_map, groups[group], sites[int(stage)]))
 
     # --- figures ---------------------------------------------------------------------------------
 
@@ -965,8 +970,8 @@ class LoRunModel(nn.Module):
             )
         if not is_storable(quality):
             raise LoRunError(
-                f"expected finite figures measured on at least one image, found {quality}: check the network's output "
-                "for NaN, or measure on other images"
+                f"expected finite figures measured on at least one image, and lower-case names of further metrics, "
+                f"found {quality}: check the network's output for NaN, and the names"
             )
         self.adapter_info[name] = self.adapter_info[name].with_quality(quality)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import nn
 
 from ..errors import LoRunError
@@ -53,6 +54,15 @@ def _before_load(model: Model, state_dict: dict[str, Any], prefix: str, *_: Any)
                 raise LoRunError(
                     f"{name!r} has no base here, but the state_dict has one: load it into the conversion it "
                     "was saved from"
+                )
+    for group in model.stage_map.groups if model.stage_map.shared else ():
+        for spec in group.tensors:
+            names = [f"{prefix}base.{site.module}.{spec.name}" for site in group.sites]
+            values = [state_dict[name] for name in names if not spec.common and name in state_dict]
+            if any(value is not values[0] and not torch.equal(value, values[0]) for value in values):
+                raise LoRunError(
+                    f"the stages share {spec.name!r} here, but they differ in it in the state_dict: load it into a "
+                    "conversion with share=False, as it was saved from"
                 )
     fingerprint = fingerprint_of(distinct_tensors(model.base))
     model.loading = Loading(shared_places(model.base, model.adapters), model.network, fingerprint)

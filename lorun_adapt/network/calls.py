@@ -62,8 +62,10 @@ def count_while_compiling(network: nn.Module) -> None:
 
 
 @contextmanager
-def counting() -> Iterator[None]:
+def counting(recomputes: bool = True) -> Iterator[None]:
     """Run one forward in the block: looped modules count their calls from zero.
+
+    Without ``recomputes``, a backward pass cannot run parts of the forward again.
 
     >>> looped = nn.Identity()
     >>> tell_calls_apart(looped, "looped", [nn.Softplus(), nn.Tanh()])
@@ -74,7 +76,7 @@ def counting() -> Iterator[None]:
     forward = _Forward()
     _threads.open.append(forward)
     try:
-        if torch.is_grad_enabled():
+        if recomputes and torch.is_grad_enabled():
             with torch.autograd.graph.saved_tensors_hooks(_pack(forward), _unpack):
                 yield
         else:
@@ -162,7 +164,13 @@ class CountsCalls(nn.Module):
         if torch.compiler.is_compiling():
             count_while_compiling(self)
             return super().__call__(*args, **kwargs)
-        with counting():
+        try:
+            with counting():
+                return super().__call__(*args, **kwargs)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):  # which torch.func does not allow
+                raise
+        with counting(recomputes=False):
             return super().__call__(*args, **kwargs)
 
 

@@ -67,8 +67,8 @@ class Quality:
     ssim: float
     psnr_original: float | None = None
     ssim_original: float | None = None
-    further: Mapping[str, float] = field(default_factory=dict)
-    further_original: Mapping[str, float] = field(default_factory=dict)
+    further: Mapping[str, float] = field(default_factory=dict, hash=False)
+    further_original: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,18 @@ class AdapterInfo:
         return dataclasses.replace(self, sigma=one, noise_schedule=None if isinstance(noise, float) else noise)
 
     def with_quality(self, quality: Quality) -> AdapterInfo:
-        """Return a copy with one more measurement, which replaces one on the same images at the same sigma."""
-        others = [item for item in self.quality if (item.images, item.sigma) != (quality.images, quality.sigma)]
+        """Return a copy with one more measurement, which replaces one on the same images at the same sigma.
+
+        Of the one that it replaces it keeps the further metrics that it lacks.
+        """
+        same = [(item.images, item.sigma) == (quality.images, quality.sigma) for item in self.quality]
+        others = [item for item, is_same in zip(self.quality, same) if not is_same]
+        for item in (item for item, is_same in zip(self.quality, same) if is_same):
+            quality = dataclasses.replace(
+                quality,
+                further={**item.further, **quality.further},
+                further_original={**item.further_original, **quality.further_original},
+            )
         return dataclasses.replace(self, quality=(*others[-MAX_QUALITIES + 1 :], quality))
 
 

@@ -106,8 +106,8 @@ class Observer:
                 ) from error
         if not final:
             raise LoRunError(
-                f"{type(probe).__name__} returns no floating-point tensors, so there is nothing to distil: have its "
-                "forward return the restored images"
+                f"{type(probe).__name__} returns no floating-point tensors, so there is nothing to train on: have its "
+                "forward return the restored images, in a tensor, list, tuple, dict or dataclass"
             )
         seen = [_ancestors(call.edges) for call in captured]  # in the order of execution
         passed_on: list[list[int]] = []
@@ -155,18 +155,24 @@ def capturing(network: nn.Module, places: Mapping[str, str]) -> Iterator[list[St
 def forward_arguments(network: nn.Module, batch: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the arguments of the forward in a batch; further items, such as the ground truth, are for the loss.
 
-    Networks of deepinv (0.5) take the measurements and the physics, (y, physics). Batches in the order of its data
-    sets, (x, y, physics), have the truth first.
+    Networks of deepinv (0.5) take the measurements and the physics. The truth may follow, (y, physics, x), or come
+    first as in its data sets, (x, y, physics).
 
     >>> forward_arguments(nn.Bilinear(2, 2, 1), ("first", "second", "truth"))
     ('first', 'second')
     """
     if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return forward_arguments(network.module, batch)
+    if isinstance(compiled := network._modules.get("_orig_mod"), nn.Module):
+        return forward_arguments(compiled, batch)
     kinds = [parameter.kind for parameter in inspect.signature(network.forward).parameters.values()]
     names = list(positional_arguments(network))
-    if names[1:2] == ["physics"] and len(batch) > 2 and isinstance(batch[1], Tensor):
-        return batch[1:3]
+    if names[1:2] == ["physics"] and len(batch) > 2:
+        measured = [isinstance(item, Tensor) for item in batch[:3]]
+        if measured == [True, True, False]:
+            return batch[1:3]
+        if measured == [True, False, True]:
+            return batch[:2]
     return batch if inspect.Parameter.VAR_POSITIONAL in kinds else batch[: len(names)]
 
 

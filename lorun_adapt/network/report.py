@@ -56,7 +56,8 @@ class Report:
 
     Attributes:
         stages: the sizes and residuals of each stage.
-        base: the size of the shared denoisers, without adapters; of all, if the stages share none.
+        base: the size of the shared denoisers, without adapters; if they share no base,
+            the size of all the original denoisers.
         denoisers_before: the size of all denoisers of the original network.
         denoisers_after: the size of the shared denoisers and the active adapters.
         network_before: the size of the original network.

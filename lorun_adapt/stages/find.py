@@ -80,8 +80,14 @@ def find_stages(
     if not stages_of_groups:
         raise LoRunError(
             f"no repeated stage in {type(dun).__name__}, which does not seem to unfold an algorithm: if it does, name "
-            "the stages with stages="
+            "the stages with stages=, a list of modules for each kind of module"
         )
+    for path, call in (location for locations in stages_of_groups for location in locations):
+        if call is not None and not trace.is_empty and not trace.num_calls(path):
+            raise LoRunError(
+                f"{path} of {type(dun).__name__} is not called in a forward, so its calls cannot be told apart: the "
+                "network runs another of its methods, or the layers in it; have it call the module"
+            )
     groups = _groups(dun, stages_of_groups)
     if stages is None and trace.is_empty and not declared:
         _warn_of_unseen_loops(dun, groups)
@@ -99,12 +105,13 @@ def _repeated(
     candidates, layers = _candidates(dun, trace, declared)
     large = [item for item in candidates if _share(dun, item, total) >= MIN_SHARE]
     reasons = [(item, f"below {MIN_SHARE:.0%} of the parameters") for item in candidates if item not in large]
-    reasons += [(item, "layers: they see no measurements") for item in layers]
+    reasons += [(item, "layers: they take one another's output, or images of several sizes") for item in layers]
     if not large:
         if any(_share(dun, item, total) >= MIN_SHARE for item in layers):
             raise LoRunError(
-                f"{type(dun).__name__} does not seem to unfold an algorithm, as what repeats in it are layers that see "
-                f"no measurements, such as {abridged(paths_of(layers[0]))}: if it does, name the stages with stages="
+                f"{type(dun).__name__} does not seem to unfold an algorithm, as what repeats in it are layers, such as "
+                f"{abridged(paths_of(layers[0]))}, which take one another's output or images of several sizes: if it "
+                "does, name the stages with stages="
             )
         return [], []
     main = max(large, key=lambda item: (not _in_sequential(dun, item, trace), _share(dun, item, total)))
@@ -158,20 +165,31 @@ def _alike(dun: nn.Module, trace: CallTrace) -> list[list[str]]:
     """The paths of all modules that may be stages, those built alike together."""
     alike: dict[object, list[str]] = {}
     for path, module in dun.named_modules(remove_duplicate=False):
-        if not path or _is_layer(module) or _is_shell(module, trace) or not any(True for _ in module.parameters()):
+        if not path or _is_layer(module) or not any(True for _ in module.parameters()):
             continue
         # A list is a stage only in a list of stages; a copy of the list beside it, or a second name, is none.
         if not _is_list(dun, path, trace) or _is_list(dun, path.rpartition(".")[0], trace):
             alike.setdefault(signature(module), []).append(path)
     result = []
     for paths in alike.values():
-        reached = [path for path in paths if trace.reaches(path.rpartition(".")[0])]
-        result.append(reached or paths)  # a whole list that does not run, such as an average of the weights, is left
+        modules = [dun.get_submodule(path) for path in paths]
+        if any(map(trace.was_called, modules)) or not any(_is_shell(module, trace) for module in modules):
+            reached = [path for path in paths if trace.reaches(_list_around(dun, path, trace))]
+            result.append(reached or paths)  # a list that does not run, such as an average of the weights, is left
     return result
 
 
+def _list_around(dun: nn.Module, path: str, trace: CallTrace) -> str:
+    """The path of the innermost list that holds the module at ``path``; empty if there is none."""
+    while path:
+        path = path.rpartition(".")[0]
+        if path and _is_list(dun, path, trace):
+            return path
+    return ""
+
+
 def _is_shell(module: nn.Module, trace: CallTrace) -> bool:
-    """Whether it is never called, but its only child is, as deepinv's priors are: the child is what repeats."""
+    """Whether it is not called, but its only child is, as in deepinv's priors: the child is what repeats."""
     children = list(module.children())
     own = any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False))
     return len(children) == 1 and not own and not trace.was_called(module) and trace.was_called(children[0])

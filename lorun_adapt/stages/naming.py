@@ -72,4 +72,5 @@ def _check_module(dun: nn.Module, name: str, where: str) -> None:
 
 
 def _modules_of(dun: nn.Module) -> str:
-    return "its modules are " + abridged(tuple(name for name, _ in dun.named_children()))
+    names = tuple(name for name, _ in dun.named_children())
+    return f"its modules are {abridged(names)}" if names else "it has none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -158,6 +159,19 @@ class StageMap:
     def num_tensors(self) -> int:
         """The number of tensors in all stages together."""
         return sum(len(group.sites) * len(group.tensors) for group in self.groups)
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Return the arguments that make :func:`find_stages` find these stages in a network of the same class.
+
+        >>> StageMap("Net", (Group("denoiser", (Site(0, "p", 0), Site(1, "p", 1)), ()),)).as_arguments()
+        {'calls': {'p': 2}}
+        """
+        if any(site.call is not None for site in self.sites):
+            calls: dict[str, int] = {}
+            for site in self.sites:
+                calls[site.module] = calls.get(site.module, 0) + 1
+            return {"calls": calls}
+        return {"stages": [[site.module for site in group.sites] for group in self.groups]}
 
     def adapted(self, group: Group) -> dict[str, int]:
         """Return the rank of each tensor with a low-rank term: as planned, or else the default."""

@@ -110,7 +110,7 @@ def evaluate(
     converted: nn.Module | None,
     *,
     sigma: float = 0.0,
-    metrics: Sequence[str] = (),
+    metrics: str | Sequence[str] = (),
     num_parameters: int = 0,
     num_parameters_converted: int | None = None,
     description: str = "restoring",
@@ -142,8 +142,8 @@ def evaluate(
     >>> round(result.mean()["psnr"], 3)
     20.0
     """
-    check_metrics(metrics)
-    names = tuple(dict.fromkeys((*QUALITY, *metrics)))
+    names = tuple(dict.fromkeys((*QUALITY, *([metrics] if isinstance(metrics, str) else metrics))))
+    check_metrics(names)
     scores = []
     for path in progress(files, description, "image", delay=2, leave=False):
         images = task.read(path)[None]

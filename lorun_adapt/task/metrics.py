@@ -18,6 +18,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from ..errors import LoRunError
+from ..util.seeds import seeded
 
 WINDOW = 11  # pixels: the side of SSIM's Gaussian window
 LEAST_LPIPS = 31  # pixels a side: AlexNet needs as many for the layers that LPIPS compares
@@ -59,7 +60,7 @@ def ssim(image: Tensor, truth: Tensor, border: int = 0) -> float:
 def psnr_y(image: Tensor, truth: Tensor, border: int = 0) -> float:
     """Return the PSNR in dB of the luma of colour images (3, H, W) in [0, 1].
 
-    Luma is Y of ITU-R BT.601, 16 to 235 on a scale of 0 to 255, as super-resolution has it (scikit-image's
+    Luma is Y of ITU-R BT.601, 16 to 235 on a scale of 0 to 255, as is usual in super-resolution (scikit-image's
     ``rgb2ycbcr``). ``border`` pixels at each side are left out. Equal images have infinity.
 
     Raises:
@@ -88,12 +89,8 @@ def sam(image: Tensor, truth: Tensor, border: int = 0) -> float:
     """
     if len(image) < 2:
         raise LoRunError("sam compares spectra, but the images have 1 channel: leave sam out")
-    try:
-        from torchmetrics.functional.image import spectral_angle_mapper
-    except ImportError as error:
-        raise _not_installed("sam", error) from error
     image, truth = (_cut(pixels, border).double() for pixels in (image, truth))
-    angles = spectral_angle_mapper(image[None], truth[None], reduction="none")[0]
+    angles = _angles()(image[None], truth[None], reduction="none")[0]
     angles = torch.where(image.any(dim=0), angles, torch.pi / 2)[truth.any(dim=0)]
     return float(angles.mean()) if len(angles) else 0.0
 
@@ -116,14 +113,24 @@ def lpips(image: Tensor, truth: Tensor, border: int = 0) -> float:
             f"lpips needs images of at least {LEAST_LPIPS + 2 * border} pixels a side, found "
             f"{min(image.shape[1:]) + 2 * border}: leave lpips out, or use larger images"
         )
+    if not bool(torch.isfinite(image).all()):
+        return float("nan")
     with torch.no_grad():
         return float(_alexnet()(image[None], truth[None]))
+
+
+def _angles() -> Callable[..., Tensor]:
+    try:
+        from torchmetrics.functional.image import spectral_angle_mapper
+    except ImportError as error:
+        raise _not_installed("sam", error) from error
+    return spectral_angle_mapper
 
 
 @functools.cache
 def _alexnet() -> Callable[[Tensor, Tensor], Tensor]:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), seeded(0):  # making AlexNet draws random numbers
             warnings.simplefilter("ignore")
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
@@ -139,7 +146,7 @@ def _alexnet() -> Callable[[Tensor, Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric as it is shown: its title, its unit if it has one, and how many digits follow the point."""
+    """A metric: the function, the title of its columns, and the digits after the point."""
 
     value: Callable[[Tensor, Tensor, int], float]
     title: str
@@ -156,14 +163,18 @@ METRICS = {
 
 
 def check_metrics(names: Sequence[str]) -> None:
-    """Check that there are metrics of these names.
+    """Check that there are metrics of these names, and that what they need is at hand.
 
     Raises:
-        LoRunError: there is none of a name.
+        LoRunError: there is none of a name, or its library is not installed, or its weights cannot be downloaded.
     """
     unknown = [name for name in names if name not in METRICS]
     if unknown:
         raise LoRunError(f"no metric {unknown[0]!r}: choose from {', '.join(METRICS)}")
+    if "sam" in names:
+        _angles()
+    if "lpips" in names:
+        _alexnet()
 
 
 def _psnr(image: Any, truth: Any, data_range: float) -> float:

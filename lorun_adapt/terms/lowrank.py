@@ -92,7 +92,8 @@ class LowRank(Term):
         """Return a term with zero B and, as in PEFT, random A (Kaiming uniform)."""
         rows, columns = spec.matrix
         bound = 1 / math.sqrt(columns)
-        a = torch.empty(min(setting.rank, rows, columns), columns).uniform_(-bound, bound, generator=generator)
+        a = torch.empty(min(setting.rank, rows, columns), columns, device=generator.device)
+        a.uniform_(-bound, bound, generator=generator)
         b = torch.zeros(rows, len(a), dtype=like.dtype, device=like.device)
         return cls(a.to(like), b, setting.scaling)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint, set_checkpoint_early_stop
 
 from ..errors import LoRunError
+from ..factorise.sensitivity import IN_PLACE
 from ..util.nested import map_tensors, tensors_in
 
 SAME = 1e-3  # the relative difference at which two runs of a stage are no longer the same
@@ -105,17 +106,19 @@ def _check_same(returned: list[tuple[Tensor, int]], again: list[Tensor]) -> None
 
 @contextmanager
 def explaining(recomputed: bool) -> Iterator[None]:
-    """In the block, a forward or a backward pass that cannot run a stage again says so.
+    """In the block, a backward pass that fails, or cannot run a stage again, says why.
 
     Args:
-        recomputed: whether stages run again; if not, errors pass as they are.
+        recomputed: whether stages run again.
 
     Raises:
-        LoRunError: a stage's input was changed in place after the stage took it, or the stage cannot run twice.
+        LoRunError: a tensor was changed in place that the backward pass needs, or a stage cannot run twice.
     """
     try:
         yield
     except RuntimeError as error:
+        if not recomputed and "inplace operation" in str(error):
+            raise LoRunError(IN_PLACE) from error
         if recomputed and ("inplace operation" in str(error) or "changed in place" in str(error)):
             raise LoRunError(CHANGED) from error
         if recomputed and (isinstance(error, CheckpointError) or "saved tensor hooks" in str(error)):

@@ -46,6 +46,10 @@ def names_matching(parameters: Mapping[str, nn.Parameter], patterns: str | Itera
         LoRunError: a pattern that matches no parameter.
     """
     names: dict[str, None] = {}
+    if not isinstance(patterns, Iterable):
+        raise LoRunError(
+            f"expected patterns of parameters outside the stages, found {patterns!r}: choose from {list(parameters)}"
+        )
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = fnmatch.filter(parameters, pattern)
         if not found:

@@ -11,6 +11,7 @@ import copy
 import dis
 import functools
 import threading
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import suppress
@@ -98,11 +99,13 @@ def deep_copy(value: Value, memo: dict[int, Any]) -> Value:
             _fill(function, memo[id(function)], memo, parts)
         for held in dicts:
             _fill_dict(held, memo[id(held)], memo)
-        for module in parts.of(nn.Module):  # deepcopy keeps the function of a bound method
-            for name, method in vars(module).items():
+        for module in parts.of(nn.Module):  # deepcopy keeps the function of a bound method, and weak references
+            for name, method in [*vars(module).items()]:
                 if isinstance(method, MethodType) and id(method.__func__) in memo:
                     bound = MethodType(memo[id(method.__func__)], copy.deepcopy(method.__self__, memo))
                     vars(memo[id(module)])[name] = bound
+                elif isinstance(method, weakref.ref) and id(method()) in memo:
+                    vars(memo[id(module)])[name] = weakref.ref(memo[id(method())])
     except Exception as error:  # copying runs the code of whatever the network holds
         raise LoRunError(
             f"cannot copy {parts.first_that_fails(memo)} of {type(value).__name__} ({type(error).__name__}: {error}): "

@@ -106,10 +106,13 @@ def hint_on_arguments(network: nn.Module, arguments: Sequence[Any]) -> str:
 
     The data sets of deepinv (0.5) yield the truth first and no physics, which its networks take second.
     """
-    place = [*positional_arguments(network), "physics"].index("physics")
-    if not 0 < place < len(arguments) or not isinstance(arguments[place], Tensor):
+    signature = inspect.signature(network.forward).parameters.values()
+    named = [p.name for p in signature if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if named:
+        return f"; its forward takes {', '.join(named)} by keyword only: wrap it in a module that takes all by position"
+    if list(positional_arguments(network))[1:2] != ["physics"] or not all(isinstance(a, Tensor) for a in arguments[:2]):
         return ""
-    return "; for deepinv's batches, (x, y), pass (x, y, physics)"
+    return "; for deepinv's batches, (x, y), pass (x, y, physics) in calibration=, or (y, physics) in example_inputs="
 
 
 def owner_of(denoiser: nn.Module, name: str) -> tuple[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -125,7 +126,7 @@ def test_the_same_each_time() -> None:
 def test_there_is_nothing_to_recover() -> None:
     net = a_network()
     for wrong in ({"budget": 0.5}, {"energy": 0.5}, {"calibration": [INPUTS], "steps": 1}):
-        with pytest.raises(LoRunError, match="share=False keeps the weights of every stage"):
+        with pytest.raises(LoRunError, match="share=False keeps every stage's weights"):
             lorun_adapt.convert(net, share=False, **wrong)
     with pytest.raises(LoRunError, match="nothing to recover: train a set with finetune"):
         lorun_adapt.convert(net, rank=1, share=False).recover(net, [INPUTS], steps=1)
@@ -133,14 +134,23 @@ def test_there_is_nothing_to_recover() -> None:
 
 def test_files_and_cards_say_which_of_the_two_it_is(tmp_path: Path) -> None:
     net = a_network()
-    lorun = lorun_adapt.convert(net, rank=1, share=False)
+    lorun = lorun_adapt.convert(net, share=False, rank=1)
     lorun.save_pretrained(tmp_path / "whole")
     lorun.save_pretrained(tmp_path / "sets", adapters_only=True)
     for folder in ("whole", "sets"):
         card = (tmp_path / folder / "README.md").read_text()
         assert "Its stages keep their own weights" in card and "share one denoiser" not in card
         assert "lorun.base_denoiser(stage=0)" in card
-    assert "lorun_adapt.convert(net, share=False)" in (tmp_path / "sets/README.md").read_text()
+    card = (tmp_path / "sets/README.md").read_text()
+    load = re.findall(r"^(net = .*|lorun = .*)$", card, re.MULTILINE)
+    assert "with the original weights" in load[0] and load[1].startswith(
+        "lorun = lorun_adapt.convert(net, share=False, "
+    )
+    with pytest.warns(UserWarning, match="a set of adapters has 2,211 parameters, and the stages .* have 2,211"):
+        again = eval(load[1].removeprefix("lorun = "), {"lorun_adapt": lorun_adapt, "net": net})  # at the default rank
+    again.load_adapter(tmp_path / "sets", "default")
+    with pytest.raises(LoRunError, match="convert the original network with share=False first"):
+        lorun_adapt.from_pretrained(tmp_path / "sets", net)
     assert ": the untouched original network." in (tmp_path / "whole" / SET / "README.md").read_text()
     assert json.loads((tmp_path / "whole" / CONFIG_FILE).read_text())["format"] == 2  # which 0.1.0 refuses
     shared = lorun_adapt.convert(net, rank=1)

@@ -417,3 +417,74 @@ def test_batches_of_deepinv_data_sets_get_a_hint() -> None:
     for batch in ((-truth, physics), (truth, -truth, physics)):
         lorun.recover(net, [batch], steps=1)
     assert lorun(-truth, physics).shape == truth.shape
+
+
+def test_modules_under_two_names_are_found_once() -> None:
+    blocks = [Block(Denoiser()) for _ in range(2)]
+    again = ListOfBlocks([blocks[0], blocks[0], blocks[1], blocks[1]])
+    assert names(find_stages(again)) == [["blocks.0", "blocks.2"]]
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = ListOfBlocks([Block(Denoiser()) for _ in range(3)])
+            self.stages = self.net.blocks
+
+        def forward(self, y: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.net(y, mask)
+
+    found = find_stages(Wrapper(), example_inputs=ZOO["list_of_blocks"]().inputs)
+    assert names(found) == [["net.blocks.0", "net.blocks.1", "net.blocks.2"]]
+
+
+def test_shells_of_which_only_some_run() -> None:
+    class Shell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.denoiser = Denoiser()
+
+    class Early(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stages = nn.ModuleList(Shell() for _ in range(3))
+
+        def forward(self, y: torch.Tensor, count: int = 3) -> torch.Tensor:
+            x = y
+            for stage in self.stages[:count]:
+                x = stage.denoiser(x - 0.5 * (x - y))
+            return x
+
+    for count in (1, 2, 3):
+        found = find_stages(Early(), example_inputs=(torch.rand(1, 1, 8, 8), count))
+        assert names(found) == [[f"stages.{k}.denoiser" for k in range(3)]]
+
+
+def test_a_looped_module_must_be_called() -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = Denoiser()
+
+        def forward(self, y: torch.Tensor) -> torch.Tensor:
+            for _ in range(3):
+                y = self.p.forward(y)
+            return y
+
+    with pytest.raises(LoRunError, match="p of Other is not called in a forward, so its calls cannot be told apart"):
+        find_stages(Other(), stages="p", calls={"p": 3}, example_inputs=(torch.rand(1, 1, 8, 8),))
+
+
+def test_sentences_that_say_what_to_do() -> None:
+    class Named(ListOfBlocks):
+        def forward(self, y, *, mask):
+            return super().forward(y, mask)
+
+    with pytest.raises(LoRunError, match="its forward takes mask by keyword only: wrap it in a module"):
+        find_stages(Named([Block(Denoiser()) for _ in range(3)]), example_inputs=(torch.rand(1, 1, 8, 8),))
+    bare = nn.Module()
+    bare.weight = nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(LoRunError, match="no module 'weight', given in stages=: it has none"):
+        find_stages(bare, stages=["weight", "weight"])
+    net = ListOfBlocks([Block(Denoiser()) for _ in range(3)])
+    with pytest.raises(LoRunError, match=r"in each batch of calibration=$"):  # no word of deepinv
+        find_stages(net, example_inputs=(torch.rand(1, 1, 8, 8), torch.rand(2, 3), torch.rand(1)))

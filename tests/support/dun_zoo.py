@@ -6,6 +6,7 @@ masked ones by a gradient step and a denoiser a stage.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,7 @@ class Case:
     sites: list[list[str]]  # for each group, the modules of its stages in order
     run_to_find: bool = False  # a loop shows only when the network runs
     exact: bool = False  # one module for all stages: converted at any rank, it is the original
+    alone: bool = True  # a stage can run by itself on what it was given
     inputs: tuple[Any, ...] = field(default_factory=tuple)
 
     def __post_init__(self) -> None:
@@ -368,6 +370,68 @@ class Sequentials(nn.Module):
         for first, second in zip(self.first, self.second):
             x = second(first(x, y, mask), y, mask)
         return x
+
+
+class Twice(nn.Module):
+    """Denoisers in a list of their own and in the stages, which have numbered names and a list (PnP codes)."""
+
+    def __init__(self, stages: int = 3) -> None:
+        super().__init__()
+        self.denoisers = nn.ModuleList(Denoiser() for _ in range(stages))
+        for stage, denoiser in enumerate(self.denoisers):
+            setattr(self, f"stage{stage}", Block(denoiser))
+        self.stages = nn.ModuleList(getattr(self, f"stage{stage}") for stage in range(stages))
+        self.average = copy.deepcopy(self.stages)  # of the weights, never run
+
+    def forward(self, y: Tensor, mask: Tensor) -> Tensor:
+        x = y
+        for stage in self.stages:
+            x = stage(x, y, mask)
+        return x
+
+
+class Memory(nn.Module):
+    """Stages that read and lengthen a list (MADUN), and a dict that holds what they iterate (ADMM-Net)."""
+
+    def __init__(self, stages: int = 3) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(Remembers() for _ in range(stages))
+
+    def forward(self, y: Tensor, mask: Tensor) -> Tensor:
+        state: dict[str, Any] = {"x": y, "u": torch.zeros_like(y), "memory": []}
+        for stage in self.stages:
+            stage(state, y, mask)
+        return state["x"]
+
+
+class Remembers(Block):
+    def __init__(self) -> None:
+        super().__init__(Denoiser())
+
+    def forward(self, state: dict[str, Any], y: Tensor, mask: Tensor) -> None:  # type: ignore[override]
+        before = sum(state["memory"][-2:]) / 10 if state["memory"] else 0
+        x = self.denoiser(gradient_step(state["x"] + state["u"] + before, y, mask, self.step))
+        state["memory"].append(torch.tanh(x))
+        state["u"] = state["u"] + 0.1 * (x - state["x"])
+        state["x"] = x
+
+
+@entry
+def twice() -> Case:
+    return Case(Twice(), [[f"stage{k}" for k in range(3)]], run_to_find=True)
+
+
+@entry
+def memory() -> Case:
+    return Case(Memory(), [[f"stages.{k}" for k in range(3)]], alone=False)
+
+
+@entry
+def shared_denoiser_with_a_handle() -> Case:
+    net = ListOfBlocks([Block(Denoiser()) for _ in range(1)])
+    net.denoiser = net.blocks[0].denoiser
+    net.blocks.extend(Block(net.denoiser) for _ in range(3))
+    return Case(net, [[f"blocks.{k}" for k in range(4)]], run_to_find=True)
 
 
 @entry

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dun_zoo import Block, Case, Denoiser, ListOfBlocks
+from dun_zoo import ZOO, Block, Case, Denoiser, ListOfBlocks
 from recovery_runs import measurements, same, saved_storages, teacher, values
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lorun_adapt
 from lorun_adapt import LoRunError
@@ -111,3 +112,40 @@ def test_inputs_that_change_in_place_are_refused(kind: type[nn.Module]) -> None:
 def test_it_needs_calibration() -> None:
     with pytest.raises(LoRunError, match="recompute and resume_from need calibration"):
         lorun_adapt.convert(teacher(), rank=1, recompute=True)
+
+
+class KeepsState(Block):
+    """Adds a hidden state, which the network resets before each of two rounds."""
+
+    state: Tensor | float = 0.0
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        x = super().forward(x + self.state, y, mask)
+        self.state = torch.tanh(x)
+        return x
+
+
+class TwoRounds(ListOfBlocks):
+    def forward(self, y: Tensor, mask: Tensor) -> Tensor:
+        for block in self.blocks:
+            block.state = torch.zeros_like(y)
+        return super().forward(super().forward(y, mask), mask)
+
+
+class Checkpointed(ListOfBlocks):
+    def forward(self, y: Tensor, mask: Tensor) -> Tensor:
+        x = y
+        for block in self.blocks:
+            x = checkpoint(block, x, y, mask, use_reentrant=False)
+        return x
+
+
+@pytest.mark.parametrize("network", [TwoRounds, Checkpointed])
+def test_stages_that_cannot_run_twice_say_so(network: type[ListOfBlocks]) -> None:
+    torch.manual_seed(0)
+    kind = KeepsState if network is TwoRounds else Block
+    net, inputs = network([kind(Denoiser()) for _ in range(3)]).eval(), ZOO["list_of_blocks"]().inputs
+    lorun = lorun_adapt.convert(net, rank=2)
+    with pytest.raises(LoRunError, match="a stage does something else when it runs again in the backward pass"):
+        lorun.finetune([inputs] * 4, "new", steps=2, loss=lambda output, _: output.square().mean(), recompute=True)
+    assert lorun.finetune([inputs] * 4, "new", steps=2, loss=lambda output, _: output.square().mean())

@@ -1,0 +1,80 @@
+"""Networks whose code gets at the weights of their stages without reading them as attributes."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from conversions import relative
+from dun_zoo import ZOO, Block, Denoiser, ListOfBlocks
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import lorun_adapt
+from lorun_adapt import LoRunError
+
+
+class Scaled(Block):
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        scaled = {name: 1.5 * p for name, p in self.denoiser.named_parameters()}
+        return functional_call(self.denoiser, scaled, (x - self.step * mask * (mask * x - y),))
+
+
+class Penalised(Block):
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x, y, mask) * (1 + 0.1 * sum(p.square().sum() for p in self.denoiser.parameters()))
+
+
+class ExactType(Block):
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        z = x = x - self.step * mask * (mask * x - y)
+        for layer in self.denoiser.children():
+            z = torch.relu(layer(z)) if type(layer) is nn.Conv2d else z
+        return x + 0.1 * z.mean(1, keepdim=True)
+
+
+class Dictionary(Block):
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x, y, mask) + self.denoiser.body._parameters["weight"].mean()
+
+
+@pytest.mark.parametrize("block", [Scaled, Penalised, ExactType, Dictionary])
+def test_they_are_refused_if_there_are_inputs(block: type[Block]) -> None:
+    torch.manual_seed(0)
+    net, inputs = ListOfBlocks([block(Denoiser()) for _ in range(3)]).eval(), ZOO["list_of_blocks"]().inputs
+    names = [f"denoiser.{layer}.weight" for layer in ("head", "body", "tail")]
+    config = LoraConfig(r=100, lora_alpha=100, target_parameters=names)
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(LoRunError, match="computes something else with adapters|cannot run with"),
+    ):
+        warnings.simplefilter("ignore")
+        lorun_adapt.convert(net, config, example_inputs=inputs)
+    assert relative(net(*inputs), net(*inputs)) == 0
+
+
+def test_a_weak_reference_to_the_network_follows_the_copy() -> None:
+    import weakref
+
+    class Child(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x, *self.network().measured)
+
+    class Parent(ListOfBlocks):
+        def forward(self, y: Tensor, mask: Tensor) -> Tensor:
+            self.measured, x = (y, mask), y
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    net = Parent([Child(Denoiser()) for _ in range(3)]).eval()
+    for block in net.blocks:
+        block.network = weakref.ref(net)
+    first, second = ZOO["list_of_blocks"]().inputs, (torch.rand(2, 1, 8, 8), torch.ones(1, 1, 8, 8))
+    net(*first)
+    lorun = lorun_adapt.convert(net, rank=2, share=False)
+    expected = net(*second)
+    net(*first)
+    assert torch.equal(lorun(*second), expected)
