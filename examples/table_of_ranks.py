@@ -30,7 +30,7 @@ def main() -> None:
     print("| ---: | ---: | ---: | ---: | ---: |")
     print(f"| original | {before.num_parameters:,} | {before.num_bytes:,} | 0 | {psnr:.2f} |", flush=True)
     for rank in args.ranks:
-        lorun = convert(net, rank=rank)
+        lorun = convert(net, rank=rank, example_inputs=task.example_inputs())
         report = lorun.report()
         with tempfile.TemporaryDirectory() as folder:
             lorun.save_pretrained(folder)
