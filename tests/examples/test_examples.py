@@ -69,13 +69,18 @@ def test_reference_network() -> None:
 
 def test_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    import train_compressive_sensing as train
+    import train
 
     (tmp_path / "images").mkdir()
     Image.fromarray(np.tile(np.arange(120, dtype=np.uint8) * 2, (120, 1))).save(tmp_path / "images/a.png")
     out = tmp_path / "net.safetensors"
-    arguments = ["train", str(tmp_path / "images"), "--batch", "1", "--out", str(out), "--minutes"]
-    monkeypatch.setattr(train.task, "build", lambda: train.task.UnfoldedISTA(stages=2, width=4))
+    task = tmp_path / "small.py"
+    task.write_text(
+        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
+        "from compressive_sensing import UnfoldedISTA, measure, patch, restore\n"
+        "def build(): return UnfoldedISTA(stages=2, width=4)\n"
+    )
+    arguments = ["train", str(task), str(tmp_path / "images"), "--batch", "1", "--out", str(out), "--minutes"]
 
     monkeypatch.setattr(sys, "argv", [*arguments, "0.005"])
     with monkeypatch.context() as within, pytest.raises(KeyboardInterrupt):

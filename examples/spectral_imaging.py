@@ -1,0 +1,181 @@
+"""Coded aperture snapshot spectral imaging with one disperser: 28 bands from one image, in five unfolded iterations.
+
+An aperture mask codes each band of the scene, a prism shifts it by two pixels a band, and the detector
+adds all of them up. The network unfolds half-quadratic splitting of
+
+    min_x  1/2 ||y - A x||^2 + r(x)
+
+Its data step has a closed form, since A A^T is diagonal for this camera (Meng, Ma and Yuan, arXiv:2012.08364). Its
+denoisers are U-shaped transformers with attention among the bands, as in MST (Cai et al., arXiv:2111.07910).
+
+Cubes are array files, (H, W, 28) or (28, H, W) in [0, 1]. ``spectral_cubes.py`` makes synthetic ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BANDS = 28
+SHIFT = 2  # pixels a band
+STAGES = 5
+APERTURE = 256  # pixels a side
+
+channels = BANDS
+patch = 64
+license = "apache-2.0"
+
+
+@functools.cache
+def aperture(seed: int = 0) -> Tensor:
+    """A random binary mask, (256, 256), half of it open; numpy promises that ``RandomState`` never changes its stream.
+
+    ``seed`` chooses another camera.
+    """
+    return torch.from_numpy((np.random.RandomState(seed).random_sample((APERTURE, APERTURE)) < 0.5).astype(np.float32))
+
+
+def window(height: int, width: int, seed: int = 0) -> Tensor:
+    """A part of the aperture of this size, (height, width): a random one where the aperture is larger."""
+    mask = aperture(seed)
+    if height > APERTURE or width > APERTURE:
+        mask = mask.repeat(math.ceil(height / APERTURE), math.ceil(width / APERTURE))[:height, :width]
+    top, left = (int(torch.randint(have - side + 1, ())) for have, side in zip(mask.shape, (height, width)))
+    return mask[top : top + height, left : left + width]
+
+
+def camera(cube: Tensor, mask: Tensor) -> Tensor:
+    """A x: cubes (B, 28, H, W) behind a mask (H, W) -> detector images (B, H, W + 54)."""
+    return disperse(cube * mask).sum(1)
+
+
+def camera_transposed(image: Tensor, mask: Tensor) -> Tensor:
+    """A^T y: detector images (B, H, W + 54) -> cubes (B, 28, H, W)."""
+    width = mask.shape[-1]
+    return torch.stack([image[..., SHIFT * band : SHIFT * band + width] for band in range(BANDS)], 1) * mask
+
+
+def disperse(cube: Tensor) -> Tensor:
+    """Shift band k by 2 k pixels to the right: (B, 28, H, W) -> (B, 28, H, W + 54)."""
+    last = SHIFT * (BANDS - 1)
+    shifted = [F.pad(band, (SHIFT * k, last - SHIFT * k)) for k, band in enumerate(cube.unbind(1))]
+    return torch.stack(shifted, 1)
+
+
+# --- denoiser ------------------------------------------------------------------------------------
+
+
+class BandAttention(nn.Module):
+    """Attention among channels, with a learned position for each pair of them, and a convolved position of pixels."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.scale = nn.Parameter(torch.ones(heads, 1, 1))
+        self.position = nn.Parameter(torch.zeros(1, heads, dim // heads, dim // heads))
+        self.project = nn.Linear(dim, dim)
+        self.pixels = nn.Sequential(
+            nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False),
+            nn.GELU(),
+            nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape."""
+        b, c, h, w = x.shape
+        tokens = self.norm(x.flatten(2).mT)
+        q, k, v = self.qkv(tokens).mT.reshape(b, 3, self.heads, c // self.heads, h * w).unbind(1)
+        weights = F.normalize(k, dim=-1) @ F.normalize(q, dim=-1).mT * self.scale + self.position
+        mixed = self.project((weights.softmax(-1) @ v).reshape(b, c, h * w).mT)
+        return mixed.mT.reshape(b, c, h, w) + self.pixels(v.reshape(b, c, h, w))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.layers = nn.Sequential(
+            nn.Conv2d(dim, 2 * dim, 1, bias=False),
+            nn.GELU(),
+            nn.Conv2d(2 * dim, 2 * dim, 3, padding=1, groups=2 * dim, bias=False),
+            nn.GELU(),
+            nn.Conv2d(2 * dim, dim, 1, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(self.norm(x.movedim(1, -1)).movedim(-1, 1))
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward part, each around a residual."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.attention = BandAttention(dim, heads)
+        self.feed_forward = FeedForward(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.feed_forward(x)
+
+
+class Denoiser(nn.Module):
+    """A U-shaped transformer at two scales; sides that are odd are padded."""
+
+    def __init__(self, dim: int = BANDS) -> None:
+        super().__init__()
+        self.embedding = nn.Conv2d(BANDS, dim, 3, padding=1, bias=False)
+        self.encoder, self.bottleneck, self.decoder = Block(dim, 1), Block(2 * dim, 2), Block(dim, 1)
+        self.down = nn.Conv2d(dim, 2 * dim, 2, 2, bias=False)
+        self.up = nn.ConvTranspose2d(2 * dim, dim, 2, 2)
+        self.fusion = nn.Conv2d(2 * dim, dim, 1, bias=False)
+        self.mapping = nn.Conv2d(dim, BANDS, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        padded = F.pad(x, (0, w % 2, 0, h % 2), mode="replicate")
+        fine = self.encoder(self.embedding(padded))
+        coarse = self.up(self.bottleneck(self.down(fine)))
+        fused = self.decoder(self.fusion(torch.cat([coarse, fine], 1)))
+        return x + self.mapping(fused)[..., :h, :w]
+
+
+# --- network and task ----------------------------------------------------------------------------
+
+
+class UnfoldedHQS(nn.Module):
+    """``forward(y, mask)``: detector images (B, H, W + 54), mask (H, W) -> cubes (B, 28, H, W)."""
+
+    def __init__(self, stages: int = STAGES) -> None:
+        super().__init__()
+        self.mu = nn.Parameter(torch.full((stages,), 0.1))
+        self.denoisers = nn.ModuleList(Denoiser() for _ in range(stages))
+
+    def forward(self, y: Tensor, mask: Tensor) -> Tensor:
+        overlap = camera(mask.expand(1, BANDS, *mask.shape), mask)  # A A^T is diagonal; this is its diagonal
+        x = camera_transposed(y / overlap.clamp(min=1), mask)
+        for mu, denoiser in zip(self.mu, self.denoisers):
+            residual = y - camera(x, mask)
+            x = denoiser(x + camera_transposed(residual / (overlap + mu), mask))
+        return x
+
+
+def build() -> nn.Module:
+    return UnfoldedHQS()
+
+
+def measure(images: Tensor, sigma: float = 0.0, camera_seed: int = 0) -> tuple[Tensor, Tensor]:
+    mask = window(*images.shape[-2:], camera_seed).to(images)
+    y = camera(images, mask)
+    return y + sigma / 255 * torch.randn_like(y), mask
+
+
+def restore(output: Tensor, images: Tensor | None) -> Tensor:
+    return output.clamp(0, 1)

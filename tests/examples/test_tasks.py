@@ -1,0 +1,147 @@
+"""The tasks of other fields: their physics, and every command on them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+from tasks import call
+
+import lorun_adapt
+from lorun_adapt.task.task import load_task
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FIELDS = ("spectral_imaging", "super_resolution", "mri")
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def module(name: str):
+    return load_task(str(EXAMPLES / f"{name}.py")).module
+
+
+def test_the_camera_of_spectral_imaging() -> None:
+    task = module("spectral_imaging")
+    x, mask = torch.rand(2, 28, 12, 16, dtype=torch.float64), task.window(12, 16).double()
+    y = task.camera(x, mask)
+    assert y.shape == (2, 12, 16 + 54) and set(mask.unique().tolist()) == {0, 1}
+    z = torch.rand_like(y)
+    torch.testing.assert_close((y * z).sum(), (x * task.camera_transposed(z, mask)).sum())
+    overlap = task.camera(mask.expand(1, 28, 12, 16), mask)
+    torch.testing.assert_close(task.camera(task.camera_transposed(z, mask), mask), overlap * z)
+    one_band = torch.zeros(1, 28, 12, 16, dtype=torch.float64)
+    one_band[:, 5] = x[:1, 5]
+    torch.testing.assert_close(task.camera(one_band, mask)[..., 10:26], x[:1, 5] * mask)  # two pixels a band
+    assert torch.equal(task.window(256, 256), task.aperture()) and task.window(300, 20).shape == (300, 20)
+    assert not torch.equal(task.aperture(0), task.aperture(1))
+
+
+@pytest.mark.parametrize("scale", [2, 3])
+def test_the_data_step_of_super_resolution_is_the_minimum(scale: int) -> None:
+    task = module("super_resolution")
+    x, kernel = torch.rand(1, 3, 24, 36, dtype=torch.float64), task.kernel().double()
+    y, z = task.degrade(x, kernel, scale), torch.rand_like(x)
+    transfer = task.transfer_function(kernel, 24, 36)
+    found = task.data_step(z, y, transfer, scale, torch.tensor(0.3)).requires_grad_()
+    error = (y - task.degrade(found, kernel, scale)).square().sum() + 0.3 * (found - z).square().sum()
+    (gradient,) = torch.autograd.grad(error, found)
+    assert gradient.abs().max() < 1e-6
+    shifted = task.degrade(x.roll((scale, 2 * scale), (2, 3)), kernel, scale)
+    torch.testing.assert_close(shifted, y.roll((1, 2), (2, 3)))
+    flat = torch.full((1, 3, 24, 36), 0.4)
+    torch.testing.assert_close(task.degrade(flat, task.kernel(), scale), flat[..., ::scale, ::scale])
+
+
+@pytest.mark.parametrize("pattern", ["cartesian", "radial"])
+@pytest.mark.parametrize("acceleration", [4, 8])
+def test_what_the_scanner_reads(pattern: str, acceleration: int) -> None:
+    task = module("mri")
+    mask = task.sampling_mask(96, 128, acceleration, pattern)
+    assert mask.shape == (1, 1, 96, 128) and mask.mean() == pytest.approx(1 / acceleration, rel=0.1)
+    assert bool(mask[0, 0, 48, 64]) and torch.equal(
+        mask, task.sampling_mask.__wrapped__(96, 128, acceleration, pattern)
+    )
+    images = torch.rand(2, 1, 96, 128)
+    complex_images = task.with_phase(images)
+    torch.testing.assert_close(task.restore(complex_images, images), images)
+    assert complex_images[:, 1].abs().mean() > 0.01
+    with pytest.raises(ValueError, match="expected 'cartesian' or 'radial'"):
+        task.sampling_mask(8, 8, 4, "spiral")
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    (tmp_path / "photographs").mkdir()
+    for name in ("astronaut", "camera", "chelsea", "coffee", "rocket"):
+        Image.fromarray(getattr(data, name)()).save(tmp_path / f"photographs/{name}.png")
+    return tmp_path / "photographs"
+
+
+def test_synthetic_cubes_have_many_components(photographs: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import spectral_cubes
+
+    arguments = ["spectral_cubes", str(photographs), str(tmp_path / "cubes"), "--count", "24", "--side", "48"]
+    monkeypatch.setattr("sys.argv", arguments)
+    spectral_cubes.main()
+    task = load_task(str(EXAMPLES / "spectral_imaging.py"))
+    cubes = torch.stack([task.read(path) for path in task.images(tmp_path / "cubes")])
+    assert cubes.shape == (24, 28, 48, 48) and cubes.max() == 1 and 0.05 < cubes.mean() < 0.5
+    energy = torch.linalg.svdvals(cubes.movedim(1, -1).reshape(-1, 28).double()).square().cumsum(0)
+    assert int((energy < 0.999 * energy[-1]).sum()) + 1 >= 8
+    first = (tmp_path / "cubes/scene000.npy").read_bytes()
+    spectral_cubes.main()
+    assert (tmp_path / "cubes/scene000.npy").read_bytes() == first
+    monkeypatch.setattr("sys.argv", [*arguments, "--side", "4000"])
+    with pytest.raises(SystemExit, match="no photograph of 4000 or more pixels"):
+        spectral_cubes.main()
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_command(field: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    file, images = EXAMPLES / f"{field}.py", tmp_path / "images"
+    images.mkdir()
+    task, rng = load_task(str(file)), np.random.default_rng(0)
+    for k in range(3):
+        if field == "spectral_imaging":
+            np.save(images / f"{k}.npy", rng.random((32, 36, 28), np.float32))
+        else:
+            shape = (33, 40, 3) if field == "super_resolution" else (32, 40)
+            Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(images / f"{k}.png")
+    torch.manual_seed(0)
+    net = task.build()
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    given, shown = ("--weights", tmp_path / "net.pth"), ("--images", images)
+
+    def run(command: str, *arguments: object) -> str:
+        code, out, err = call(capsys, monkeypatch, command, *arguments)
+        assert code == 0, err
+        return out
+
+    assert f"{len(lorun_adapt.find_stages(net, example_inputs=task.example_inputs()))} stages" in run("inspect", file)
+    made = ("--converted", tmp_path / "made")
+    run(
+        "convert", file, *given, "--rank", 4, "--calibration", images, "--steps", 3, "--batch", 2,
+        "--out", tmp_path / "made",
+    )  # fmt: skip
+    metric = {"spectral_imaging": ("--metric", "sam"), "super_resolution": ("--metric", "psnr_y"), "mri": ()}[field]
+    result = json.loads(run("eval", file, *given, *made, *shown, *metric, "--json"))
+    assert all(np.isfinite(value) for value in result["mean"].values()) and len(result["images"]) == 3
+    tuned = ("--sigma", 10, "--adapter-name", "sigma10", "--out", tmp_path / "tuned")
+    run("finetune", file, *made, *shown, *tuned, "--steps", 2, "--batch", 1)
+    run("restore", file, "--converted", tmp_path / "tuned", *shown, "--out", tmp_path / "restored")
+    assert len(list((tmp_path / "restored").iterdir())) == 3
+    run("report", tmp_path / "tuned", "--task", file, *given, *shown, "--out", tmp_path / "page.html")
+    assert "data:image/webp" in (tmp_path / "page.html").read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lorun = lorun_adapt.convert(net, rank=2, share=False, example_inputs=task.example_inputs())
+    arguments = task.measure(task.read(task.images(images)[0])[None])
+    with torch.no_grad():
+        torch.testing.assert_close(lorun(*arguments), net(*arguments))
