@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..terms.term import Term
+from ..util.modules import subclass_of
 
 _BASE, _TERM = "lorun_base_", "lorun_term_"
 
@@ -51,7 +52,7 @@ def is_base(name: str) -> bool:
 def _adapted_class(original: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, object] = {name: property(_reader(name)) for name in attributes}
     body |= {"__module__": original.__module__, "lorun_original_class": original, "lorun_adapted": attributes}
-    return type(f"Adapted{original.__name__}", (original,), body)
+    return subclass_of(original, "Adapted", body)
 
 
 def _reader(attribute: str) -> Callable[[nn.Module], Tensor]:

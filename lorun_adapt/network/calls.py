@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoRunError
+from ..util.modules import subclass_of
 
 
 class _Forward:
@@ -153,7 +154,7 @@ def tell_calls_apart(module: nn.Module, name: str, copies: list[nn.Module], repe
 @functools.cache
 def _called_class(original: type[nn.Module]) -> type[nn.Module]:
     body = {"__module__": original.__module__, "lorun_original_class": original}
-    return type(f"Called{original.__name__}", (Called, original), body)
+    return subclass_of(original, "Called", body, Called)
 
 
 class CountsCalls(nn.Module):
@@ -183,4 +184,4 @@ def count_calls(network: nn.Module) -> None:
 def _counting_class(original: type[nn.Module]) -> type[nn.Module]:
     named = getattr(original, "lorun_original_class", original)
     body = {"__module__": original.__module__, "lorun_original_class": named}
-    return type(f"Counting{original.__name__}", (CountsCalls, original), body)
+    return subclass_of(original, "Counting", body, CountsCalls)

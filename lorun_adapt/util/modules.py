@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import LoRunError
 from .numbers import is_numeric
 
 
@@ -99,6 +100,24 @@ def positional_arguments(module: nn.Module) -> dict[str, bool]:
     parameters = inspect.signature(module.forward).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return {item.name: item.default is inspect.Parameter.empty for item in parameters if item.kind in kinds}
+
+
+def subclass_of(original: type[nn.Module], prefix: str, body: dict[str, Any], *mixins: type) -> type[nn.Module]:
+    """Return a subclass of a user's class.
+
+    Raises:
+        LoRunError: the class does not allow it.
+
+    >>> subclass_of(nn.Linear, "Adapted", {"scale": 2}).__name__
+    'AdaptedLinear'
+    """
+    try:
+        return type(f"{prefix}{original.__name__}", (*mixins, original), body)
+    except Exception as error:  # a metaclass, or __init_subclass__, may raise anything
+        raise LoRunError(
+            f"{original.__name__} allows no subclass ({type(error).__name__}: {error}), which adapters need: have its "
+            "__init_subclass__ do without arguments"
+        ) from error
 
 
 def hint_on_arguments(network: nn.Module, arguments: Sequence[Any]) -> str:

@@ -78,3 +78,17 @@ def test_a_weak_reference_to_the_network_follows_the_copy() -> None:
     expected = net(*second)
     net(*first)
     assert torch.equal(lorun(*second), expected)
+
+
+def test_a_class_without_subclasses_is_named() -> None:
+    class Final(Denoiser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(8, 8))
+
+        def __init_subclass__(cls, kind: str) -> None:
+            super().__init_subclass__()
+
+    net = ListOfBlocks([Block(Final()) for _ in range(3)])
+    with pytest.raises(LoRunError, match="Final allows no subclass .*kind.*, which adapters need"):
+        lorun_adapt.convert(net, LoraConfig(r=1, target_parameters=["denoiser.scale"]))
