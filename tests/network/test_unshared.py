@@ -179,3 +179,27 @@ def test_peft_loads_a_stage_on_its_own_denoiser(tmp_path: Path) -> None:
         )
     with pytest.raises(LoRunError, match=r"one of the stages \[0, 1, 2\] of 'denoiser', found None: give stage="):
         lorun.base_denoiser()
+
+
+def test_a_shared_base_does_not_take_the_weights_of_an_unshared_one() -> None:
+    net = a_network()
+    unshared, shared = lorun_adapt.convert(net, rank=2, share=False), lorun_adapt.convert(net, rank=2)
+    before = fingerprint_of(shared.state_dict())
+    with pytest.raises(LoRunError, match="the stages share 'head.weight' here, but they differ in it"):
+        shared.load_state_dict(unshared.state_dict())
+    assert fingerprint_of(shared.state_dict()) == before
+    unshared.load_state_dict(unshared.state_dict())
+    shared.load_state_dict(lorun_adapt.convert(net, rank=2).state_dict())
+
+
+def test_wrong_arguments_are_refused_at_once() -> None:
+    net = a_network()
+    for share in ("no", None, 0):
+        with pytest.raises(LoRunError, match="expected True or False for share"):
+            lorun_adapt.convert(net, rank=2, share=share)
+    lorun = lorun_adapt.convert(net, rank=2, share=False)
+    for stage in ([1], True, 1.0, 3):
+        with pytest.raises(LoRunError, match=r"expected one of the stages \[0, 1, 2\]"):
+            lorun.base_denoiser(stage=stage)
+    with pytest.raises(LoRunError, match="expected patterns of parameters outside the stages, found None"):
+        lorun.add_outside("default", None)

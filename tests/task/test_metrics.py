@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lorun_adapt
-from lorun_adapt import LoRunError, Quality
+from lorun_adapt import AdapterInfo, LoRunError, Quality
 from lorun_adapt.task import metrics
 from lorun_adapt.task.evaluate import evaluate
 from lorun_adapt.task.metrics import METRICS, lpips, psnr_y, sam
@@ -134,3 +134,31 @@ def test_a_card_shows_them_and_files_keep_them(tmp_path) -> None:
     for further in ({"SAM": 1.0}, {"sam": float("nan")}, {"a" * 33: 1.0}, dict.fromkeys("abcdefghijklmnopq", 1.0)):
         with pytest.raises(LoRunError, match="finite figures"):
             lorun.note_quality(Quality("a", 8, 0.0, 30.0, 0.9, further=further))
+
+
+def test_a_metric_draws_no_random_numbers_of_the_measurements(fresh_lpips, monkeypatch) -> None:
+    class Distance(nn.Module):
+        def __init__(self, **settings: object) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(3))  # as AlexNet does where it is made
+
+        def forward(self, image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+            return self.weight.sum()
+
+    monkeypatch.setattr("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", Distance)
+    task = a_task(3)
+    task.measure = lambda images, sigma: (images + 0.1 * torch.randn_like(images),)
+    results = []
+    for further in ((), "lpips"):
+        torch.manual_seed(0)
+        results.append(evaluate(task, [Path("a.png"), Path("b.png")], nn.Identity(), None, metrics=further).mean())
+    assert results[0]["psnr"] == results[1]["psnr"] and "lpips" in results[1]
+    assert str(lpips(torch.full((3, 40, 40), float("nan")), TRUTH[:, :40, :40])) == "nan"
+
+
+def test_measurements_of_the_same_images_add_up() -> None:
+    info = AdapterInfo()
+    for name in ("sam", "lpips"):
+        info = info.with_quality(Quality("a", 8, 0.0, 30.0, 0.9, further={name: 0.1}))
+    assert info.quality == (Quality("a", 8, 0.0, 30.0, 0.9, further={"sam": 0.1, "lpips": 0.1}),)
+    assert len({info, AdapterInfo()}) == 2
