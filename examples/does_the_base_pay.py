@@ -153,7 +153,7 @@ class Study:
             size = math.ceil(len(paths) / count)
             try:
                 lorun = self._collapsed(self.net, [paths[i : i + size] for i in range(0, len(paths), size)])
-            except LoRunError as error:
+            except NoRoom as error:
                 reason = error
             else:
                 return self._recovered(lorun)
@@ -183,7 +183,10 @@ class Study:
     def _allocated(self, stages: list[list[str]] | None = None, base: bool = True) -> Allocation:
         stage_map = find_stages(self.net, stages=stages)
         known = measure_sensitivity(self.net, stage_map, self._batches(), 0)
-        return allocate(self.net, stage_map, self.share, known, base)
+        try:
+            return allocate(self.net, stage_map, self.share, known, base)
+        except LoRunError as error:  # the ways with a base need more parameters than the one without
+            raise NoRoom(str(error)) from error
 
     def _batches(self) -> Batches:
         with seeded(0):
@@ -357,6 +360,9 @@ def plot(rows: list[dict[str, Any]], path: Path, pace: float | None) -> None:
                 axis.plot(*zip(*points), "osD^vP"[number] + "-", color=f"C{number}", label=way)
         axis.axhline(part[0]["original"], color="black", linewidth=0.8, linestyle="--", label="original")
         axis.set(title=f"{network}, {-1 / share:.1f} times smaller", xscale="log", ylabel="PSNR (dB)")
+        lengths = sorted({row["steps"] / (pace or 1) for row in part})
+        axis.set_xticks(lengths, [f"{length:,.0f}" for length in lengths])
+        axis.set_xticks([], minor=True)
         axis.set_xlabel(f"minutes, at {pace:g} steps each" if pace else "steps")
         axis.legend(fontsize=7)
     figure.tight_layout()
