@@ -124,7 +124,7 @@ TERMS["SCALED"] = Scaled
 # --- the ways ------------------------------------------------------------------------------------
 
 
-class NoRoom(Exception):
+class NoRoom(LoRunError):
     """The budget, or the number of stages, is too small for two bases."""
 
 
@@ -153,7 +153,7 @@ class Study:
             size = math.ceil(len(paths) / count)
             try:
                 lorun = self._collapsed(self.net, [paths[i : i + size] for i in range(0, len(paths), size)])
-            except NoRoom as error:
+            except LoRunError as error:
                 reason = error
             else:
                 return self._recovered(lorun)
