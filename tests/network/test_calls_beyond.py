@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from dun_zoo import ZOO, Case, Looped
-from torch import Tensor
+from torch import Tensor, nn
 
 import lorun_adapt
 from lorun_adapt import LoRunError
@@ -51,3 +51,33 @@ def test_wrong_choices_are_errors() -> None:
         lorun_adapt.convert(case.net, rank=2, beyond="last")
     with pytest.raises(LoRunError, match="expected 'error' or 'last' for beyond, found 'first'"):
         lorun_adapt.convert(case.net, rank=2, beyond="first")
+
+
+def test_torch_func_in_a_loop() -> None:
+    """It allows no hooks on saved tensors, by which calls are told apart in recomputation."""
+
+    class Energy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.denoiser = ZOO["looped"]().net.p
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x - 0.05 * torch.func.grad(lambda z: self.denoiser(z).square().sum())(x)
+
+    class Descent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step = Energy()
+
+        def forward(self, y: torch.Tensor) -> torch.Tensor:
+            x = y
+            for _ in range(3):
+                x = self.step(x + 0.1 * y)
+            return x
+
+    net, y = Descent().eval(), torch.rand(1, 1, 8, 8)
+    lorun = lorun_adapt.convert(net, rank=1, example_inputs=(y,))
+    output = lorun(y)
+    assert torch.equal(output, net(y)) and output.requires_grad
+    output.sum().backward()
+    assert any(p.grad is not None for p in lorun.parameters())

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from conversions import relative
-from dun_zoo import ZOO, Case, Denoiser
+from dun_zoo import ZOO, Block, Case, Denoiser, ListOfBlocks
 from recovery_runs import distance, measurements, same, teacher, values
 from torch import Tensor, nn
 
@@ -303,3 +303,19 @@ def test_a_conversion_that_diverges_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.warns(UserWarning, match=r"diverges: its error is [\d.e+,]+ times .*; train for longer"):
         lorun.recover(net, [image], steps=1)
         lorun_adapt.convert(net, rank=16, stages="*", example_inputs=(image,))
+
+
+def test_a_network_that_cannot_be_differentiated_says_so() -> None:
+    class InPlace(Block):
+        def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+            x.sub_(self.step * mask * (mask * x - y))
+            x += 0.1 * self.denoiser(x)
+            return x
+
+    class Net(ListOfBlocks):
+        def forward(self, y: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(y.clone(), mask)
+
+    net, inputs = Net([InPlace(Denoiser()) for _ in range(3)]).eval(), ZOO["list_of_blocks"]().inputs
+    with pytest.raises(LoRunError, match="changes a tensor in place that its gradient needs, so it cannot train"):
+        lorun_adapt.convert(net, rank=1, calibration=[inputs] * 3, steps=3)
