@@ -40,9 +40,9 @@ def aperture(seed: int = 0) -> Tensor:
     return torch.from_numpy((np.random.RandomState(seed).random_sample((APERTURE, APERTURE)) < 0.5).astype(np.float32))
 
 
-def window(height: int, width: int, seed: int = 0) -> Tensor:
+def window(height: int, width: int) -> Tensor:
     """A part of the aperture of this size, (height, width): a random one where the aperture is larger."""
-    mask = aperture(seed)
+    mask = aperture()
     if height > APERTURE or width > APERTURE:
         mask = mask.repeat(math.ceil(height / APERTURE), math.ceil(width / APERTURE))[:height, :width]
     top, left = (int(torch.randint(have - side + 1, ())) for have, side in zip(mask.shape, (height, width)))
@@ -171,8 +171,8 @@ def build() -> nn.Module:
     return UnfoldedHQS()
 
 
-def measure(images: Tensor, sigma: float = 0.0, camera_seed: int = 0) -> tuple[Tensor, Tensor]:
-    mask = window(*images.shape[-2:], camera_seed).to(images)
+def measure(images: Tensor, sigma: float = 0.0) -> tuple[Tensor, Tensor]:
+    mask = window(*images.shape[-2:]).to(images)
     y = camera(images, mask)
     return y + sigma / 255 * torch.randn_like(y), mask
 

@@ -38,6 +38,7 @@ from .stages.stage_map import StageMap
 from .terms.registry import kind_of
 from .training.duration import Duration
 from .util.copying import check_separate, copy_network
+from .util.modules import trainable_names
 from .util.nested import device_of, to_device
 from .util.seeds import seeded
 from .util.torch_modes import in_own_modes
@@ -260,7 +261,7 @@ def collapse(
         {DEFAULT_SET: default},
         dict.fromkeys(default.adapters, DEFAULT_SET),
         residuals,
-        trainable_names=frozenset(name for name, p in dun.named_parameters(remove_duplicate=False) if p.requires_grad),
+        trainable_names=trainable_names(dun),
         ties=ties_of(dun),
     )
     if share:

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..network.outputs import outputs_of
 from ..stages.stage_map import Group, StageMap
-from ..stages.tensors import stage_parameters, stage_values
+from ..stages.tensors import stage_parameters, stage_stacks
 from ..terms.term import Term
 from ..util.copying import copy_network
-from ..util.modules import evaluating
-from ..util.nested import device_of, tensors_in, to_device
-from ..util.seeds import seeded
+from ..util.energy import relative_error
 from .align import align
 from .plan import Plan
 
@@ -51,12 +50,7 @@ def aligned(
 
 def _moved(dun: nn.Module, group: Group, planned: Plan, kind: type[Term]) -> dict[str, Tensor]:
     """The tensors of all stages whose channels move, stacked."""
-    # On the CPU, since the matrices are small and not every accelerator supports float64.
-    stacks = {
-        spec.name: torch.stack([tensor.cpu() for tensor in stage_values(dun, group, spec)])
-        for spec in group.tensors
-        if not spec.common
-    }
+    stacks = stage_stacks(dun, group)
     if all(bool((stack == stack[0]).all()) for stack in stacks.values()):
         return {}
     denoisers = [dun.get_submodule(site.module) for site in group.sites]
@@ -67,15 +61,11 @@ def _moved(dun: nn.Module, group: Group, planned: Plan, kind: type[Term]) -> dic
 
 
 def _same_outputs(one: nn.Module, other: nn.Module, inputs: Sequence[object]) -> bool:
-    outputs = []
-    for network in (one, other):
-        with evaluating(network), seeded(0):
-            try:
-                outputs.append(tensors_in(copy_network(network)(*to_device(tuple(inputs), device_of(network)))))
-            except Exception:  # the user's code may raise anything
-                return False
-    first, second = outputs
+    try:
+        first, second = outputs_of(one, inputs), outputs_of(other, inputs)
+    except Exception:  # the user's code may raise anything
+        return False
     return len(first) == len(second) and all(
-        a.shape == b.shape and float((a - b).norm()) <= TOLERANCE * torch.finfo(a.dtype).eps ** 0.5 * float(a.norm())
+        a.shape == b.shape and bool(relative_error(b, a) <= TOLERANCE**2 * torch.finfo(a.dtype).eps)
         for a, b in zip(first, second)
     )

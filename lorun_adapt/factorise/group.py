@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..network.adapter import StageAdapter, make_adapter
 from ..stages.stage_map import Group
-from ..stages.tensors import stage_values
+from ..stages.tensors import stage_stacks, stage_values
 from ..terms.term import Term
 from ..util.numbers import is_numeric
 from .plan import Plan
@@ -40,12 +40,7 @@ def factorise_group(dun: nn.Module, group: Group, planned: Plan, kind: type[Term
         kind: the class of the terms.
     """
     device = stage_values(dun, group, group.tensors[0])[0].device
-    # On the CPU, since the matrices are small and not every accelerator supports float64.
-    stacks = {
-        spec.name: torch.stack([tensor.cpu() for tensor in stage_values(dun, group, spec)])
-        for spec in group.tensors
-        if not spec.common
-    }
+    stacks = stage_stacks(dun, group)
     base: dict[str, Tensor] = {}
     residuals: dict[str, list[tuple[float, float]]] = {}
     terms: list[dict[str, Term]] = [{} for _ in group.sites]

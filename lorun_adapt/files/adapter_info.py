@@ -64,9 +64,8 @@ def is_storable(quality: Quality) -> bool:
 def _row(quality: Quality) -> dict[str, Any]:
     """A measurement as the file has it: without further metrics where there are none, as files were written before."""
     row = {field.name: getattr(quality, field.name) for field in dataclasses.fields(quality)}
-    return {
-        name: dict(value) if name in FURTHER else value for name, value in row.items() if name not in FURTHER or value
-    }
+    further = {name: dict(row.pop(name)) for name in sorted(FURTHER)}
+    return row | {name: figures for name, figures in further.items() if figures}
 
 
 def _is_quality(row: Any) -> bool:

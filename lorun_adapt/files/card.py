@@ -167,8 +167,9 @@ def _figure(value: float | None) -> str:
 
 def _loading_example(converted: Converted, adapters_only: bool) -> list[str]:
     network, name = converted.stage_map.network, list(converted.sets)[-1]
-    weights = "the original" if adapters_only and not converted.stage_map.shared else "any"
-    if adapters_only and not converted.stage_map.shared:
+    on_original = adapters_only and not converted.stage_map.shared
+    weights = "the original" if on_original else "any"
+    if on_original:
         found = ", ".join(f"{name}={value!r}" for name, value in converted.stage_map.as_arguments().items())
         load = [f"lorun = lorun_adapt.convert(net, share=False, {found})"]
         load.append(f'lorun.load_adapter("path or user/name of this folder", "{name}")')

@@ -21,7 +21,7 @@ from ..stages.checks import check_dense
 from ..stages.stage_map import StageMap
 from ..stages.tensors import base_tensors, stage_values
 from ..util.copying import check_separate, copy_network
-from ..util.modules import buffer_names, distinct_tensors, has_valid_values, tensors_of
+from ..util.modules import buffer_names, distinct_tensors, has_valid_values, tensors_of, trainable_names
 from .description import FORMATS, read_description, stage_map_of
 from .layout import ADAPTERS_FOLDER, BASE_FILE, CONFIG_FILE
 from .saved import SavedFolder
@@ -64,7 +64,7 @@ def load(folder: Path, dun: nn.Module) -> Converted:
         sets,
         dict(enumerate(description["active"])),
         description["errors"],
-        trainable_names=frozenset(name for name, p in dun.named_parameters(remove_duplicate=False) if p.requires_grad),
+        trainable_names=trainable_names(dun),
         card=Card(**description["card"]),
         ties=ties_of(dun),
         known_fingerprint=description["fingerprint"],

@@ -160,18 +160,21 @@ def _called_class(original: type[nn.Module]) -> type[nn.Module]:
 class CountsCalls(nn.Module):
     """A mixin for the class of a network with looped modules: each of its forwards counts their calls from zero."""
 
+    lorun_recomputes = True  # until a forward shows that it cannot
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # In __call__ rather than forward: a network may have a forward of its own among its attributes.
         if torch.compiler.is_compiling():
             count_while_compiling(self)
             return super().__call__(*args, **kwargs)
         try:
-            with counting():
+            with counting(self.lorun_recomputes):
                 return super().__call__(*args, **kwargs)
         except RuntimeError as error:
-            if "saved tensor hooks" not in str(error):  # which torch.func does not allow
+            if not self.lorun_recomputes or "saved tensor hooks" not in str(error):  # which torch.func does not allow
                 raise
-        with counting(recomputes=False):
+        self.lorun_recomputes = False
+        with counting(self.lorun_recomputes):
             return super().__call__(*args, **kwargs)
 
 

@@ -104,9 +104,9 @@ class AdapterInfo:
 
         Of the one that it replaces it keeps the further metrics that it lacks.
         """
-        same = [(item.images, item.sigma) == (quality.images, quality.sigma) for item in self.quality]
-        others = [item for item, is_same in zip(self.quality, same) if not is_same]
-        for item in (item for item, is_same in zip(self.quality, same) if is_same):
+        key = quality.images, quality.sigma
+        others = [item for item in self.quality if (item.images, item.sigma) != key]
+        for item in [item for item in self.quality if (item.images, item.sigma) == key]:
             quality = dataclasses.replace(
                 quality,
                 further={**item.further, **quality.further},

@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from ..errors import LoRunError
 from ..stages.stage_map import StageMap
 from ..util.copying import copy_network
-from ..util.modules import hint_on_arguments, positional_arguments
+from ..util.modules import hint_on_arguments, positional_arguments, unwrapped
 from ..util.nested import device_of, map_tensors, tensors_in, to_device
 from ..util.numbers import is_numeric
 from ..util.seeds import seeded
@@ -67,6 +67,7 @@ class Observer:
 
     def __init__(self, teacher: nn.Module, stage_map: StageMap, batch: tuple[Any, ...]) -> None:
         self._groups = {site.module: group.name for site, group in stage_map.sites.items()}
+        self._names = _positional_names(teacher)
         self._inputs_with_grad = False
         self._final, self.passed_on = self._relevant(teacher, batch)
 
@@ -81,7 +82,7 @@ class Observer:
         return Outputs(output, [final[i] for i in self._final], stages)
 
     def _forward(self, network: nn.Module, batch: tuple[Any, ...], seed: int) -> tuple[list[StageOutput], Any]:
-        arguments = to_device(forward_arguments(network, batch), device_of(network))
+        arguments = to_device(_arguments_in(batch, self._names), device_of(network))
         if self._inputs_with_grad and torch.is_grad_enabled():
             arguments = map_tensors(arguments, _with_grad)
         with capturing(network, self._groups) as captured, seeded(seed):
@@ -98,7 +99,7 @@ class Observer:
             parameter.requires_grad_(is_numeric(parameter))
         with torch.enable_grad(), capturing(probe, self._groups) as captured, seeded(0):
             try:
-                final = tensors_in(probe(*to_device(forward_arguments(probe, batch), device_of(probe))))
+                final = tensors_in(probe(*to_device(_arguments_in(batch, self._names), device_of(probe))))
             except Exception as error:
                 raise LoRunError(
                     f"{type(probe).__name__} cannot run on the first batch of calibration ({type(error).__name__}: "
@@ -161,19 +162,28 @@ def forward_arguments(network: nn.Module, batch: tuple[Any, ...]) -> tuple[Any, 
     >>> forward_arguments(nn.Bilinear(2, 2, 1), ("first", "second", "truth"))
     ('first', 'second')
     """
-    if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return forward_arguments(network.module, batch)
-    if isinstance(compiled := network._modules.get("_orig_mod"), nn.Module):
-        return forward_arguments(compiled, batch)
-    kinds = [parameter.kind for parameter in inspect.signature(network.forward).parameters.values()]
-    names = list(positional_arguments(network))
+    return _arguments_in(batch, _positional_names(network))
+
+
+def _positional_names(network: nn.Module) -> list[str] | None:
+    """The names of the positional arguments of the forward; None for ``*args``."""
+    parameters = inspect.signature(unwrapped(network).forward).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
+        return None
+    return list(positional_arguments(network))
+
+
+def _arguments_in(batch: tuple[Any, ...], names: list[str] | None) -> tuple[Any, ...]:
+    """The items of a batch that a forward with these positional arguments takes."""
+    if names is None:
+        return batch
     if names[1:2] == ["physics"] and len(batch) > 2:
         measured = [isinstance(item, Tensor) for item in batch[:3]]
         if measured == [True, True, False]:
             return batch[1:3]
         if measured == [True, False, True]:
             return batch[:2]
-    return batch if inspect.Parameter.VAR_POSITIONAL in kinds else batch[: len(names)]
+    return batch[: len(names)]
 
 
 def _lost_gradients(network: nn.Module, output: Any) -> bool:

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import LoRunError
-from ..util.copying import copy_network
-from ..util.modules import evaluating
-from ..util.nested import device_of, tensors_in, to_device
-from ..util.seeds import seeded
+from ..util.energy import relative_error
 from .assemble import assemble, merge
 from .converted import Converted
+from .outputs import outputs_of
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.complex64: 1e-3, torch.complex128: 1e-3}
 
@@ -33,11 +30,11 @@ def check_adapters_are_seen(converted: Converted, inputs: Sequence[Any]) -> None
         LoRunError: the outputs differ.
     """
     try:
-        merged = _outputs(merge(converted.base, converted.stage_map, [converted.choice]), inputs)
+        merged = outputs_of(merge(converted.base, converted.stage_map, [converted.choice]), inputs)
     except Exception:  # one module for stages that differ cannot be merged, and the user's code may raise anything
         return
     try:
-        adapted = _outputs(assemble(converted.base, converted.stage_map, converted.choice), inputs)
+        adapted = outputs_of(assemble(converted.base, converted.stage_map, converted.choice), inputs)
     except Exception as error:
         raise LoRunError(
             f"{converted.stage_map.network} cannot run with adapters, though it can with plain weights "
@@ -45,16 +42,10 @@ def check_adapters_are_seen(converted: Converted, inputs: Sequence[Any]) -> None
         ) from error
     for ours, plain in zip(adapted, merged):
         limit = TOLERANCE.get(plain.dtype, 0.05)
-        if bool(plain.isfinite().all()) and float((ours - plain).norm()) > limit * float(plain.norm()):
+        difference = float(relative_error(ours, plain)) ** 0.5
+        if bool(plain.isfinite().all()) and difference > limit:
             raise LoRunError(
                 f"{converted.stage_map.network} computes something else with adapters than with the same weights in "
-                f"plain tensors, a difference of {float((ours - plain).norm() / plain.norm()):.1%}: its stages must "
+                f"plain tensors, a difference of {difference:.1%}: its stages must "
                 "not list their parameters, ask for the exact type of a layer, or change a weight in place"
             )
-
-
-@torch.no_grad()
-def _outputs(network: nn.Module, inputs: Sequence[Any]) -> list[torch.Tensor]:
-    network = copy_network(network)  # a forward may change its buffers
-    with evaluating(network), seeded(0):
-        return tensors_in(network(*to_device(tuple(inputs), device_of(network))))

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..errors import LoRunError
-from ..util.modules import positional_arguments, tensors_of
+from ..util.modules import positional_arguments, tensors_of, wrapper_path
 from .checks import check_alike, check_plain
 from .left_out import left_out
 from .locations import Location, any_inside, paths_of
@@ -269,20 +269,7 @@ def _owner(dun: nn.Module, locations: Sequence[Location], trace: CallTrace) -> s
     while common and _is_list(dun, ".".join(common), trace):
         common.pop()
     owner = ".".join(common)
-    return "" if owner == _wrapped(dun) else owner
-
-
-def _wrapped(dun: nn.Module) -> str:
-    """The path of the network within DataParallel, torch.compile and the like."""
-    path: list[str] = []
-    while True:
-        if isinstance(dun, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            path.append("module")
-        elif "_orig_mod" in dun._modules:
-            path.append("_orig_mod")
-        else:
-            return ".".join(path)
-        dun = dun.get_submodule(path[-1])
+    return "" if owner == wrapper_path(dun) else owner
 
 
 # --- putting together ----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..util.modules import distinct_tensors, tensor_of
@@ -41,6 +42,18 @@ def outside_parameters(base: nn.Module, stage_map: StageMap) -> dict[str, nn.Par
         name: tensor
         for name, tensor in distinct_tensors(base).items()
         if isinstance(tensor, nn.Parameter) and id(tensor) not in inside
+    }
+
+
+def stage_stacks(dun: nn.Module, group: Group) -> dict[str, Tensor]:
+    """Return the values of all stages, (N, *shape), by the names of the tensors that are the stages' own.
+
+    They are on the CPU: the matrices are small, and not every accelerator supports float64.
+    """
+    return {
+        spec.name: torch.stack([tensor.cpu() for tensor in stage_values(dun, group, spec)])
+        for spec in group.tensors
+        if not spec.common
     }
 
 

@@ -9,10 +9,10 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
@@ -32,7 +32,7 @@ def psnr(image: Tensor, truth: Tensor, border: int = 0) -> float:
     >>> round(psnr(torch.full((1, 16, 16), 0.6), torch.full((1, 16, 16), 0.5)), 3)
     20.0
     """
-    return _psnr(_cut(image, border).double().numpy(), _cut(truth, border).double().numpy(), 1.0)
+    return _psnr(_pixels(image, border), _pixels(truth, border), 1.0)
 
 
 def ssim(image: Tensor, truth: Tensor, border: int = 0) -> float:
@@ -46,8 +46,8 @@ def ssim(image: Tensor, truth: Tensor, border: int = 0) -> float:
     """
     return float(
         structural_similarity(
-            _cut(truth, border).double().numpy(),
-            _cut(image, border).double().numpy(),
+            _pixels(truth, border),
+            _pixels(image, border),
             data_range=1.0,
             channel_axis=0,
             gaussian_weights=True,
@@ -71,7 +71,7 @@ def psnr_y(image: Tensor, truth: Tensor, border: int = 0) -> float:
     """
     if len(image) != 3:
         raise LoRunError(f"psnr_y is for colour images of 3 channels, found {len(image)}: leave psnr_y out")
-    luma, true_luma = (rgb2ycbcr(_cut(pixels, border).double().numpy(), channel_axis=0)[0] for pixels in (image, truth))
+    luma, true_luma = (rgb2ycbcr(_pixels(pixels, border), channel_axis=0)[0] for pixels in (image, truth))
     return _psnr(luma, true_luma, 255.0)
 
 
@@ -177,10 +177,14 @@ def check_metrics(names: Sequence[str]) -> None:
         _alexnet()
 
 
-def _psnr(image: Any, truth: Any, data_range: float) -> float:
+def _psnr(image: NDArray[np.float64], truth: NDArray[np.float64], data_range: float) -> float:
     if np.array_equal(image, truth):
         return float("inf")
     return float(peak_signal_noise_ratio(truth, image, data_range=data_range))
+
+
+def _pixels(image: Tensor, border: int) -> NDArray[np.float64]:
+    return _cut(image, border).double().numpy()
 
 
 def _cut(image: Tensor, border: int) -> Tensor:

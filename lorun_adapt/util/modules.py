@@ -87,6 +87,34 @@ def distinct_tensors(network: nn.Module) -> dict[str, Tensor]:
     return dict(distinct.values())
 
 
+def wrapper_path(network: nn.Module) -> str:
+    """Return the path of the network within ``nn.DataParallel``, ``torch.compile`` and the like; empty without these.
+
+    >>> wrapper_path(nn.DataParallel(nn.Linear(1, 1)))
+    'module'
+    """
+    path: list[str] = []
+    while True:
+        if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            path.append("module")
+        elif "_orig_mod" in network._modules:
+            path.append("_orig_mod")
+        else:
+            return ".".join(path)
+        network = network.get_submodule(path[-1])
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return the network within ``nn.DataParallel``, ``torch.compile`` and the like."""
+    return network.get_submodule(wrapper_path(network))
+
+
+def trainable_names(network: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters that have ``requires_grad``, all names of those that modules share."""
+    named = network.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, parameter in named if parameter.requires_grad)
+
+
 def positional_arguments(module: nn.Module) -> dict[str, bool]:
     """Return the names of the positional arguments of the forward, and whether it must have each.
 
@@ -95,9 +123,7 @@ def positional_arguments(module: nn.Module) -> dict[str, bool]:
     >>> positional_arguments(nn.DataParallel(nn.Bilinear(2, 2, 2))), positional_arguments(nn.MaxUnpool1d(2))
     ({'input1': True, 'input2': True}, {'input': True, 'indices': True, 'output_size': False})
     """
-    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return positional_arguments(module.module)
-    parameters = inspect.signature(module.forward).parameters.values()
+    parameters = inspect.signature(unwrapped(module).forward).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return {item.name: item.default is inspect.Parameter.empty for item in parameters if item.kind in kinds}
 
@@ -125,7 +151,7 @@ def hint_on_arguments(network: nn.Module, arguments: Sequence[Any]) -> str:
 
     The data sets of deepinv (0.5) yield the truth first and no physics, which its networks take second.
     """
-    signature = inspect.signature(network.forward).parameters.values()
+    signature = inspect.signature(unwrapped(network).forward).parameters.values()
     named = [p.name for p in signature if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     if named:
         return f"; its forward takes {', '.join(named)} by keyword only: wrap it in a module that takes all by position"
