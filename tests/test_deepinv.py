@@ -225,3 +225,33 @@ def test_the_guide_runs() -> None:
     lorun, scores = names["lorun"], names["scores"]
     assert len(blocks) == 4 and len(lorun.outside_of("more")) == len(lorun.outside_of("default")) > 4
     assert scores["PSNR"] > 0
+
+
+IMAGE = torch.rand(1, 3, 32, 32)
+INPAINTING = deepinv.physics.Inpainting(img_size=(3, 32, 32), mask=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")  # SwinIR calls it so
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [
+        (lambda: deepinv.models.UNet(3, 3, scales=3), (IMAGE,)),
+        (lambda: deepinv.models.DnCNN(3, 3, depth=6, nf=8, pretrained=None), (IMAGE,)),
+        (lambda: deepinv.models.DRUNet(3, 3, nc=[8, 16, 32, 64], nb=2, pretrained=None), (IMAGE, 0.1)),
+        (lambda: deepinv.models.SRResNet(3, 3), (IMAGE,)),
+        (lambda: deepinv.models.Restormer(dim=8, num_blocks=[1, 1, 1, 2], pretrained=None), (IMAGE,)),
+        (lambda: swin_transformer([2, 2]), (IMAGE,)),
+        (lambda: swin_transformer([2, 2, 2]), (IMAGE,)),
+        (lambda: deepinv.models.RAM(pretrained=False), (INPAINTING(IMAGE), INPAINTING)),
+    ],
+    ids=["UNet", "DnCNN", "DRUNet", "SRResNet", "Restormer", "SwinIR, 2 layers", "SwinIR, 3 layers", "RAM"],
+)
+def test_a_denoiser_alone_unfolds_nothing(make: Callable[[], nn.Module], inputs: tuple[object, ...]) -> None:
+    with pytest.raises(lorun_adapt.LoRunError, match="does not seem to unfold an algorithm.*stages="):
+        lorun_adapt.find_stages(make().eval(), example_inputs=inputs)
+
+
+def swin_transformer(depths: list[int]) -> nn.Module:
+    return deepinv.models.SwinIR(
+        img_size=32, in_chans=3, embed_dim=12, depths=depths, num_heads=[2] * len(depths), pretrained=None, upsampler=""
+    )

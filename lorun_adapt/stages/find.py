@@ -105,13 +105,13 @@ def _repeated(
     candidates, layers = _candidates(dun, trace, declared)
     large = [item for item in candidates if _share(dun, item, total) >= MIN_SHARE]
     reasons = [(item, f"below {MIN_SHARE:.0%} of the parameters") for item in candidates if item not in large]
-    reasons += [(item, "layers: they take one another's output, or images of several sizes") for item in layers]
+    reasons += [(item, "layers: no measurements come in between, or they are a U-Net's scales") for item in layers]
     if not large:
         if any(_share(dun, item, total) >= MIN_SHARE for item in layers):
             raise LoRunError(
                 f"{type(dun).__name__} does not seem to unfold an algorithm, as what repeats in it are layers, such as "
-                f"{abridged(paths_of(layers[0]))}, which take one another's output or images of several sizes: if it "
-                "does, name the stages with stages="
+                f"{abridged(paths_of(layers[0]))}: no measurements come in between them, or they are the scales of a "
+                "U-Net; if it does, name the stages with stages="
             )
         return [], []
     main = max(large, key=lambda item: (not _in_sequential(dun, item, trace), _share(dun, item, total)))
@@ -152,11 +152,17 @@ def _candidates(
         item for item in candidates if item not in small or not any(any_inside(item, other) for other in candidates)
     ]
     scales = any(trace.shrink(item) for item in candidates)
+    bottoms = [gap for item in candidates if (gap := trace.inside_halves(item))]
     layers = [
         item
         for item in candidates
         if not any(path in declared for path, _ in item)
-        and (trace.are_layers(item) or (scales and trace.changes_size(item)))
+        and (
+            trace.lack_measurements(item)
+            or (scales and trace.changes_size(item))
+            or trace.inside_halves(item)
+            or any(trace.are_within(item, gap) for gap in bottoms)
+        )
     ]
     return [item for item in candidates if item not in layers], layers
 

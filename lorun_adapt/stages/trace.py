@@ -1,21 +1,21 @@
-"""Run a network once and note which modules are called, how often, in which order and on what."""
+"""Run a network once and note which modules are called, how often, in which order, on what size, and what is read."""
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import nn
 
 from ..errors import LoRunError
 from ..util.copying import copy_network
 from ..util.modules import hint_on_arguments
 from ..util.nested import tensors_in
 from .locations import Location
-
-PLAIN = (type(None), bool, int, float, str)  # arguments that hold no measurements
+from .reads import ReadTrace
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,23 @@ class Call:
     """A call of a module.
 
     Attributes:
-        position: among all calls of the forward.
+        start: its place among all calls and operations of the forward.
+        end: that of its last operation.
         size: the last two dimensions of the first tensor that it took, if it took one.
-        makers: if it took nothing but one tensor, straight from other modules, the ids of these.
     """
 
-    position: int
+    start: int
+    end: int
     size: tuple[int, ...]
-    makers: frozenset[int]
+
+    def is_smaller(self, other: Call) -> bool:
+        """Whether it took smaller images than ``other``; one pixel is no image."""
+        sizes = self.size, other.size
+        return (
+            all(len(size) == 2 and min(size) > 1 for size in sizes)
+            and self.size != other.size
+            and all(a <= b for a, b in zip(*sizes))
+        )
 
 
 class CallTrace:
@@ -39,11 +48,13 @@ class CallTrace:
     Args:
         dun: the network.
         calls: by the id of a module, its calls.
+        reads: the tensors that the forward read, where that is known.
     """
 
-    def __init__(self, dun: nn.Module, calls: Mapping[int, Sequence[Call]]) -> None:
+    def __init__(self, dun: nn.Module, calls: Mapping[int, Sequence[Call]], reads: ReadTrace | None = None) -> None:
         self._dun = dun
         self._calls = calls
+        self._reads = reads
 
     def _calls_of(self, path: str) -> Sequence[Call]:
         return self._calls.get(id(self._dun.get_submodule(path)), ())
@@ -67,37 +78,54 @@ class CallTrace:
         found = self._found(locations)
         if found is None:
             return locations
-        return [location for location, _ in sorted(zip(locations, found), key=lambda pair: pair[1].position)]
+        return [location for location, _ in sorted(zip(locations, found), key=lambda pair: pair[1].start)]
 
-    def are_layers(self, locations: Sequence[Location]) -> bool:
-        """Whether each of ``locations`` takes nothing but what the one before it returned: no measurements come in."""
-        found = self._found(locations) or ()
-        modules = [id(self._dun.get_submodule(path)) for path, _ in locations]
-        return len(found) > 1 and all(module in call.makers for module, call in zip(modules, found[1:]))
+    def lack_measurements(self, locations: Sequence[Location]) -> bool:
+        """Whether no measurements come in between ``locations``, which run one after another: they are layers."""
+        found = self._found(locations)
+        if not found or self._reads is None or any(a.end > b.start for a, b in zip(found, found[1:])):
+            return False
+        return not self._reads.between([(call.start, call.end) for call in found])
 
     def shrink(self, locations: Sequence[Location]) -> bool:
         """Whether a later one of ``locations`` runs on smaller images than an earlier one, as in an encoder."""
-        sizes = [call.size for call in self._found(locations) or ()]
-        return any(len(a) == len(b) == 2 and a[0] >= b[0] and a[1] >= b[1] and a != b for a, b in zip(sizes, sizes[1:]))
+        found = self._found(locations) or ()
+        return any(after.is_smaller(before) for before, after in zip(found, found[1:]))
+
+    def inside_halves(self, locations: Sequence[Location]) -> tuple[int, int] | None:
+        """Where the coarser scales run, if ``locations`` are in the two halves of a U-Net: all in one gap."""
+        found = self._found(locations) or ()
+        gaps = [(before.end, after.start) for before, after in zip(found, found[1:])]
+        all_calls = [call for calls in self._calls.values() for call in calls]
+        smaller = [call.start for call in all_calls if found and call.is_smaller(found[0])]
+        return next((gap for gap in gaps if smaller and all(gap[0] < start < gap[1] for start in smaller)), None)
+
+    def are_within(self, locations: Sequence[Location], span: tuple[int, int]) -> bool:
+        """Whether ``locations`` run within a span of the forward."""
+        found = self._found(locations) or ()
+        return bool(found) and all(span[0] < call.start and call.end < span[1] for call in found)
 
     def changes_size(self, locations: Sequence[Location]) -> bool:
         """Whether ``locations`` run on images of several sizes."""
         return len({call.size for call in self._found(locations) or ()}) > 1
 
     def _found(self, locations: Sequence[Location]) -> list[Call] | None:
-        """The calls of ``locations``, of a list that of its first item; None where one of them was not called."""
-        calls = [self._calls_of(path) or self._calls_of_first_item(path) for path, _ in locations]
+        """The calls of ``locations``; None where one of them was not called."""
+        calls = [self._calls_of(path) or self._call_of_items(path) for path, _ in locations]
         if not all(len(found) > (call or 0) for found, (_, call) in zip(calls, locations)):
             return None
         return [found[call or 0] for found, (_, call) in zip(calls, locations)]
 
-    def _calls_of_first_item(self, path: str) -> Sequence[Call]:
-        module = self._dun.get_submodule(path)
-        return next((self._calls[id(inner)] for inner in module.modules() if id(inner) in self._calls), ())
+    def _call_of_items(self, path: str) -> Sequence[Call]:
+        """What a list runs, as one call: from its first item that runs to the last."""
+        inside = [
+            call for module in self._dun.get_submodule(path).modules() for call in self._calls.get(id(module), ())
+        ]
+        return [Call(inside[0].start, max(call.end for call in inside), inside[0].size)] if inside else []
 
 
 def trace_calls(dun: nn.Module, example_inputs: Sequence[object]) -> CallTrace:
-    """Run a copy of ``dun`` in evaluation mode and note the calls; the caller's random state is left as it was.
+    """Run a copy of ``dun`` in evaluation mode and note what it calls and reads; the random state is left as it was.
 
     Raises:
         LoRunError: the forward fails on ``example_inputs``.
@@ -110,29 +138,26 @@ def trace_calls(dun: nn.Module, example_inputs: Sequence[object]) -> CallTrace:
     # Paired by name: a module object under several names is one object in the copy too.
     originals = {id(network.get_submodule(name)): id(module) for name, module in dun.named_modules()}
     calls: dict[int, list[Call]] = {}
-    clock = iter(range(1 << 62))
-    makers_of = WeakIdKeyDictionary()  # by tensor: its version, and the modules that returned it in this version
+    open_calls: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
+    threads: set[int] = set()
+    clock = itertools.count()
+    reads = ReadTrace(clock)
 
-    def makers_in(tensor: Tensor) -> frozenset[int]:
-        version, makers = makers_of.get(tensor, (None, frozenset()))
-        return makers if version == tensor._version else frozenset()  # a data step may work in place
-
-    def note(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def begin(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        threads.add(threading.get_ident())
         taken = tensors_in([args, kwargs])
-        given = [value for value in (*args, *kwargs.values()) if not isinstance(value, PLAIN)]
-        makers = makers_in(taken[0]) if len(given) == len(taken) == 1 else frozenset[int]()
         size = tuple(taken[0].shape[-2:]) if taken else ()
-        calls.setdefault(originals[id(module)], []).append(Call(next(clock), size, makers))
+        open_calls.setdefault(id(module), []).append((next(clock), size))
 
-    def mark(module: nn.Module, _: object, output: object) -> None:
-        for tensor in tensors_in(output):
-            makers_of[tensor] = tensor._version, makers_in(tensor) | {originals[id(module)]}
+    def finish(module: nn.Module, *_: object) -> None:
+        start, size = open_calls[id(module)].pop()
+        calls.setdefault(originals[id(module)], []).append(Call(start, next(clock), size))
 
     for module in network.modules():
-        module.register_forward_pre_hook(note, with_kwargs=True)
-        module.register_forward_hook(mark)
+        module.register_forward_pre_hook(begin, with_kwargs=True)
+        module.register_forward_hook(finish)
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(), reads:
             network(*example_inputs)
     except Exception as error:
         raise LoRunError(
@@ -140,4 +165,5 @@ def trace_calls(dun: nn.Module, example_inputs: Sequence[object]) -> CallTrace:
             "arguments of its forward in example_inputs=, or in each batch of calibration="
             f"{hint_on_arguments(dun, example_inputs)}"
         ) from error
-    return CallTrace(dun, calls)
+    in_order = {module: sorted(found, key=lambda call: call.start) for module, found in calls.items()}
+    return CallTrace(dun, in_order, reads if threads == {threading.get_ident()} else None)  # it sees this thread only

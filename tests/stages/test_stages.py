@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -147,9 +148,43 @@ class Steps(nn.Module):
         return x
 
 
+class Remembered(Denoiser):
+    """A stage that takes the estimate alone; the measurements are where it has been told to look."""
+
+    def forward(self, x):
+        return super().forward(x - 0.1 * (x - self.told[0]))
+
+
+class Remembers(ListOfBlocks):
+    def __init__(self) -> None:
+        super().__init__([Remembered() for _ in range(3)])
+        self.told = []
+        for block in self.blocks:
+            block.told = self.told
+
+    def forward(self, y, mask):
+        self.told[:] = [y]
+        x = y
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class InThreads(Steps):
+    """Each denoiser runs in another thread, where nothing shows which tensors are read."""
+
+    def forward(self, y, mask):
+        x = y
+        with ThreadPoolExecutor(1) as pool:
+            for denoiser in self.ds:
+                x = pool.submit(denoiser, x - 0.1 * (x - y)).result()
+        return x
+
+
 class Takes(Denoiser):
     def forward(self, x, *others):
-        return super().forward(x)
+        y = others[0].y if isinstance(others[0], SimpleNamespace) else others[0] / 255
+        return super().forward(x - 0.1 * (x - y))
 
 
 class Passes(ListOfBlocks):
@@ -173,6 +208,8 @@ class Passes(ListOfBlocks):
         Steps("in place, after"),
         Passes(lambda y, mask: (SimpleNamespace(y=y),)),
         Passes(lambda y, mask: ((255 * y).byte(), mask.bool())),
+        Remembers(),
+        InThreads("in threads"),
     ],
 )
 def test_data_steps_of_all_kinds_are_seen(net: nn.Module) -> None:
