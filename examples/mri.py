@@ -83,5 +83,10 @@ def measure(images: Tensor, sigma: float = 0.0) -> tuple[Tensor, nn.Module]:
     return y + sigma / 255 * torch.randn_like(y) * mask, physics
 
 
+def first_estimate(y: Tensor, physics: nn.Module) -> Tensor:
+    """The zero-filled image, (B, 2, H, W), that the network starts from."""
+    return physics.A_adjoint(y)
+
+
 def restore(output: Tensor, images: Tensor | None) -> Tensor:
     return output.square().sum(1, keepdim=True).sqrt().clamp(0, 1)

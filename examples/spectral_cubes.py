@@ -2,6 +2,9 @@
 
     python examples/spectral_cubes.py PHOTOGRAPHS OUT --count 200
 
+With ``--colour``, it writes the cubes as colour images, to train ``super_resolution.py`` where there are grey
+photographs only.
+
 Each region of a scene has reflectances of its own, measured on colour charts, under two illuminants that mix smoothly;
 photographs give the regions, their shading and their texture. Reflectances and illuminants come from colour-science
 (``pip install 'lorun-adapt[examples]'``). The cubes are synthetic: figures on them do not compare with those on
@@ -14,14 +17,16 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from spectral_imaging import picture
 from tqdm import tqdm
 
 BANDS = 28
 WAVELENGTHS = np.linspace(450, 650, BANDS)  # nm
-REGIONS = 12  # in a scene
+REGIONS = 8  # in a scene
 
 Array = NDArray[np.float64]
 
@@ -42,10 +47,10 @@ def make_cube(photographs: list[Array], spectra: tuple[Array, Array], side: int,
     """A scene (side, side, 28) in [0, 1]; ``photographs`` are grey, in [0, 1]."""
     reflectances, illuminants = spectra
     shading, shape, texture, light = (_crop(photographs, side, rng) for _ in range(4))
-    levels = np.argsort(np.argsort(gaussian_filter(shape, 2).ravel())).reshape(side, side)
+    levels = np.argsort(np.argsort(gaussian_filter(shape, 4).ravel())).reshape(side, side)
     region = np.minimum(levels * REGIONS // side**2, REGIONS - 1)
     first, second = (reflectances[rng.integers(len(reflectances), size=REGIONS)][region] for _ in range(2))
-    reflected = first + texture[..., None] * (second - first)
+    reflected = gaussian_filter(first + texture[..., None] * (second - first), (0.7, 0.7, 0))  # as optics blur edges
     mixed = gaussian_filter(light, side / 8)
     mixed = (mixed - mixed.min()) / max(np.ptp(mixed), 1e-6)
     warm, cold = illuminants[rng.choice(len(illuminants), 2, replace=False)]
@@ -77,12 +82,17 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="how many cubes")
     parser.add_argument("--side", type=int, default=160, help="of a cube, in pixels")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--colour", action="store_true", help="write colour images instead of cubes")
     args = parser.parse_args()
     photographs, spectra = read_photographs(args.photographs, args.side), measured_spectra()
     args.out.mkdir(parents=True, exist_ok=True)
     for k in tqdm(range(args.count), unit="cube"):
         cube = make_cube(photographs, spectra, args.side, np.random.default_rng([args.seed, k]))
-        np.save(args.out / f"scene{k:03d}.npy", np.round(65535 * cube).astype(np.uint16))
+        if args.colour:
+            pixels = picture(torch.from_numpy(cube).movedim(-1, 0)[None])[0].movedim(0, -1)
+            Image.fromarray((255 * pixels).round().byte().numpy()).save(args.out / f"scene{k:03d}.png")
+        else:
+            np.save(args.out / f"scene{k:03d}.npy", np.round(65535 * cube).astype(np.uint16))
 
 
 if __name__ == "__main__":

@@ -9,22 +9,29 @@ Its data step has a closed form, since A A^T is diagonal for this camera (Meng, 
 denoisers are U-shaped transformers with attention among the bands, as in MST (Cai et al., arXiv:2111.07910).
 
 Cubes are array files, (H, W, 28) or (28, H, W) in [0, 1]. ``spectral_cubes.py`` makes synthetic ones.
+
+The environment variable SPECTRAL_IMAGING_APERTURE names the camera: ``binary``, the default; ``blurred``, darker and
+out of focus, as masks look when they are photographed; or an array file with a mask of your own, (H, W) in [0, 1].
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import os
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 BANDS = 28
 SHIFT = 2  # pixels a band
+PROJECTIONS = 20  # of the first estimate
 STAGES = 5
-APERTURE = 256  # pixels a side
+SIDE = 256  # pixels of the apertures that come with this file
+APERTURE = os.environ.get("SPECTRAL_IMAGING_APERTURE", "binary")
 
 channels = BANDS
 patch = 64
@@ -32,19 +39,25 @@ license = "apache-2.0"
 
 
 @functools.cache
-def aperture(seed: int = 0) -> Tensor:
-    """A random binary mask, (256, 256), half of it open; numpy promises that ``RandomState`` never changes its stream.
-
-    ``seed`` chooses another camera.
-    """
-    return torch.from_numpy((np.random.RandomState(seed).random_sample((APERTURE, APERTURE)) < 0.5).astype(np.float32))
+def aperture(name: str = APERTURE) -> Tensor:
+    """The mask of a camera, (H, W), between 0 where it is closed and 1 where it is open."""
+    if name == "binary":  # half of it is open; numpy promises that the stream of RandomState never changes
+        mask = np.random.RandomState(0).random_sample((SIDE, SIDE)) < 0.5
+    elif name == "blurred":
+        mask = gaussian_filter((np.random.RandomState(1).random_sample((SIDE, SIDE)) < 0.35).astype(float), 0.6)
+        mask *= 1 - 0.3 * np.square(np.linspace(-1, 1, SIDE)[:, None])  # less light at the top and bottom
+    else:
+        mask = np.load(name, allow_pickle=False)
+        if mask.ndim != 2 or not (0 <= mask.min() and mask.max() <= 1):
+            raise ValueError(f"expected a mask (H, W) in [0, 1] in {name}, found shape {mask.shape}")
+    return torch.from_numpy(np.asarray(mask, np.float32))
 
 
 def window(height: int, width: int) -> Tensor:
     """A part of the aperture of this size, (height, width): a random one where the aperture is larger."""
     mask = aperture()
-    if height > APERTURE or width > APERTURE:
-        mask = mask.repeat(math.ceil(height / APERTURE), math.ceil(width / APERTURE))[:height, :width]
+    if height > mask.shape[0] or width > mask.shape[1]:
+        mask = mask.repeat(*(math.ceil(side / have) for side, have in zip((height, width), mask.shape)))
     top, left = (int(torch.randint(have - side + 1, ())) for have, side in zip(mask.shape, (height, width)))
     return mask[top : top + height, left : left + width]
 
@@ -58,6 +71,33 @@ def camera_transposed(image: Tensor, mask: Tensor) -> Tensor:
     """A^T y: detector images (B, H, W + 54) -> cubes (B, 28, H, W)."""
     width = mask.shape[-1]
     return torch.stack([image[..., SHIFT * band : SHIFT * band + width] for band in range(BANDS)], 1) * mask
+
+
+def open_bands(mask: Tensor) -> Tensor:
+    """The diagonal of A A^T, which is diagonal: mask (H, W) -> (1, H, W + 54)."""
+    return camera(mask.expand(1, BANDS, *mask.shape), mask)
+
+
+def first_estimate(y: Tensor, mask: Tensor) -> Tensor:
+    """What the network starts from: detector images (B, H, W + 54) -> cubes (B, 28, H, W).
+
+    Projections onto what was measured alternate with smoothing; what remains of ``y`` is added to the next target, as
+    in accelerated generalised alternating projection (Yuan, arXiv:1511.03890).
+    """
+    overlap, target = open_bands(mask).clamp(min=1), y
+    x = smooth(camera_transposed(y / overlap, mask))
+    for _ in range(PROJECTIONS):
+        seen = camera(x, mask)
+        x = smooth(x + camera_transposed((target - seen) / overlap, mask))
+        target = target + y - camera(x, mask)
+    return x
+
+
+def smooth(cube: Tensor) -> Tensor:
+    """Average each value with its neighbours in space and wavelength, (B, 28, H, W)."""
+    line = torch.tensor([0.25, 0.5, 0.25]).to(cube)
+    kernel = line[:, None, None] * line[:, None] * line
+    return F.conv3d(F.pad(cube[:, None], (1,) * 6, mode="replicate"), kernel[None, None])[:, 0]
 
 
 def disperse(cube: Tensor) -> Tensor:
@@ -137,10 +177,11 @@ class Denoiser(nn.Module):
         self.up = nn.ConvTranspose2d(2 * dim, dim, 2, 2)
         self.fusion = nn.Conv2d(2 * dim, dim, 1, bias=False)
         self.mapping = nn.Conv2d(dim, BANDS, 3, padding=1, bias=False)
+        nn.init.zeros_(self.mapping.weight)  # training starts from what the data steps do alone
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[-2:]
-        padded = F.pad(x, (0, w % 2, 0, h % 2), mode="replicate")
+        padded = F.pad(x, (0, w % 2, 0, h % 2), mode="replicate") if h % 2 or w % 2 else x
         fine = self.encoder(self.embedding(padded))
         coarse = self.up(self.bottleneck(self.down(fine)))
         fused = self.decoder(self.fusion(torch.cat([coarse, fine], 1)))
@@ -159,8 +200,7 @@ class UnfoldedHQS(nn.Module):
         self.denoisers = nn.ModuleList(Denoiser() for _ in range(stages))
 
     def forward(self, y: Tensor, mask: Tensor) -> Tensor:
-        overlap = camera(mask.expand(1, BANDS, *mask.shape), mask)  # A A^T is diagonal; this is its diagonal
-        x = camera_transposed(y / overlap.clamp(min=1), mask)
+        overlap, x = open_bands(mask), first_estimate(y, mask)
         for mu, denoiser in zip(self.mu, self.denoisers):
             residual = y - camera(x, mask)
             x = denoiser(x + camera_transposed(residual / (overlap + mu), mask))
@@ -179,3 +219,9 @@ def measure(images: Tensor, sigma: float = 0.0) -> tuple[Tensor, Tensor]:
 
 def restore(output: Tensor, images: Tensor | None) -> Tensor:
     return output.clamp(0, 1)
+
+
+def picture(images: Tensor) -> Tensor:
+    """Cubes (B, 28, H, W) from 450 to 650 nm in false colour, (B, 3, H, W): the means of red, green and blue bands."""
+    thirds = images.split([9, 10, 9], dim=1)
+    return torch.stack([third.mean(1) for third in reversed(thirds)], 1)

@@ -51,6 +51,18 @@ def degrade(images: Tensor, k: Tensor, scale: int) -> Tensor:
     return blurred[..., ::scale, ::scale]
 
 
+def enlarge(y: Tensor, scale: int) -> Tensor:
+    """Bicubic interpolation, with the pixels of ``y`` where ``degrade`` took them: (B, C, h, w) -> (B, C, s h, s w)."""
+    height, width = (scale * side + 1 for side in y.shape[-2:])
+    padded = F.pad(y, (0, 1, 0, 1), mode="replicate")
+    return F.interpolate(padded, (height, width), mode="bicubic", align_corners=True)[..., :-1, :-1]
+
+
+def first_estimate(y: Tensor, k: Tensor, scale: int, sigma: Tensor) -> Tensor:
+    """What the network starts from, whatever blur and noise there are."""
+    return enlarge(y, scale)
+
+
 def fold(spectrum: Tensor, scale: int) -> Tensor:
     """The mean of the parts that a spectrum (B, C, s h, s w) has after keeping every s-th pixel, (B, C, h, w)."""
     b, c, height, width = spectrum.shape
@@ -119,7 +131,7 @@ class UnfoldedHQS(nn.Module):
         self.told: Tensor | None = None  # noise levels that a schedule has given, one for each iteration
 
     def forward(self, y: Tensor, k: Tensor, scale: int, sigma: Tensor) -> Tensor:
-        x = F.interpolate(y, scale_factor=scale, mode="bicubic")
+        x = first_estimate(y, k, scale, sigma)
         transfer = transfer_function(k, *x.shape[-2:])
         for i, (level, weight) in enumerate(zip(self.sigmas, self.weight)):
             noise = sigma if self.told is None else self.told[i].to(sigma)

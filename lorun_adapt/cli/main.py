@@ -35,6 +35,8 @@ from .training import convert_, finetune, recover
 if TYPE_CHECKING:
     import torch
 
+DEMOS = ("compressive_sensing", "spectral_imaging", "super_resolution", "mri")
+
 # torch and PEFT take seconds to import, so each command imports them only when it runs; --help stays fast.
 
 
@@ -186,18 +188,19 @@ def report(
 
 
 @cli.command()
-@click.option("--out", type=FILE, default=".", show_default=True, help="Folder for demo.png.")
+@click.option("--task", type=click.Choice(DEMOS), default=DEMOS[0], show_default=True, help="Which network.")
+@click.option("--out", type=FILE, default=".", show_default=True, help="Folder for the picture, demo.png.")
 @DEVICE
 @SEED
-def demo(out: Path, device: torch.device, seed: int) -> None:
-    """Restore a photograph with the included network: original, converted, and recovered."""
+def demo(task: str, out: Path, device: torch.device, seed: int) -> None:
+    """Restore an image with an included network: original, converted, and recovered."""
 
     from ..util.seeds import set_seed
     from .demo import run_demo
 
     set_seed(seed)
-    with working("converting the reference network and restoring a photograph"):
-        lorun, tables, path = run_demo(out, device)
+    with working("converting the reference network and restoring an image"):
+        lorun, tables, path = run_demo(task, out, device)
     show([*lorun.stage_map.tables(), *lorun.report().tables(), *tables])
     click.echo(f"picture: {path}")
 

@@ -12,22 +12,19 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from peft import LoraConfig
 from PIL import Image
 from torch import Tensor, nn
 
-from ..conversion import collapse
 from ..disk.folder import write_file
 from ..model.lorun_model import LoRunModel
-from ..network.adapter import terms_of
 from ..network.observe import Observer
 from ..network.report import Report
-from ..peft_format.options import config_of_ranks
 from ..task.evaluate import check_size
 from ..task.metrics import psnr, ssim
 from ..task.task import Task
 from ..util.nested import device_of, replaced, to_device
 from ..util.progress import progress
+from .unrecovered import unrecovered
 
 NUM_PICTURED = 3  # images that are shown
 SIDE = 320  # pixels of the shown centre of an image; the page has room for as many without scaling
@@ -86,16 +83,8 @@ def write_page(path: Path, task: Task, original: nn.Module, lorun: LoRunModel, f
         "this conversion": (lorun, lorun.report().network_after.num_parameters),
     }
     if lorun.stage_map.shared:
-        without_base = {spec.name for group in lorun.stage_map.groups for spec in group.tensors if spec.without_base}
-        same_ranks = collapse(
-            original,
-            _same_ranks(lorun),
-            without_base=without_base,
-            example_inputs=inputs,
-            **lorun.stage_map.as_arguments(),
-        )
-        unrecovered = LoRunModel(same_ranks)
-        networks["the same ranks, not recovered"] = unrecovered, unrecovered.num_parameters()
+        before = unrecovered(lorun, original, inputs)
+        networks["the same ranks, not recovered"] = before, before.num_parameters()
     scores: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}
     scores_of_base: list[tuple[float, float]] = []
     curves: dict[str, list[list[float]]] = {"original": [], "this conversion": []}
@@ -143,19 +132,6 @@ def stage_psnr(
         restored = task.restored(replaced(outputs.whole, final, tensor.reshape(final.shape)), truth)
         values.append(min(psnr(restored[0].float().cpu(), truth[0], task.border), MAX_PSNR))
     return values
-
-
-def _same_ranks(lorun: LoRunModel) -> LoraConfig:
-    """The config that converts the original to the ranks of ``lorun``."""
-    choice = lorun.converted().choice
-    ranks = {
-        name: term.rank
-        for group in lorun.stage_map.groups
-        for name, term in terms_of(choice[group.sites[0].stage][group.name]).items()
-    }
-    config = config_of_ranks(ranks)
-    config.target_parameters = list(ranks)
-    return config
 
 
 def _score(image: Tensor, truth: Tensor, task: Task) -> tuple[float, float]:
@@ -289,7 +265,8 @@ def _chart(first: Sequence[float], second: Sequence[float]) -> str:
 def _pictures(name: str, truth: Tensor, original: Tensor, converted: Tensor, task: Task) -> str:
     def figure(image: Tensor, caption: str) -> str:
         text = html.escape(caption)
-        return f'<figure><img alt="{text}" src="{_data_url(image)}"><figcaption>{text}</figcaption></figure>'
+        url = _data_url(task.picture(image))
+        return f'<figure><img alt="{text}" src="{url}"><figcaption>{text}</figcaption></figure>'
 
     cut = max(truth.shape[-2:]) > SIDE
     parts = [
@@ -304,12 +281,11 @@ def _pictures(name: str, truth: Tensor, original: Tensor, converted: Tensor, tas
 
 
 def _data_url(image: Tensor) -> str:
-    """The centre of an image (1, C, H, W) as a ``data:`` URL; with other than 1 or 3 channels, their mean."""
+    """The centre of an image (1, C, H, W) of 1 or 3 channels in [0, 1] as a ``data:`` URL."""
     height, width = image.shape[-2:]
     top, left = max(0, height - SIDE) // 2, max(0, width - SIDE) // 2
     pixels = image[0, :, top : top + SIDE, left : left + SIDE]
-    pixels = pixels if len(pixels) in (1, 3) else pixels.mean(0, keepdim=True)
-    array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).squeeze(-1).numpy()
+    array = (pixels * 255).round().byte().permute(1, 2, 0).squeeze(-1).numpy()
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format="WEBP", quality=90)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

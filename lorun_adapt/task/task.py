@@ -13,6 +13,7 @@ and optionally
     def load(path, net): ...                    # a weights file -> a state_dict of the network
     def schedule(net, sigmas): ...              # give each stage its noise level, for sets of several noise levels
     def noise_level(arguments): ...             # the arguments of a forward -> the sigma of the measurements
+    def picture(images): ...                    # images of other than 1 or 3 channels -> (B, 3, H, W), to look at
     license, base_model                         # for the model card
 """
 
@@ -200,6 +201,28 @@ class Task:
         """Return the arguments of the network's forward for one random image of ``patch`` pixels a side."""
         generator = torch.Generator().manual_seed(0)
         return self.measure(torch.rand(1, self.channels, self.patch, self.patch, generator=generator))
+
+    def picture(self, images: Tensor) -> Tensor:
+        """Return ``images`` (B, C, H, W) to look at, with 1 or 3 channels, in [0, 1].
+
+        Images of other channels are shown as the task's ``picture`` says, or else by the mean of their channels.
+
+        Raises:
+            LoRunError: the task's function fails, or returns another shape.
+        """
+        count, channels, *sides = images.shape
+        if channels in (1, 3):
+            return images.clamp(0, 1)
+        show = self._optional("picture")
+        if show is None:
+            return images.mean(1, keepdim=True).clamp(0, 1)
+        shown = show(images)
+        if not isinstance(shown, Tensor) or shown.shape not in [(count, c, *sides) for c in (1, 3)]:
+            raise LoRunError(
+                f"expected picture() of {self.name} to return images of shape {(count, 3, *sides)}, found "
+                f"{_shape_or_type(shown)}"
+            )
+        return shown.float().clamp(0, 1)
 
     def images(self, folder: Path) -> list[Path]:
         """Return the image files of ``folder``, sorted by name; all files where the task defines ``read``.

@@ -96,7 +96,21 @@ def with_names_of(net: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
     found = {_unwrapped(name) for name in state}
     if state.keys() == net.state_dict().keys() or len(wanted) < len(net.state_dict()) or len(found) < len(state):
         return dict(state)
-    return {wanted.get(_unwrapped(name), _unwrapped(name)): tensor for name, tensor in state.items()}
+    named = {wanted.get(_unwrapped(name), _unwrapped(name)): tensor for name, tensor in state.items()}
+    return _with_tied_names(net, named)
+
+
+def _with_tied_names(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the other names of tensors that ``net`` ties: safetensors' ``save_model`` writes each under one name only."""
+    places: dict[object, list[str]] = {}
+    for name, tensor in net.state_dict().items():
+        if isinstance(tensor, Tensor) and tensor.numel():
+            places.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), []).append(name)
+    for names in places.values():
+        given = next((state[name] for name in names if name in state), None)
+        if given is not None:
+            state |= {name: given for name in names if name not in state}
+    return state
 
 
 def mismatch(net: nn.Module, state: Mapping[str, Tensor]) -> str:

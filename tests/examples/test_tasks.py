@@ -26,7 +26,7 @@ def module(name: str):
     return load_task(str(EXAMPLES / f"{name}.py")).module
 
 
-def test_the_camera_of_spectral_imaging() -> None:
+def test_the_camera_of_spectral_imaging(tmp_path: Path) -> None:
     task = module("spectral_imaging")
     x, mask = torch.rand(2, 28, 12, 16, dtype=torch.float64), task.window(12, 16).double()
     y = task.camera(x, mask)
@@ -39,7 +39,13 @@ def test_the_camera_of_spectral_imaging() -> None:
     one_band[:, 5] = x[:1, 5]
     torch.testing.assert_close(task.camera(one_band, mask)[..., 10:26], x[:1, 5] * mask)  # two pixels a band
     assert torch.equal(task.window(256, 256), task.aperture()) and task.window(300, 20).shape == (300, 20)
-    assert not torch.equal(task.aperture(0), task.aperture(1))
+    blurred = task.aperture("blurred")
+    assert 0 < blurred.mean() < task.aperture().mean() and 0 <= blurred.min() and 0.5 < blurred.max() <= 1
+    np.save(tmp_path / "mask.npy", blurred.numpy()[:200])
+    assert torch.equal(task.aperture(str(tmp_path / "mask.npy")), blurred[:200])
+    np.save(tmp_path / "mask.npy", 255 * blurred.numpy())
+    with pytest.raises(ValueError, match=r"expected a mask \(H, W\) in \[0, 1\]"):
+        task.aperture.__wrapped__(str(tmp_path / "mask.npy"))
 
 
 @pytest.mark.parametrize("scale", [2, 3])
