@@ -25,7 +25,7 @@ ITERATIONS = 6
 CENTRE = 0.08  # the share of columns in the middle that are always read
 
 channels = 1
-patch = 128
+patch = 256  # whole slices: a part of one would be read along other lines
 license = "apache-2.0"
 
 

@@ -4,8 +4,12 @@
 
 For each noise level, the original network trains as a whole, and a new adapter set of its conversion in DIR trains on
 the frozen base: for the same time, on the same crops of IMAGES, with the same optimiser, schedule, loss and held-out
-images. Both are judged on OTHERS. Then the set for the middle level is left out, and the set that select_adapter
-interpolates between the lowest and the highest is judged in its place.
+images. Both are judged on OTHERS. With three levels, the set for the middle one is then left out, and the set that
+select_adapter interpolates between the lowest and the highest is judged in its place.
+
+    MRI_ACCELERATION=8 python examples/noise_levels.py examples/mri.py IMAGES --converted DIR --judge OTHERS --sigmas 0
+
+does the same for another acceleration; for another camera, set SPECTRAL_IMAGING_APERTURE.
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ def main() -> None:
     parser.add_argument("--converted", type=Path, required=True, help="folder of the conversion")
     parser.add_argument("--judge", type=Path, required=True, help="folder of images to judge on")
     parser.add_argument("--weights", type=Path, help="checkpoint of the original, where the task names none")
-    parser.add_argument("--sigmas", type=float, nargs=3, default=[10, 25, 50], help="low, middle, high")
+    parser.add_argument("--sigmas", type=float, nargs="+", default=[10, 25, 50], help="noise levels")
     parser.add_argument("--minutes", type=float, default=5.0, help="for each training")
     parser.add_argument("--out", type=Path, help="folder to save the conversion with its new sets to")
     args = parser.parse_args()
@@ -74,19 +78,20 @@ def main() -> None:
         ends[sigma] = psnr(task, files, lorun, sigma)
     if args.out is not None:
         lorun.save_pretrained(args.out)
-    low, middle, high = args.sigmas
-    original, size = sum(p.numel() * p.element_size() for p in net.parameters()), set_bytes(lorun, f"sigma{low:g}")
-    lorun.set_adapter("default")
-    lorun.delete_adapter(f"sigma{middle:g}")
-    lorun.select_adapter(middle)
-    between = psnr(task, files, lorun, middle)
-    print(
-        f"A set is {size:,} bytes in float16, {original / size:.1f} times less than the original's {original:,}.\n\n"
-        f"| judged at sigma {middle:g} | PSNR (dB) | gain |\n| --- | ---: | ---: |\n"
-        f"| converted | {starts[middle]:.2f} | |\n"
-        f"| between the sets for {low:g} and {high:g} | {between:.2f} | {between - starts[middle]:.2f} |\n"
-        f"| the set for {middle:g} | {ends[middle]:.2f} | {ends[middle] - starts[middle]:.2f} |\n"
-    )
+    original, size = sum(p.numel() * p.element_size() for p in net.parameters()), set_bytes(lorun, name)
+    print(f"A set is {size:,} bytes in float16, {original / size:.1f} times less than the original's {original:,}.\n")
+    if len(args.sigmas) == 3:
+        low, middle, high = sorted(args.sigmas)
+        lorun.set_adapter("default")
+        lorun.delete_adapter(f"sigma{middle:g}")
+        lorun.select_adapter(middle)
+        between = psnr(task, files, lorun, middle)
+        print(
+            f"| judged at sigma {middle:g} | PSNR (dB) | gain |\n| --- | ---: | ---: |\n"
+            f"| converted | {starts[middle]:.2f} | |\n"
+            f"| between the sets for {low:g} and {high:g} | {between:.2f} | {between - starts[middle]:.2f} |\n"
+            f"| the set for {middle:g} | {ends[middle]:.2f} | {ends[middle] - starts[middle]:.2f} |\n"
+        )
     print("| sigma | original | fine-tuned as a whole | gain | converted | adapters alone | gain | share of the gain |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
     for sigma in args.sigmas:

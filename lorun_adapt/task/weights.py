@@ -104,7 +104,7 @@ def _with_tied_names(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tens
     """Add the other names of tensors that ``net`` ties: safetensors' ``save_model`` writes each under one name only."""
     places: dict[object, list[str]] = {}
     for name, tensor in net.state_dict().items():
-        if isinstance(tensor, Tensor) and tensor.numel():
+        if isinstance(tensor, Tensor) and tensor.numel() and tensor.data_ptr():
             places.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), []).append(name)
     for names in places.values():
         given = next((state[name] for name in names if name in state), None)

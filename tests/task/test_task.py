@@ -129,6 +129,19 @@ def test_own_read_and_load(task_file: Path, tmp_path: Path) -> None:
     assert all(bool((p == 0.5).all()) for p in net.parameters())
 
 
+def test_images_of_many_channels_are_shown_as_the_task_says(task_file: Path) -> None:
+    task_file.write_text(COLOUR_TASK)
+    images = torch.rand(2, 5, 4, 6) * 1.5 - 0.2
+    for shown in (images[:, :1], images[:, :3]):
+        assert torch.equal(load_task(task_file).picture(shown), shown.clamp(0, 1))
+    torch.testing.assert_close(load_task(task_file).picture(images), images.mean(1, keepdim=True).clamp(0, 1))
+    task_file.write_text(COLOUR_TASK + "def picture(images): return images[:, [4, 2, 0]]")
+    assert torch.equal(load_task(task_file).picture(images), images[:, [4, 2, 0]].clamp(0, 1))
+    task_file.write_text(COLOUR_TASK + "def picture(images): return images[0]")
+    with pytest.raises(LoRunError, match=r"expected picture\(\) of .* to return images of shape \(2, 3, 4, 6\)"):
+        load_task(task_file).picture(images)
+
+
 def test_images_as_they_come(task_file: Path, tmp_path: Path) -> None:
     task = load_task(str(task_file))
     pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4

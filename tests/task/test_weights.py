@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save, save_file, save_model
 from tasks import COLOUR_TASK, call
 from torch import Tensor, nn
 
@@ -74,6 +74,25 @@ def test_wrapped_networks_load_their_own_checkpoints_and_plain_ones(tmp_path: Pa
             for net in (plain, wrapped):
                 torch.save(saved.state_dict(), tmp_path / "net.pt")
                 net.load_state_dict(load(tmp_path / "net.pt", net))
+
+
+def test_tied_tensors_under_one_of_their_names(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.other = network(), nn.Linear(3, 3)
+            self.again, self.step = self.first, nn.Parameter(torch.rand(1))
+            self.other.bias = self.first.first.bias
+
+    net, fresh = Tied(), Tied()
+    save_model(net, str(tmp_path / "net.safetensors"))
+    assert len(read_states(tmp_path / "net.safetensors")[""]) < len(net.state_dict())
+    fresh.load_state_dict(load(tmp_path / "net.safetensors", fresh))
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), fresh.state_dict().values()))
+    del net.step
+    save_model(net, str(tmp_path / "net.safetensors"))
+    with pytest.raises(RuntimeError, match=r'Missing key.*"step"'):
+        fresh.load_state_dict(load(tmp_path / "net.safetensors", fresh))
 
 
 def test_of_several_weights_the_averaged_ones(tmp_path: Path) -> None:
