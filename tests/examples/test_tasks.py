@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import warnings
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def test_every_command(field: str, tmp_path: Path, capsys, monkeypatch) -> None:
     task, rng = load_task(str(file)), np.random.default_rng(0)
     for k in range(3):
         if field == "spectral_imaging":
-            np.save(images / f"{k}.npy", rng.random((32, 36, 28), np.float32))
+            np.save(images / f"{k}.npy", rng.random((16, 20, 28), np.float32))
         else:
             shape = (33, 40, 3) if field == "super_resolution" else (32, 40)
             Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(images / f"{k}.png")
@@ -139,6 +140,12 @@ def test_every_command(field: str, tmp_path: Path, capsys, monkeypatch) -> None:
     metric = {"spectral_imaging": ("--metric", "sam"), "super_resolution": ("--metric", "psnr_y"), "mri": ()}[field]
     result = json.loads(run("eval", file, *given, *made, *shown, *metric, "--json"))
     assert all(np.isfinite(value) for value in result["mean"].values()) and len(result["images"]) == 3
+    monkeypatch.setattr("sys.argv", ["classic_methods.py", *map(str, (file, images, *given, *made, *metric))])
+    runpy.run_path(str(EXAMPLES / "classic_methods.py"), run_name="__main__")
+    table = capsys.readouterr().out.splitlines()
+    names = ["first estimate", *["GAP-TV"] * (field == "spectral_imaging"), "network", "converted"]
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {name}" for name in names]
+    assert float(table[-2].split(" | ")[1]) == pytest.approx(result["mean"]["psnr"], abs=0.1)
     tuned = ("--sigma", 10, "--adapter-name", "sigma10", "--out", tmp_path / "tuned")
     run("finetune", file, *made, *shown, *tuned, "--steps", 2, "--batch", 1)
     run("restore", file, "--converted", tmp_path / "tuned", *shown, "--out", tmp_path / "restored")
@@ -151,3 +158,25 @@ def test_every_command(field: str, tmp_path: Path, capsys, monkeypatch) -> None:
     arguments = task.measure(task.read(task.images(images)[0])[None])
     with torch.no_grad():
         torch.testing.assert_close(lorun(*arguments), net(*arguments))
+
+
+def test_adapters_add_to_a_loop(photographs: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    file = EXAMPLES / "super_resolution.py"
+    torch.manual_seed(0)
+    torch.save(load_task(str(file)).build().state_dict(), tmp_path / "net.pth")
+    for name in ("chelsea", "coffee", "rocket"):
+        Image.open(photographs / f"{name}.png").resize((60, 52)).save(photographs / f"{name}.png")
+    (photographs / "camera.png").unlink()
+    arguments = [file, photographs, "--judge", photographs, "--weights", tmp_path / "net.pth", "--minutes", 0.05]
+    monkeypatch.setattr("sys.argv", ["adapters_for_a_loop.py", *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / "adapters_for_a_loop.py"), run_name="__main__")
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[2:]] == [
+        "as published",
+        "network trained on",
+        "adapters alone",
+        "network and adapters",
+    ]
+    sizes = [int(row[1].replace(",", "")) for row in rows[2:]]
+    assert sizes[0] == sizes[1] < sizes[2] == sizes[3] < 1.15 * sizes[0] + 1000
+    assert max(float(row[2]) for row in rows[3:]) > float(rows[2][2])
