@@ -1,4 +1,4 @@
-"""Train the network of a task file from scratch, on random crops of images.
+"""Train the network of a task file, from scratch or from given weights, on random crops of images.
 
     python examples/train.py examples/spectral_imaging.py CUBES --minutes 120 --out spectral_imaging.safetensors
 
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("task", help="task file")
     parser.add_argument("images", type=Path, help="folder of training images")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    parser.add_argument("--weights", type=Path, help="checkpoint to start from")
     parser.add_argument("--minutes", type=float, default=60.0, help="time to train, over all restarts")
     parser.add_argument("--batch", type=int, help="crops in a batch; by default 17,000 pixels")
     parser.add_argument("--sigma", type=float, default=0.0, help="noise on the measurements (0..255)")
@@ -46,7 +47,10 @@ def main() -> None:
 
     torch.manual_seed(0)
     task = load_task(args.task)
-    net = task.build().train()
+    net = task.build()
+    if args.weights is not None:
+        task.load_weights(net, args.weights)
+    net.train()
     optimizer = torch.optim.Adam(net.parameters(), lr=args.peak)
     elapsed, steps = 0.0, 0
     checkpoint = args.out.with_suffix(".checkpoint")

@@ -164,7 +164,7 @@ def test_adapters_add_to_a_loop(photographs: Path, tmp_path: Path, monkeypatch, 
     file = EXAMPLES / "super_resolution.py"
     torch.manual_seed(0)
     torch.save(load_task(str(file)).build().state_dict(), tmp_path / "net.pth")
-    for name in ("chelsea", "coffee", "rocket"):
+    for name in ("astronaut", "chelsea", "coffee", "rocket"):
         Image.open(photographs / f"{name}.png").resize((60, 52)).save(photographs / f"{name}.png")
     (photographs / "camera.png").unlink()
     arguments = [file, photographs, "--judge", photographs, "--weights", tmp_path / "net.pth", "--minutes", 0.05]
@@ -180,3 +180,35 @@ def test_adapters_add_to_a_loop(photographs: Path, tmp_path: Path, monkeypatch, 
     sizes = [int(row[1].replace(",", "")) for row in rows[2:]]
     assert sizes[0] == sizes[1] < sizes[2] == sizes[3] < 1.15 * sizes[0] + 1000
     assert max(float(row[2]) for row in rows[3:]) > float(rows[2][2])
+
+
+def test_training_resumes(tmp_path: Path, monkeypatch, capsys) -> None:
+    images, out = tmp_path / "images", tmp_path / "net.safetensors"
+    images.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40), np.uint8)).save(images / "a.png")
+    task = load_task(str(EXAMPLES / "mri.py"))
+
+    def train(*arguments: object) -> str:
+        given = [EXAMPLES / "mri.py", images, "--out", out, "--batch", 1, *arguments]
+        monkeypatch.setattr("sys.argv", ["train.py", *map(str, given)])
+        runpy.run_path(str(EXAMPLES / "train.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)  # in the first step
+        train("--minutes", 1)
+    checkpoint = torch.load(out.with_suffix(".checkpoint"), weights_only=True)
+    assert checkpoint["steps"] == 0 and not out.exists()
+    torch.save({**checkpoint, "elapsed": 60.0, "steps": 7}, out.with_suffix(".checkpoint"))
+    assert train("--minutes", 1).startswith("7 steps") and not out.with_suffix(".checkpoint").exists()
+    first = task.build()
+    task.load_weights(first, out)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, checkpoint["net"][name])
+    assert int(train("--minutes", 0.02, "--weights", out).split()[0]) > 0
+    second = task.build()
+    task.load_weights(second, out)
+    assert not torch.equal(second.prior[0].denoiser.in_conv.weight, first.prior[0].denoiser.in_conv.weight)
