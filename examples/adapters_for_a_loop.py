@@ -1,9 +1,9 @@
 """What adapters add to a network that shares its denoiser already, at equal extra training, as a Markdown table.
 
-    python examples/adapters_for_a_loop.py examples/super_resolution.py IMAGES --judge OTHERS --rank 1 --minutes 10
+    python examples/adapters_for_a_loop.py examples/super_resolution.py IMAGES --judge OTHERS --rank 1 --steps 1500
 
 A denoiser that is called in a loop is the same in every iteration. Adapters give each iteration weights of its own. The
-network alone, adapters alone on the frozen network, and the network together with adapters train for the same time, on
+network alone, adapters alone on the frozen network, and the network together with adapters train for as many steps, on
 the same crops of IMAGES, with the same optimiser, schedule, loss and held-out images, and are judged on OTHERS.
 """
 
@@ -21,10 +21,10 @@ from lorun_adapt import Crops, convert, evaluate, fit, held_out_of, load_task
 RATE, SMALL = 0.02, 0.01  # learning rates relative to the size of a tensor's values, as finetune has them
 
 
-def train(network: nn.Module, crops: Crops, judged: Crops, minutes: float) -> None:
+def train(network: nn.Module, crops: Crops, judged: Crops, steps: int) -> None:
     """Train all parameters that require gradients."""
     rates = [(p, RATE if p.ndim > 1 else SMALL) for p in network.parameters() if p.requires_grad]
-    if not fit(network, crops, rates, loss=crops.loss, minutes=minutes, held_out=judged.some()):
+    if not fit(network, crops, rates, loss=crops.loss, steps=steps, held_out=judged.some()):
         raise KeyboardInterrupt
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="checkpoint, where the task names none")
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--sigma", type=float, default=0.0, help="noise on the measurements (0..255)")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for each training")
+    parser.add_argument("--steps", type=int, default=1500, help="of each training")
     parser.add_argument("--metric", action="append", default=[], help="beside psnr; repeatable")
     parser.add_argument("--out", type=Path, help="folder to save the adapters alone to")
     args = parser.parse_args()
@@ -57,15 +57,15 @@ def main() -> None:
 
     show("as published", net)
     alone = copy.deepcopy(net).requires_grad_(True)
-    train(alone, crops, judged, args.minutes)
+    train(alone, crops, judged, args.steps)
     show("network trained on", alone)
     lorun = convert(net, rank=args.rank, example_inputs=task.example_inputs())
-    train(lorun, crops, judged, args.minutes)
+    train(lorun, crops, judged, args.steps)
     show("adapters alone", lorun)
     if args.out is not None:
         lorun.save_pretrained(args.out)
     both = convert(net, rank=args.rank, example_inputs=task.example_inputs()).requires_grad_(True)
-    train(both, crops, judged, args.minutes)
+    train(both, crops, judged, args.steps)
     show("network and adapters", both)
 
 

@@ -28,6 +28,7 @@ NOISE_FLOOR = 1.0  # of 255: what a measurement without noise counts as
 channels = 3
 patch = 24 * SCALE
 border = SCALE
+weights = "super_resolution.safetensors"  # for a scale of 2
 license = "apache-2.0"
 
 

@@ -167,7 +167,7 @@ def test_adapters_add_to_a_loop(photographs: Path, tmp_path: Path, monkeypatch, 
     for name in ("astronaut", "chelsea", "coffee", "rocket"):
         Image.open(photographs / f"{name}.png").resize((60, 52)).save(photographs / f"{name}.png")
     (photographs / "camera.png").unlink()
-    arguments = [file, photographs, "--judge", photographs, "--weights", tmp_path / "net.pth", "--minutes", 0.05]
+    arguments = [file, photographs, "--judge", photographs, "--weights", tmp_path / "net.pth", "--steps", 3]
     monkeypatch.setattr("sys.argv", ["adapters_for_a_loop.py", *map(str, arguments)])
     runpy.run_path(str(EXAMPLES / "adapters_for_a_loop.py"), run_name="__main__")
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
