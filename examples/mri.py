@@ -26,6 +26,7 @@ CENTRE = 0.08  # the share of columns in the middle that are always read
 
 channels = 1
 patch = 256  # whole slices: a part of one would be read along other lines
+weights = "mri.safetensors"
 license = "apache-2.0"
 
 

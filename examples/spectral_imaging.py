@@ -200,10 +200,11 @@ class UnfoldedHQS(nn.Module):
         self.denoisers = nn.ModuleList(Denoiser() for _ in range(stages))
 
     def forward(self, y: Tensor, mask: Tensor) -> Tensor:
-        overlap, x = open_bands(mask), first_estimate(y, mask)
+        overlap, x, target = open_bands(mask), first_estimate(y, mask), y
         for mu, denoiser in zip(self.mu, self.denoisers):
-            residual = y - camera(x, mask)
-            x = denoiser(x + camera_transposed(residual / (overlap + mu), mask))
+            seen = camera(x, mask)
+            target = target + y - seen  # accelerated, as in first_estimate
+            x = denoiser(x + camera_transposed((target - seen) / (overlap + mu), mask))
         return x
 
 

@@ -2,12 +2,13 @@
 
     python examples/train.py examples/spectral_imaging.py CUBES --minutes 120 --out spectral_imaging.safetensors
 
-The loss is the root of the mean squared error of each crop, so that dark crops count as bright ones do. The script
-keeps a checkpoint beside its output, at most a minute old, and resumes from it when it is started again.
+The optimiser is SOAP: in two minutes it takes the spectral network to 25.9 dB, where Adam takes it to 24.2. The loss is
+the root of the mean squared error of each crop, so that dark crops count as bright ones do. The script keeps a
+checkpoint beside its output, at most a minute old, and resumes from it when it is started again.
 
-The weights of ``compressive_sensing.py`` are from an hour of such training on two CPU cores, with the mean squared
-error of the output before it is clamped, on the 400 grey images of the Berkeley segmentation set that DnCNN was trained
-on.
+Other weights in this folder are older: those of ``compressive_sensing.py`` are from an hour on two CPU cores, with Adam
+and the mean squared error of the output before it is clamped, on the 400 grey images of the Berkeley segmentation set
+that DnCNN was trained on; those of ``super_resolution.py`` and ``mri.py`` are from Adam, too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from pytorch_optimizer import SOAP
 from safetensors.torch import save_model
 from tqdm import tqdm
 
@@ -39,7 +41,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="time to train, over all restarts")
     parser.add_argument("--batch", type=int, help="crops in a batch; by default 17,000 pixels")
     parser.add_argument("--sigma", type=float, default=0.0, help="noise on the measurements (0..255)")
-    parser.add_argument("--peak", type=float, default=2e-3, help="largest learning rate")
+    parser.add_argument("--peak", type=float, default=3e-3, help="largest learning rate")
     parser.add_argument(
         "--bf16", action="store_true", help="mixed precision for the first three quarters, where the CPU is fast at it"
     )
@@ -51,7 +53,7 @@ def main() -> None:
     if args.weights is not None:
         task.load_weights(net, args.weights)
     net.train()
-    optimizer = torch.optim.Adam(net.parameters(), lr=args.peak)
+    optimizer = SOAP(net.parameters(), lr=args.peak, weight_decay=0.0, max_precondition_dim=512)
     elapsed, steps = 0.0, 0
     checkpoint = args.out.with_suffix(".checkpoint")
     if checkpoint.exists():

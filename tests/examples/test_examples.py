@@ -18,7 +18,8 @@ from skimage.data import camera
 from tasks import GREY_TASK, call
 
 import lorun_adapt
-from lorun_adapt.cli.demo import shipped
+from lorun_adapt.cli.demo import DEFAULT, DEMOS, shipped
+from lorun_adapt.cli.main import DEMOS as OFFERED
 from lorun_adapt.factorise import weigh
 from lorun_adapt.task.evaluate import evaluate
 from lorun_adapt.task.task import load_task
@@ -42,6 +43,22 @@ def test_demo(tmp_path, capsys, monkeypatch) -> None:
     picture = np.asarray(Image.open(tmp_path / "new/demo.png"))
     assert picture.shape[0] > 700 and picture.shape[1] > 1400 and picture.std() > 30
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["demo.png"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:deepinv")
+def test_demo_of_mri(tmp_path, capsys, monkeypatch) -> None:
+    code, out, err = call(capsys, monkeypatch, "demo", "--task", "mri", "--out", tmp_path)
+    assert code == 0, err
+    rows = ("zero-filled", "original", "as converted", "recovered")
+    scores = {row: float(line.split()[-2]) for line in out.splitlines() for row in rows if row in line}
+    assert scores["original"] > scores["recovered"] > scores["zero-filled"] + 4
+    assert scores["recovered"] > scores["as converted"] + 4
+    picture = np.asarray(Image.open(tmp_path / "demo_mri.png"))
+    assert picture.shape[0] > 700 and picture.shape[1] > 1900 and picture.std() > 30
+
+
+def test_every_demo_is_offered() -> None:
+    assert OFFERED == tuple(DEMOS) and OFFERED[0] == DEFAULT
 
 
 def test_reference_network() -> None:
