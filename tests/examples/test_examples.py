@@ -101,7 +101,7 @@ def test_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch, capsys) -> 
 
     monkeypatch.setattr(sys, "argv", [*arguments, "0.005"])
     with monkeypatch.context() as within, pytest.raises(KeyboardInterrupt):
-        within.setattr(train, "save_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        within.setattr(train, "save_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         train.main()
     assert not out.exists()
     saved = torch.load(out.with_suffix(".checkpoint"), weights_only=True)
