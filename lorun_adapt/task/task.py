@@ -20,13 +20,8 @@ and optionally
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import os
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +35,7 @@ from ..util.numbers import is_whole_number
 from ..util.text import SHORT, is_short
 from .cubes import CUBE_SUFFIXES, read_cube
 from .images import IMAGE_SUFFIXES, check_range, read_image
+from .user_code import line_of, module_by_name, module_of_file, own_command_line
 from .weights import choose_state, mismatch, read_states
 
 
@@ -299,12 +295,12 @@ class Task:
 
     def _guard(self, what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
-            with _own_command_line(self.name):
+            with own_command_line(self.name):
                 return function(*args, **kwargs)
         except LoRunError:
             raise
         except Exception as error:
-            raise LoRunError(f"{what} failed with {type(error).__name__}: {error}; see {_line_of(error)}") from error
+            raise LoRunError(f"{what} failed with {type(error).__name__}: {error}; see {line_of(error)}") from error
 
 
 def load_task(name: str | os.PathLike[str]) -> Task:
@@ -323,15 +319,15 @@ def load_task(name: str | os.PathLike[str]) -> Task:
     """
     name = os.fspath(name)
     try:
-        with _own_command_line(name):
-            module = _module_of_file(Path(name)) if name.endswith(".py") else _module_by_name(name)
+        with own_command_line(name):
+            module = module_of_file(Path(name)) if name.endswith(".py") else module_by_name(name)
     except LoRunError:
         raise
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             raise LoRunError(f"no task module {name} ({error}): check the name, or give a .py file") from error
         raise LoRunError(
-            f"cannot load the task {name}: {type(error).__name__}: {error}; see {_line_of(error)}"
+            f"cannot load the task {name}: {type(error).__name__}: {error}; see {line_of(error)}"
         ) from error
     for function in ("build", "measure", "restore"):
         if not callable(getattr(module, function, None)):
@@ -359,54 +355,6 @@ def load_task(name: str | os.PathLike[str]) -> Task:
     if weights is not None:
         options["weights"] = Path(module.__file__ or ".").parent / weights
     return Task(name, module, **options)
-
-
-@contextmanager
-def _own_command_line(name: str) -> Iterator[None]:
-    """Run the user's code as if it had been started without arguments, and do not let it end the process.
-
-    Published networks often parse the command line when they are imported or built.
-    """
-    before, sys.argv = sys.argv, [name]
-    try:
-        yield
-    except SystemExit as error:
-        raise LoRunError(
-            f"{name} ends the process with sys.exit({error.code!r}), see {_line_of(error)}: move what parses the "
-            'command line under `if __name__ == "__main__":`, or give its options defaults'
-        ) from error
-    finally:
-        sys.argv = before
-
-
-def _module_by_name(name: str) -> ModuleType:
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does, and a console script does not
-    return importlib.import_module(name)
-
-
-def _module_of_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise LoRunError(f"no task file at {path}: give an existing .py file")
-    name = f"lorun_task_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # as for a script, so that it finds the network's code in its folder
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _line_of(error: BaseException) -> str:
-    """The innermost line of the traceback that is in no installed package and not in this one: the user's, often."""
-    frames = traceback.extract_tb(error.__traceback__)
-    chosen = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith("<")] or frames
-    package = str(Path(__file__).parents[1])
-    chosen = [f for f in chosen if not f.filename.startswith(package)] or chosen
-    return f"{chosen[-1].filename}, line {chosen[-1].lineno}"
 
 
 def _is_state_dict(value: object) -> bool:

@@ -1,0 +1,69 @@
+"""Running code that is not ours: a task file, and the network that it builds."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from ..errors import LoRunError
+
+
+@contextmanager
+def own_command_line(name: str) -> Iterator[None]:
+    """Run the user's code as if it had been started without arguments, and do not let it end the process.
+
+    Published networks often parse the command line when they are imported or built.
+    """
+    before, sys.argv = sys.argv, [name]
+    try:
+        yield
+    except SystemExit as error:
+        raise LoRunError(
+            f"{name} ends the process with sys.exit({error.code!r}), see {line_of(error)}: move what parses the "
+            'command line under `if __name__ == "__main__":`, or give its options defaults'
+        ) from error
+    finally:
+        sys.argv = before
+
+
+def module_by_name(name: str) -> ModuleType:
+    """Import a module, of the current folder as well."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, and a console script does not
+    return importlib.import_module(name)
+
+
+def module_of_file(path: Path) -> ModuleType:
+    """Import a Python file as a module of its own, with its folder on the search path.
+
+    Raises:
+        LoRunError: there is no such file.
+    """
+    if not path.is_file():
+        raise LoRunError(f"no task file at {path}: give an existing .py file")
+    name = f"lorun_task_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # as for a script, so that it finds the network's code in its folder
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def line_of(error: BaseException) -> str:
+    """The innermost line of the traceback that is in no installed package and not in this one: the user's, often."""
+    frames = traceback.extract_tb(error.__traceback__)
+    chosen = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith("<")] or frames
+    package = str(Path(__file__).parents[1])
+    chosen = [f for f in chosen if not f.filename.startswith(package)] or chosen
+    return f"{chosen[-1].filename}, line {chosen[-1].lineno}"
