@@ -9,14 +9,13 @@ the same crops of IMAGES, with the same optimiser, schedule, loss and held-out i
 
 from __future__ import annotations
 
-import argparse
 import copy
 from pathlib import Path
 
-import torch
+from comparing import parser_of, scores
 from torch import nn
 
-from lorun_adapt import Crops, convert, evaluate, fit, held_out_of, load_task
+from lorun_adapt import Crops, convert, fit, held_out_of, load_task
 
 RATE, SMALL = 0.02, 0.01  # learning rates relative to the size of a tensor's values, as finetune has them
 
@@ -29,11 +28,7 @@ def train(network: nn.Module, crops: Crops, judged: Crops, steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", help="task file")
-    parser.add_argument("images", type=Path, help="folder of images to train on")
-    parser.add_argument("--judge", type=Path, required=True, help="folder of images to judge on")
-    parser.add_argument("--weights", type=Path, help="checkpoint, where the task names none")
+    parser = parser_of(__doc__)
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--sigma", type=float, default=0.0, help="noise on the measurements (0..255)")
     parser.add_argument("--steps", type=int, default=1500, help="of each training")
@@ -50,8 +45,7 @@ def main() -> None:
     print(f"| | parameters | {' | '.join(metrics)} |\n| --- | ---: |{' ---: |' * len(metrics)}")
 
     def show(name: str, network: nn.Module) -> None:
-        torch.manual_seed(0)  # the same noise for all
-        mean = evaluate(task, task.images(args.judge), network.eval(), None, sigma=args.sigma, metrics=metrics).mean()
+        mean = scores(task, task.images(args.judge), network, args.sigma, metrics)
         size = sum(p.numel() for p in network.parameters())
         print(f"| {name} | {size:,} | {' | '.join(f'{mean[metric]:.2f}' for metric in metrics)} |", flush=True)
 

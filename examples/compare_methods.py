@@ -10,7 +10,6 @@ of the files: float32 values, and for pruning one bit for each weight, which say
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comparing import parser_of
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -277,11 +277,7 @@ class Comparison:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", help="task file")
-    parser.add_argument("images", type=Path, help="folder of images to train on")
-    parser.add_argument("--judge", type=Path, required=True, help="folder of images to judge on")
-    parser.add_argument("--weights", type=Path, help="checkpoint, where the task names none")
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--budgets", type=float, nargs="+", default=[0.4, 0.25], help="parameters of the first way, as shares"
     )

@@ -14,15 +14,15 @@ does the same for another acceleration; for another camera, set SPECTRAL_IMAGING
 
 from __future__ import annotations
 
-import argparse
 import copy
 import tempfile
 from pathlib import Path
 
 import torch
+from comparing import parser_of, scores
 from torch import nn
 
-from lorun_adapt import Crops, LoRunModel, Task, evaluate, fit, from_pretrained, held_out_of, load_task
+from lorun_adapt import Crops, LoRunModel, Task, fit, from_pretrained, held_out_of, load_task
 
 KERNEL, SMALL = 0.02, 0.01  # learning rates relative to the size of a tensor's values, as finetune has them
 PATIENCE = 10  # checks without a better one, as in finetune
@@ -38,8 +38,7 @@ def train_whole(net: nn.Module, crops: Crops, judged: Crops, minutes: float) -> 
 
 
 def psnr(task: Task, files: list[Path], net: nn.Module, sigma: float) -> float:
-    torch.manual_seed(0)  # the same noise for all
-    return evaluate(task, files, net.eval(), None, sigma=sigma).mean()["psnr"]
+    return scores(task, files, net, sigma)["psnr"]
 
 
 def set_bytes(lorun: LoRunModel, name: str) -> int:
@@ -50,12 +49,8 @@ def set_bytes(lorun: LoRunModel, name: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", help="task file")
-    parser.add_argument("images", type=Path, help="folder of images to train on")
+    parser = parser_of(__doc__)
     parser.add_argument("--converted", type=Path, required=True, help="folder of the conversion")
-    parser.add_argument("--judge", type=Path, required=True, help="folder of images to judge on")
-    parser.add_argument("--weights", type=Path, help="checkpoint of the original, where the task names none")
     parser.add_argument("--sigmas", type=float, nargs="+", default=[10, 25, 50], help="noise levels")
     parser.add_argument("--minutes", type=float, default=5.0, help="for each training")
     parser.add_argument("--out", type=Path, help="folder to save the conversion with its new sets to")

@@ -1,9 +1,9 @@
 """Draw a restored cube in false colour, and its spectra at marked points beside the true ones.
 
-    python examples/spectra.py --out spectral_imaging.png
-    python examples/spectra.py --cube MINE.npy --points 40,60 90,100 --converted DIR --out mine.png
+    python examples/spectra.py --weights CHECKPOINT --converted DIR --out spectra.png
+    python examples/spectra.py --weights CHECKPOINT --cube MINE.npy --points 40,60 90,100 --out mine.png
 
-Without ``--cube``, it restores the synthetic scene that the demo restores. ``pip install 'lorun-adapt[examples]'``.
+Without ``--cube``, it restores a synthetic scene that comes with it. ``pip install 'lorun-adapt[examples]'``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from lorun_adapt import from_pretrained, load_task
+from lorun_adapt import from_pretrained, load_task, psnr
 
 HERE = Path(__file__).parent
 COLOURS = ("tab:orange", "tab:green", "tab:purple", "tab:brown")
@@ -30,8 +30,8 @@ def point(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cube", type=Path, default=HERE / "spectral_scene.npz", help="array file, (H, W, 28)")
-    parser.add_argument("--weights", type=Path, help="checkpoint, instead of the one that the task names")
-    parser.add_argument("--converted", type=Path, default=HERE.parent / "adapters/spectral_imaging")
+    parser.add_argument("--weights", type=Path, required=True, help="checkpoint of the network")
+    parser.add_argument("--converted", type=Path, help="folder of a conversion, to draw that as well")
     parser.add_argument("--points", type=point, nargs="+", default=[(30, 40), (64, 100), (110, 60)], help="row,column")
     parser.add_argument("--out", type=Path, required=True, help="picture to write")
     args = parser.parse_args()
@@ -43,7 +43,8 @@ def main() -> None:
     torch.manual_seed(0)
     arguments = task.measure(truth)
     cubes = {"truth": truth, "network": task.run(net, arguments, truth)}
-    cubes["converted"] = task.run(from_pretrained(args.converted, net).eval(), arguments, truth)
+    if args.converted is not None:
+        cubes["converted"] = task.run(from_pretrained(args.converted, net).eval(), arguments, truth)
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -51,7 +52,7 @@ def main() -> None:
     figure, panels = plt.subplots(1, len(cubes) + 1, figsize=(15, 4), width_ratios=[1] * len(cubes) + [1.6])
     for panel, (name, cube) in zip(panels, cubes.items()):
         panel.imshow(task.picture(cube)[0].movedim(0, -1).numpy())
-        panel.set_title(name if name == "truth" else f"{name}: {-10 * (cube - truth).square().mean().log10():.2f} dB")
+        panel.set_title(name if name == "truth" else f"{name}: {psnr(cube[0], truth[0]):.2f} dB")
         panel.set_axis_off()
         for (row, column), colour in zip(args.points, COLOURS):
             panel.plot(column, row, "o", markersize=9, fillstyle="none", markeredgewidth=2, color=colour)
@@ -59,8 +60,8 @@ def main() -> None:
     for (row, column), colour in zip(args.points, COLOURS):
         for name, cube in cubes.items():
             panels[-1].plot(wavelengths, cube[0, :, row, column], STYLES[name], color=colour)
-    for name, style in STYLES.items():
-        panels[-1].plot([], [], style, color="black", label=name)
+    for name in cubes:
+        panels[-1].plot([], [], STYLES[name], color="black", label=name)
     panels[-1].set(xlabel="wavelength (nm)", ylabel="intensity", title="spectra at the marked points")
     panels[-1].legend()
     figure.tight_layout()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -79,17 +80,23 @@ def open_bands(mask: Tensor) -> Tensor:
 
 
 def first_estimate(y: Tensor, mask: Tensor) -> Tensor:
-    """What the network starts from: detector images (B, H, W + 54) -> cubes (B, 28, H, W).
+    """What the network starts from: detector images (B, H, W + 54) -> cubes (B, 28, H, W)."""
+    return projections(y, mask, smooth, PROJECTIONS)
 
-    Projections onto what was measured alternate with smoothing; what remains of ``y`` is added to the next target, as
-    in accelerated generalised alternating projection (Yuan, arXiv:1511.03890).
+
+def projections(y: Tensor, mask: Tensor, denoise: Callable[[Tensor], Tensor], iterations: int) -> Tensor:
+    """Project onto what was measured and denoise, in turns: detector images (B, H, W + 54) -> cubes (B, 28, H, W).
+
+    What remains of ``y`` is added to the next target, as in accelerated generalised alternating projection (Yuan,
+    arXiv:1511.03890).
     """
     overlap, target = open_bands(mask).clamp(min=1), y
-    x = smooth(camera_transposed(y / overlap, mask))
-    for _ in range(PROJECTIONS):
+    x = denoise(camera_transposed(y / overlap, mask))
+    for iteration in range(iterations):
         seen = camera(x, mask)
-        x = smooth(x + camera_transposed((target - seen) / overlap, mask))
-        target = target + y - camera(x, mask)
+        if iteration:
+            target = target + y - seen
+        x = denoise(x + camera_transposed((target - seen) / overlap, mask))
     return x
 
 

@@ -22,10 +22,13 @@ def unrecovered(lorun: LoRunModel, original: nn.Module, inputs: Sequence[object]
         inputs: the arguments of one forward.
     """
     without_base = {spec.name for group in lorun.stage_map.groups for spec in group.tensors if spec.without_base}
-    arguments = lorun.stage_map.as_arguments()
     converted = collapse(
-        original, _same_ranks(lorun), without_base=without_base, example_inputs=inputs, **arguments
-    )  # fmt: skip
+        original,
+        _same_ranks(lorun),
+        without_base=without_base,
+        example_inputs=inputs,
+        **lorun.stage_map.as_arguments(),
+    )
     return LoRunModel(converted)
 
 

@@ -152,16 +152,16 @@ def _candidates(
         item for item in candidates if item not in small or not any(any_inside(item, other) for other in candidates)
     ]
     scales = any(trace.shrink(item) for item in candidates)
-    bottoms = [gap for item in candidates if (gap := trace.inside_halves(item))]
+    gaps = [trace.gap_of_coarser(item) for item in candidates]
     layers = [
         item
-        for item in candidates
+        for item, gap in zip(candidates, gaps)
         if not any(path in declared for path, _ in item)
         and (
             trace.lack_measurements(item)
             or (scales and trace.changes_size(item))
-            or trace.inside_halves(item)
-            or any(trace.are_within(item, gap) for gap in bottoms)
+            or gap is not None
+            or any(trace.are_within(item, other) for other in gaps if other is not None)
         )
     ]
     return [item for item in candidates if item not in layers], layers

@@ -92,8 +92,8 @@ class CallTrace:
         found = self._found(locations) or ()
         return any(after.is_smaller(before) for before, after in zip(found, found[1:]))
 
-    def inside_halves(self, locations: Sequence[Location]) -> tuple[int, int] | None:
-        """Where the coarser scales run, if ``locations`` are in the two halves of a U-Net: all in one gap."""
+    def gap_of_coarser(self, locations: Sequence[Location]) -> tuple[int, int] | None:
+        """The gap in which all smaller images run, if it is one: then ``locations`` are in the halves of a U-Net."""
         found = self._found(locations) or ()
         gaps = [(before.end, after.start) for before, after in zip(found, found[1:])]
         all_calls = [call for calls in self._calls.values() for call in calls]

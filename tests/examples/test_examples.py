@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import runpy
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from skimage.data import camera
-from tasks import GREY_TASK, call
+from tasks import EXAMPLES, GREY_TASK, call, run_example
 
 import lorun_adapt
 from lorun_adapt.cli.demo import DEFAULT, DEMOS, shipped
@@ -25,7 +24,6 @@ from lorun_adapt.task.evaluate import evaluate
 from lorun_adapt.task.task import load_task
 from lorun_adapt.terms.registry import TERMS
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = ("linear estimate", "original", "rank 8, as converted", "rank 8, recovered")
 PUBLISHED = os.environ.get("ISTA_NET_PLUS")
 JUDGED = os.environ.get("BSD68")
@@ -128,13 +126,6 @@ def photographs(tmp_path: Path) -> Path:
     for i in range(8):
         Image.fromarray(camera()[40 * i : 40 * i + 120, 50 * i : 50 * i + 120]).save(folder / f"{i}.png")
     return folder
-
-
-def run_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys, *arguments: object) -> str:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    return capsys.readouterr().out
 
 
 def reference(folder: Path) -> lorun_adapt.LoRunModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import warnings
 from pathlib import Path
 
@@ -12,12 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from skimage import data
-from tasks import call
+from tasks import EXAMPLES, call, run_example
 
 import lorun_adapt
 from lorun_adapt.task.task import load_task
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 FIELDS = ("spectral_imaging", "super_resolution", "mri")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -140,9 +138,11 @@ def test_every_command(field: str, tmp_path: Path, capsys, monkeypatch) -> None:
     metric = {"spectral_imaging": ("--metric", "sam"), "super_resolution": ("--metric", "psnr_y"), "mri": ()}[field]
     result = json.loads(run("eval", file, *given, *made, *shown, *metric, "--json"))
     assert all(np.isfinite(value) for value in result["mean"].values()) and len(result["images"]) == 3
-    monkeypatch.setattr("sys.argv", ["classic_methods.py", *map(str, (file, images, *given, *made, *metric))])
-    runpy.run_path(str(EXAMPLES / "classic_methods.py"), run_name="__main__")
-    table = capsys.readouterr().out.splitlines()
+    beside = run_example("classic_methods.py", monkeypatch, capsys, file, images, *given, *made, *metric)
+    table = beside.splitlines()
+    if field == "spectral_imaging":
+        run_example("spectra.py", monkeypatch, capsys, *given, *made, "--out", tmp_path / "spectra.png")
+        assert Image.open(tmp_path / "spectra.png").size[0] > 1000
     names = ["first estimate", *["GAP-TV"] * (field == "spectral_imaging"), "network", "converted"]
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| {name}" for name in names]
     assert float(table[-2].split(" | ")[1]) == pytest.approx(result["mean"]["psnr"], abs=0.1)
@@ -168,9 +168,8 @@ def test_adapters_add_to_a_loop(photographs: Path, tmp_path: Path, monkeypatch, 
         Image.open(photographs / f"{name}.png").resize((60, 52)).save(photographs / f"{name}.png")
     (photographs / "camera.png").unlink()
     arguments = [file, photographs, "--judge", photographs, "--weights", tmp_path / "net.pth", "--steps", 3]
-    monkeypatch.setattr("sys.argv", ["adapters_for_a_loop.py", *map(str, arguments)])
-    runpy.run_path(str(EXAMPLES / "adapters_for_a_loop.py"), run_name="__main__")
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    out = run_example("adapters_for_a_loop.py", monkeypatch, capsys, *arguments)
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows[2:]] == [
         "as published",
         "network trained on",
@@ -190,8 +189,7 @@ def test_training_starts_from_given_weights(tmp_path: Path, monkeypatch, capsys)
 
     def trained(*arguments: object) -> torch.nn.Module:
         given = [EXAMPLES / "mri.py", images, "--out", out, "--batch", 1, "--minutes", 0.02, *arguments]
-        monkeypatch.setattr("sys.argv", ["train.py", *map(str, given)])
-        runpy.run_path(str(EXAMPLES / "train.py"), run_name="__main__")
+        run_example("train.py", monkeypatch, capsys, *given)
         net = task.build()
         task.load_weights(net, out)
         return net

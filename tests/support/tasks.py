@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from lorun_adapt.cli import main as cli
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 COLOUR_TASK = """
 import torch
@@ -103,3 +107,11 @@ def call_quietly(*arguments: object) -> None:
         patch.setattr("warnings.showwarning", None)
         cli.main()
     assert not exit_.value.code
+
+
+def run_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys, *arguments: object) -> str:
+    """Run a script of ``examples/`` as from a shell, and return what it printed."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out

@@ -1,0 +1,30 @@
+"""What the scripts that compare networks share: their arguments, and scores from the same measurements."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lorun_adapt import Task, evaluate
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """A parser for a task file, images to train on, others to judge on, and weights."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", help="task file")
+    parser.add_argument("images", type=Path, help="folder of images to train on")
+    parser.add_argument("--judge", type=Path, required=True, help="folder of images to judge on")
+    parser.add_argument("--weights", type=Path, help="checkpoint, where the task names none")
+    return parser
+
+
+def scores(
+    task: Task, files: list[Path], net: nn.Module, sigma: float = 0.0, metrics: Sequence[str] = ()
+) -> dict[str, float]:
+    """The mean over images of PSNR, SSIM and further metrics, by name; each call draws the same masks and noise."""
+    torch.manual_seed(0)
+    return evaluate(task, files, net.eval(), None, sigma=sigma, metrics=metrics).mean()
