@@ -40,7 +40,9 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="checkpoint to start from")
     parser.add_argument("--minutes", type=float, default=60.0, help="time to train, over all restarts")
     parser.add_argument("--batch", type=int, help="crops in a batch; by default 17,000 pixels")
-    parser.add_argument("--sigma", type=float, default=0.0, help="noise on the measurements (0..255)")
+    parser.add_argument(
+        "--sigma", type=float, nargs="+", default=[0.0], help="noise (0..255); with several, each batch has one of them"
+    )
     parser.add_argument("--peak", type=float, default=3e-3, help="largest learning rate")
     parser.add_argument(
         "--bf16", action="store_true", help="mixed precision for the first three quarters, where the CPU is fast at it"
@@ -62,9 +64,10 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         elapsed, steps = state["elapsed"], state["steps"]
-    crops = iter(
-        Crops(task, task.images(args.images), sigma=args.sigma, size=args.batch, seed=steps, dimmed=0.0)
-    )  # another seed after each restart, so that it sees other crops
+    images = task.images(args.images)
+    streams = [  # another seed after each restart, so that it sees other crops
+        iter(Crops(task, images, sigma=sigma, size=args.batch, seed=steps, dimmed=0.0)) for sigma in args.sigma
+    ]
 
     def save_checkpoint() -> None:
         state = {
@@ -84,7 +87,7 @@ def main() -> None:
                 started = time.monotonic()
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(elapsed / limit, args.peak)
-                batch = next(crops)
+                batch = next(streams[int(torch.randint(len(streams), ()))])
                 with torch.autocast("cpu", enabled=args.bf16 and elapsed < 0.75 * limit):
                     output = net(*batch)
                 errors = (task.restored(output, batch.truth).float() - batch.truth).square().flatten(1).mean(1)

@@ -35,7 +35,7 @@ from ..util.numbers import is_whole_number
 from ..util.text import SHORT, is_short
 from .cubes import CUBE_SUFFIXES, read_cube
 from .images import IMAGE_SUFFIXES, check_range, read_image
-from .user_code import line_of, module_by_name, module_of_file, own_command_line
+from .user_code import how_to_install, line_of, module_by_name, module_of_file, own_command_line
 from .weights import choose_state, mismatch, read_states
 
 
@@ -326,6 +326,10 @@ def load_task(name: str | os.PathLike[str]) -> Task:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             raise LoRunError(f"no task module {name} ({error}): check the name, or give a .py file") from error
+        if isinstance(error, ModuleNotFoundError) and error.name is not None:
+            raise LoRunError(
+                f"{name} needs {error.name}, which is not installed, see {line_of(error)}: {how_to_install(error.name)}"
+            ) from error
         raise LoRunError(
             f"cannot load the task {name}: {type(error).__name__}: {error}; see {line_of(error)}"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -58,6 +59,15 @@ def module_of_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def how_to_install(library: str) -> str:
+    """What to do about a library that a task imports and that is missing; some are extras of this package."""
+    try:
+        extras = importlib.metadata.metadata("lorun-adapt").get_all("Provides-Extra") or []
+    except importlib.metadata.PackageNotFoundError:  # the package runs from where it lies
+        extras = []
+    return f"run `pip install 'lorun-adapt[{library}]'`" if library in extras else "install the library that has it"
 
 
 def line_of(error: BaseException) -> str:

@@ -28,7 +28,8 @@ from lorun_adapt.task.task import load_task
         ("def restore(output, images): return output['nothing']", "KeyError"),
         ("channels = 'grey'", "expected channels"),
         ("patch = 0", "expected patch"),
-        ("import nothing_at_all", "ModuleNotFoundError"),
+        ("import nothing_at_all", r"needs nothing_at_all, .* line \d+: install the library that has it"),
+        ("raise ModuleNotFoundError(name='deepinv')", r"needs deepinv, .*: run `pip install 'lorun-adapt\[deepinv\]'"),
         ("def (", "SyntaxError"),
     ],
 )
