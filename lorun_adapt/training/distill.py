@@ -41,12 +41,18 @@ class Distillation(nn.Module):
     each relative to the energy of the teacher's output. With ``loss``, that replaces the error of the final output, and
     the errors of the stages are averaged instead of summed, so that they do not outweigh it.
 
+    The stages guide the first steps. Later they would hold back a small network, which can come close to the teacher's
+    final output without coming close to all that leads to it, so their errors count less and less.
+
     Args:
         student: the network to train.
         teacher: a network with the same modules at the stages.
         observer: selects the outputs to compare.
         loss: with ground truth, a callable ``loss(output, batch)``.
         recomputed: modules of the student to run again in the backward pass, to save memory.
+
+    Attributes:
+        guidance: the factor of the stages' errors, in [0, 1].
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class Distillation(nn.Module):
         super().__init__()
         self.student, self.observer = student, observer
         self.recomputed = tuple(recomputed)
+        self.guidance = 1.0
         self._others = teacher, loss  # in a tuple, so that they are not registered, trained, moved or saved
 
     @property
@@ -108,9 +115,9 @@ class Distillation(nn.Module):
             with seeded(seed):
                 final = loss(own.whole, to_device(batch, device_of(self.student)))
         total = final
-        if own.stages:
+        if own.stages and self.guidance:
             between = torch.stack([relative_error(a, b) for a, b in zip(own.stages, target.stages)])
-            total = total + (between.sum() if loss is None else between.mean())
+            total = total + self.guidance * (between.sum() if loss is None else between.mean())
         return total, final.detach(), psnr_to(own.final, target.final)
 
 

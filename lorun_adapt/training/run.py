@@ -10,6 +10,7 @@ from .stagewise import TeacherForcing
 
 EARLIEST_END = 0.2  # the fraction of the duration before which a phase does not end for its number of steps
 LEAST_PEAK = 0.25  # of the learning rate of a short phase
+GUIDED = 0.5  # the fraction of an end-to-end phase in which the errors of the stages count
 EXACT = 1e-9  # a held-out loss below which there is nothing to recover
 
 
@@ -97,6 +98,11 @@ def peak(phase: Phase, run: Run, duration: Duration) -> float:
         return LEAST_PEAK
     expected = (phase.until - run.began(duration)) * steps
     return min(1.0, max(LEAST_PEAK, math.sqrt(expected / phase.full_rate_steps)))
+
+
+def guidance(done: float) -> float:
+    """How much the errors of the stages count when this fraction of an end-to-end phase is over: less and less."""
+    return max(0.0, 1 - done / GUIDED)
 
 
 def is_above(value: float, other: float, factor: float) -> bool:

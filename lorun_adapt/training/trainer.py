@@ -27,7 +27,7 @@ from .optimised import Optimised
 from .processes import broadcast, make_accelerator, mean_over_processes, sum_gradients
 from .recompute import explaining
 from .replay import STEPS_PER_BATCH, Replay
-from .run import EXACT, Phase, Run, end_of, is_above, peak
+from .run import EXACT, Phase, Run, end_of, guidance, is_above, peak
 from .speed import MARGIN, bfloat16, rounding_psnr, runs_in_bfloat16
 from .state_file import read_state, write_state
 from .supervised import Supervised
@@ -241,7 +241,7 @@ class Trainer:
 
     def _step(self, phase: Phase, drawn: Drawn, done: float) -> float:
         run = self.run
-        value = self._gradients(phase, drawn)
+        value = self._gradients(phase, drawn, done)
         if not math.isfinite(value):
             usable = phase.forcing is not None or is_finite(cast(Example, drawn).batch)
             if math.isfinite(mean_over_processes(self.accelerator, 0.0 if usable else math.nan)):
@@ -264,7 +264,7 @@ class Trainer:
         self.optimised.step(peak(phase, run, self.duration) * run.rate_factor * learning_rate_schedule(done))
         return value
 
-    def _gradients(self, phase: Phase, drawn: Drawn) -> float:
+    def _gradients(self, phase: Phase, drawn: Drawn, done: float) -> float:
         """Compute the gradients of a step; return its loss, NaN or Inf where any process has that."""
         run, index, processes = self.run, self.accelerator.process_index, self.accelerator.num_processes
         if phase.forcing is not None:
@@ -274,6 +274,8 @@ class Trainer:
             if processes > 1:
                 sum_gradients(self.optimised.parameters, self.accelerator)
             return processes * mean_over_processes(self.accelerator, value)
+        if isinstance(self.objective, Distillation):
+            self.objective.guidance = guidance(done)
         with bfloat16(run.bfloat16), explaining(bool(self.objective.recomputed)):
             loss = self.loss_of(lambda: drawn)[0]
         value = mean_over_processes(self.accelerator, float(loss.detach()))

@@ -20,8 +20,10 @@ from lorun_adapt.network.batches import Batches
 from lorun_adapt.network.observe import Observer
 from lorun_adapt.network.recording import Recorder
 from lorun_adapt.stages.tensors import stage_parameters
-from lorun_adapt.training import closed_form, recovery
+from lorun_adapt.training import closed_form, fit, recovery
+from lorun_adapt.training.distill import Distillation
 from lorun_adapt.training.replay import Replay
+from lorun_adapt.training.run import Phase
 from lorun_adapt.training.stagewise import TeacherForcing
 from lorun_adapt.training.trained import BASE_RATE, trainable_base
 from lorun_adapt.training.trainer import Trainer
@@ -52,6 +54,26 @@ def sampling() -> tuple[nn.Module, list[Tensor]]:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     return Sampling().eval(), [torch.rand(4, 1, 8, 8, generator=generator) for _ in range(4)]
+
+
+def test_stages_guide_the_first_half_only(monkeypatch) -> None:
+    net, batches = sampling()
+    seen = []
+
+    class Watched(Distillation):
+        def forward(self, draw):
+            total, final, psnr = super().forward(draw)
+            if torch.is_grad_enabled():
+                seen.append((self.guidance, float(total.detach()), float(final)))
+            return total, final, psnr
+
+    monkeypatch.setattr(fit, "Distillation", Watched)
+    monkeypatch.setattr(recovery, "Distillation", Watched)
+    monkeypatch.setattr(recovery, "_phases", lambda forcing, loss: [Phase("end to end")])
+    lorun_adapt.convert(net, rank=1).recover(net, batches, steps=10)
+    factors, totals, finals = zip(*seen[-10:])
+    assert factors == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0, 0], abs=1e-6)
+    assert totals[-5:] == finals[-5:] and all(a > b for a, b in zip(totals[:5], finals[:5]))
 
 
 def test_what_is_outside_the_stages_stays() -> None:
