@@ -38,11 +38,10 @@ class Distillation(nn.Module):
     """The loss of a student on one batch. It is a module so that DDP can distribute it.
 
     Without ``loss``, it is the sum of the relative squared errors of the final output and of the output of each stage,
-    each relative to the energy of the teacher's output. With ``loss``, that replaces the error of the final output, and
-    the errors of the stages are averaged instead of summed, so that they do not outweigh it.
+    each relative to the energy of the teacher's output. With ``loss``, that replaces the error of the final output.
 
-    The stages guide the first steps. Later they would hold back a small network, which can come close to the teacher's
-    final output without coming close to all that leads to it, so their errors count less and less.
+    The stages only guide: together they count at most as much as the final output, and less and less as training goes
+    on. A small network can come close to the teacher's final output without coming close to all that leads to it.
 
     Args:
         student: the network to train.
@@ -116,8 +115,9 @@ class Distillation(nn.Module):
                 final = loss(own.whole, to_device(batch, device_of(self.student)))
         total = final
         if own.stages and self.guidance:
-            between = torch.stack([relative_error(a, b) for a, b in zip(own.stages, target.stages)])
-            total = total + self.guidance * (between.sum() if loss is None else between.mean())
+            between = torch.stack([relative_error(a, b) for a, b in zip(own.stages, target.stages)]).sum()
+            most = final.detach().abs() / between.detach().clamp_min(TINY)
+            total = total + self.guidance * most.clamp_max(1.0) * between
         return total, final.detach(), psnr_to(own.final, target.final)
 
 
