@@ -7,7 +7,8 @@ the frozen base: for the same time, on the same crops of IMAGES, with the same o
 images. Both are judged on OTHERS. With three levels, the set for the middle one is then left out, and the set that
 select_adapter interpolates between the lowest and the highest is judged in its place.
 
-    MRI_ACCELERATION=8 python examples/noise_levels.py examples/mri.py IMAGES --converted DIR --judge OTHERS --sigmas 0
+    MRI_ACCELERATION=8 python examples/noise_levels.py examples/mri.py IMAGES --converted DIR --judge OTHERS --sigmas 0 \
+        --names acceleration8 --out DIR
 
 does the same for another acceleration; for another camera, set SPECTRAL_IMAGING_APERTURE.
 """
@@ -52,9 +53,11 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--converted", type=Path, required=True, help="folder of the conversion")
     parser.add_argument("--sigmas", type=float, nargs="+", default=[10, 25, 50], help="noise levels")
+    parser.add_argument("--names", nargs="+", help="of the new sets, by default sigma10 and so on")
     parser.add_argument("--minutes", type=float, default=5.0, help="for each training")
     parser.add_argument("--out", type=Path, help="folder to save the conversion with its new sets to")
     args = parser.parse_args()
+    names = dict(zip(args.sigmas, args.names or [f"sigma{sigma:g}" for sigma in args.sigmas], strict=True))
 
     task = load_task(args.task)
     net = task.build()
@@ -67,7 +70,7 @@ def main() -> None:
         lorun.set_adapter("default")
         starts[sigma] = psnr(task, files, lorun, sigma)
         crops, judged = (Crops(task, part, sigma=sigma) for part in (trained, kept))
-        name = f"sigma{sigma:g}"
+        name = names[sigma]
         if not lorun.finetune(crops, name, sigma=sigma, minutes=args.minutes, loss=crops.loss, held_out=judged.some()):
             raise KeyboardInterrupt
         ends[sigma] = psnr(task, files, lorun, sigma)
@@ -78,7 +81,7 @@ def main() -> None:
     if len(args.sigmas) == 3:
         low, middle, high = sorted(args.sigmas)
         lorun.set_adapter("default")
-        lorun.delete_adapter(f"sigma{middle:g}")
+        lorun.delete_adapter(names[middle])
         lorun.select_adapter(middle)
         between = psnr(task, files, lorun, middle)
         print(

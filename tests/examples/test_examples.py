@@ -184,10 +184,11 @@ def test_table_of_noise_levels(small, monkeypatch, capsys) -> None:
     out = run_example(
         "noise_levels.py", monkeypatch, capsys, tmp_path / "task.py", images, "--converted", tmp_path / "net",
         "--judge", images, "--weights", tmp_path / "net.pth", "--minutes", 0.02, "--out", tmp_path / "out",
+        "--names", "low", "middle", "high",
     )  # fmt: skip
     assert [line.split()[1] for line in out.splitlines()[-3:]] == ["10", "25", "50"]
     assert "| between the sets for 10 and 50 |" in out and "bytes in float16" in out
-    assert lorun_adapt.from_pretrained(tmp_path / "out", net).adapter_names[1:] == ["sigma10", "sigma25", "sigma50"]
+    assert lorun_adapt.from_pretrained(tmp_path / "out", net).adapter_names[1:] == ["low", "middle", "high"]
 
 
 def test_comparison_of_methods(small, monkeypatch, capsys) -> None:
