@@ -7,8 +7,8 @@ the frozen base: for the same time, on the same crops of IMAGES, with the same o
 images. Both are judged on OTHERS. With three levels, the set for the middle one is then left out, and the set that
 select_adapter interpolates between the lowest and the highest is judged in its place.
 
-    MRI_ACCELERATION=8 python examples/noise_levels.py examples/mri.py IMAGES --converted DIR --judge OTHERS --sigmas 0 \
-        --names acceleration8 --out DIR
+    MRI_ACCELERATION=8 python examples/noise_levels.py examples/mri.py IMAGES --converted DIR --judge OTHERS
+        --sigmas 0 --names acceleration8 --out DIR
 
 does the same for another acceleration; for another camera, set SPECTRAL_IMAGING_APERTURE.
 """
