@@ -30,7 +30,7 @@ def point(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cube", type=Path, default=HERE / "spectral_scene.npz", help="array file, (H, W, 28)")
-    parser.add_argument("--weights", type=Path, required=True, help="checkpoint of the network")
+    parser.add_argument("--weights", type=Path, help="checkpoint, instead of the weights that come with it")
     parser.add_argument("--converted", type=Path, help="folder of a conversion, to draw that as well")
     parser.add_argument("--points", type=point, nargs="+", default=[(30, 40), (64, 100), (110, 60)], help="row,column")
     parser.add_argument("--out", type=Path, required=True, help="picture to write")
