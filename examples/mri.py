@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 ACCELERATION = int(os.environ.get("MRI_ACCELERATION", "4"))
 PATTERN = os.environ.get("MRI_PATTERN", "cartesian")
-ITERATIONS = 6
+ITERATIONS = 10
 CENTRE = 0.08  # the share of columns in the middle that are always read
 
 channels = 1

@@ -6,9 +6,9 @@ The optimiser is SOAP: in two minutes it takes the spectral network to 25.9 dB, 
 the root of the mean squared error of each crop, so that dark crops count as bright ones do. The script keeps a
 checkpoint beside its output, at most a minute old, and resumes from it when it is started again.
 
-Other weights in this folder are older: those of ``compressive_sensing.py`` are from an hour on two CPU cores, with Adam
-and the mean squared error of the output before it is clamped, on the 400 grey images of the Berkeley segmentation set
-that DnCNN was trained on; those of ``super_resolution.py`` and ``mri.py`` are from Adam, too.
+The weights of ``compressive_sensing.py`` are older: they are from an hour on two CPU cores, with Adam and the mean
+squared error of the output before it is clamped, on the 400 grey images of the Berkeley segmentation set that DnCNN was
+trained on.
 """
 
 from __future__ import annotations
