@@ -1,4 +1,4 @@
-"""Coded aperture snapshot spectral imaging with one disperser: 28 bands from one image, in five unfolded iterations.
+"""Coded aperture snapshot spectral imaging with one disperser: 28 bands from one image, in nine unfolded iterations.
 
 An aperture mask codes each band of the scene, a prism shifts it by two pixels a band, and the detector
 adds all of them up. The network unfolds half-quadratic splitting of
@@ -30,12 +30,13 @@ from torch import Tensor, nn
 BANDS = 28
 SHIFT = 2  # pixels a band
 PROJECTIONS = 20  # of the first estimate
-STAGES = 5
+STAGES = 9
 SIDE = 256  # pixels of the apertures that come with this file
 APERTURE = os.environ.get("SPECTRAL_IMAGING_APERTURE", "binary")
 
 channels = BANDS
-patch = 64
+patch = 96  # fewer bands overlap in smaller crops than in whole scenes
+weights = "spectral_imaging.safetensors"
 license = "apache-2.0"
 
 

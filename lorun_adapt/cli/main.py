@@ -35,7 +35,7 @@ from .training import convert_, finetune, recover
 if TYPE_CHECKING:
     import torch
 
-DEMOS = ("compressive_sensing", "mri")
+DEMOS = ("compressive_sensing", "spectral_imaging", "super_resolution", "mri")
 
 # torch and PEFT take seconds to import, so each command imports them only when it runs; --help stays fast.
 

@@ -44,15 +44,22 @@ def test_demo(tmp_path, capsys, monkeypatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:deepinv")
-def test_demo_of_mri(tmp_path, capsys, monkeypatch) -> None:
-    code, out, err = call(capsys, monkeypatch, "demo", "--task", "mri", "--out", tmp_path)
+@pytest.mark.parametrize(
+    "field, rows, gain",
+    [
+        ("spectral_imaging", ("smoothed projections", "as converted", "recovered", "original"), 3),
+        ("super_resolution", ("bicubic", "original", "trained for the noise"), 3),
+        ("mri", ("zero-filled", "as converted", "recovered", "original"), 4),
+    ],
+)
+def test_demos_of_other_fields(field: str, rows: tuple[str, ...], gain: float, tmp_path, capsys, monkeypatch) -> None:
+    code, out, err = call(capsys, monkeypatch, "demo", "--task", field, "--out", tmp_path)
     assert code == 0, err
-    rows = ("zero-filled", "original", "as converted", "recovered")
     scores = {row: float(line.split()[-2]) for line in out.splitlines() for row in rows if row in line}
-    assert scores["original"] > scores["recovered"] > scores["zero-filled"] + 4
-    assert scores["recovered"] > scores["as converted"] + 4
-    picture = np.asarray(Image.open(tmp_path / "demo_mri.png"))
-    assert picture.shape[0] > 700 and picture.shape[1] > 1900 and picture.std() > 30
+    assert [scores[row] for row in rows[1:]] == sorted(scores[row] for row in rows[1:]) and len(scores) == len(rows)
+    assert scores[rows[-2]] > scores[rows[0]] + gain
+    picture = np.asarray(Image.open(tmp_path / f"demo_{field}.png"))
+    assert picture.shape[0] > 700 and picture.shape[1] > 1400 and picture.std() > 30
 
 
 def test_every_demo_is_offered() -> None:
