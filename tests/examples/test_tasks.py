@@ -145,7 +145,7 @@ def test_every_command(field: str, tmp_path: Path, capsys, monkeypatch) -> None:
         assert Image.open(tmp_path / "spectra.png").size[0] > 1000
     names = ["first estimate", *["GAP-TV"] * (field == "spectral_imaging"), "network", "converted"]
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| {name}" for name in names]
-    assert float(table[-2].split(" | ")[1]) == pytest.approx(result["mean"]["psnr"], abs=0.1)
+    assert float(table[-2].split(" | ")[1]) == pytest.approx(result["mean"]["psnr"], abs=0.5)
     tuned = ("--sigma", 10, "--adapter-name", "sigma10", "--out", tmp_path / "tuned")
     run("finetune", file, *made, *shown, *tuned, "--steps", 2, "--batch", 1)
     run("restore", file, "--converted", tmp_path / "tuned", *shown, "--out", tmp_path / "restored")
