@@ -75,6 +75,7 @@ def main() -> None:
             raise KeyboardInterrupt
         ends[sigma] = psnr(task, files, lorun, sigma)
     if args.out is not None:
+        lorun.set_adapter("default")
         lorun.save_pretrained(args.out)
     original, size = sum(p.numel() * p.element_size() for p in net.parameters()), set_bytes(lorun, name)
     print(f"A set is {size:,} bytes in float16, {original / size:.1f} times less than the original's {original:,}.\n")
