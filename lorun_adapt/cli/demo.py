@@ -94,12 +94,10 @@ def run_demo(name: str, out: Path, device: torch.device) -> tuple[LoRunModel, li
     task.load_weights(net, None)
     net.to(device)
     recovered = from_pretrained(shipped(f"adapters/{name}"), net)
-    is_looped = any(site.call is not None for group in recovered.stage_map.groups for site in group.sites)
-    if demo.sigma:
-        recovered.select_adapter(demo.sigma)
     rank = max(rank for ranks in recovered.stage_map.ranks.values() for rank in ranks.values())
     networks: dict[str, nn.Module] = {"original": net}
-    if is_looped:  # as converted, it computes what the original does
+    if demo.sigma:
+        recovered.select_adapter(demo.sigma)
         networks[f"rank {rank}, trained for the noise"] = recovered
     else:
         inputs = to_device(task.example_inputs(), device)
