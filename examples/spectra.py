@@ -1,7 +1,7 @@
 """Draw a restored cube in false colour, and its spectra at marked points beside the true ones.
 
-    python examples/spectra.py --weights CHECKPOINT --converted DIR --out spectra.png
-    python examples/spectra.py --weights CHECKPOINT --cube MINE.npy --points 40,60 90,100 --out mine.png
+    python examples/spectra.py --converted adapters/spectral_imaging --out spectra.png
+    python examples/spectra.py --cube MINE.npy --points 40,60 90,100 --out mine.png
 
 Without ``--cube``, it restores a synthetic scene that comes with it. ``pip install 'lorun-adapt[examples]'``.
 """
