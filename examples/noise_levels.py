@@ -4,8 +4,10 @@
 
 For each noise level, the original network trains as a whole, and a new adapter set of its conversion in DIR trains on
 the frozen base: for the same time, on the same crops of IMAGES, with the same optimiser, schedule, loss and held-out
-images. Both are judged on OTHERS. With three levels, the set for the middle one is then left out, and the set that
-select_adapter interpolates between the lowest and the highest is judged in its place.
+images. The whole network trains twice, with the learning rates of the adapters and with a quarter of these, which some
+networks need; what is better on the held-out images counts. Both are judged on OTHERS. With three levels, the set for
+the middle one is then left out, and the set that select_adapter interpolates between the lowest and the highest is
+judged in its place.
 
     MRI_ACCELERATION=8 python examples/noise_levels.py examples/mri.py IMAGES --converted DIR --judge OTHERS
         --sigmas 0 --names acceleration8 --out DIR
@@ -26,16 +28,21 @@ from torch import nn
 from lorun_adapt import Crops, LoRunModel, Task, fit, from_pretrained, held_out_of, load_task
 
 KERNEL, SMALL = 0.02, 0.01  # learning rates relative to the size of a tensor's values, as finetune has them
+FACTORS = 1.0, 0.25  # of these rates, for the whole network
 PATIENCE = 10  # checks without a better one, as in finetune
 
 
 def train_whole(net: nn.Module, crops: Crops, judged: Crops, minutes: float) -> nn.Module:
-    """Train all of the original network, as ``finetune`` trains adapters."""
-    net = copy.deepcopy(net).requires_grad_(True)
-    rates = [(p, KERNEL if p.ndim > 1 and p.numel() > 1000 else SMALL) for p in net.parameters()]
-    if not fit(net, crops, rates, loss=crops.loss, minutes=minutes, held_out=judged.some(), patience=PATIENCE):
-        raise KeyboardInterrupt
-    return net
+    """Train all of the original network, as ``finetune`` trains adapters, at two learning rates; return the better."""
+    trained: dict[float, nn.Module] = {}
+    for factor in FACTORS:
+        own = copy.deepcopy(net).requires_grad_(True)
+        rates = [(p, factor * (KERNEL if p.ndim > 1 and p.numel() > 1000 else SMALL)) for p in own.parameters()]
+        if not fit(own, crops, rates, loss=crops.loss, minutes=minutes, held_out=judged.some(), patience=PATIENCE):
+            raise KeyboardInterrupt
+        with torch.no_grad():
+            trained[sum(float(crops.loss(own(*batch), batch)) for batch in judged.some())] = own
+    return trained[min(trained)]
 
 
 def psnr(task: Task, files: list[Path], net: nn.Module, sigma: float) -> float:
