@@ -201,3 +201,6 @@ def test_training_starts_from_given_weights(tmp_path: Path, monkeypatch, capsys)
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), same.state_dict().values()))
     further = trained("--weights", out)
     assert not torch.equal(further.prior[0].denoiser.in_conv.weight, first.prior[0].denoiser.in_conv.weight)
+    tied = trained("--weights", out, "--tied").prior
+    assert all(torch.equal(prior.denoiser.in_conv.weight, tied[0].denoiser.in_conv.weight) for prior in tied)
+    assert not torch.equal(tied[0].denoiser.in_conv.weight, further.prior[0].denoiser.in_conv.weight)
