@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
 
     from .training.distill import Loss
 
+PROBES_TO_REPEAT = 4  # batches to measure sensitivities on, however long that takes
 WEIGHING = 0.05  # the fraction of the minutes of recovery that measuring sensitivities for a budget may take
 
 
@@ -144,6 +144,7 @@ def convert(
         share=share,
         calibration=batches,
         duration=duration,
+        repeatable=resume_from is not None,
         seed=seed,
         align_channels=batches is None,
     )
@@ -182,6 +183,7 @@ def collapse(
     share: bool = True,
     calibration: Batches | None = None,
     duration: Duration | None = None,
+    repeatable: bool = False,
     seed: int = 0,
     without_base: Collection[str] = (),
     align_channels: bool = True,
@@ -191,6 +193,8 @@ def collapse(
     Args:
         calibration: batches to measure the sensitivity of the output on, which decides how a budget is divided.
         duration: how long recovery takes afterwards; measuring takes a twentieth of the minutes at most.
+        repeatable: measure on a number of batches that does not depend on the clock, as a run that resumes needs the
+            same ranks again.
         without_base: names of tensors that get no base; with a budget, they are chosen automatically.
         align_channels: bring the hidden channels of the stages into one order, where ``example_inputs`` prove that
             nothing else changes. Recovery factorises the original anew, in its own order.
@@ -222,8 +226,10 @@ def collapse(
             from .factorise.weigh import measure_sensitivity
 
             minutes = duration.minutes if duration is not None else None
-            seconds = math.inf if minutes is None else 60 * minutes * WEIGHING
-            sensitivity = measure_sensitivity(dun, stage_map, calibration, seed, seconds)
+            limits: dict[str, Any] = {}
+            if minutes is not None:
+                limits = {"probes": PROBES_TO_REPEAT} if repeatable else {"seconds": 60 * minutes * WEIGHING}
+            sensitivity = measure_sensitivity(dun, stage_map, calibration, seed, **limits)
         allocation = allocate(dun, stage_map, budget, sensitivity)
         if calibration is not None:
             from .training.processes import broadcast  # imported here: training needs more libraries than conversion

@@ -111,6 +111,7 @@ def convert_(
             share=not no_share,
             calibration=weighed,
             duration=None if crops is None else Duration(training["minutes"], training["steps"]),
+            repeatable=training["resume_from"] is not None,
             seed=seed,
             align_channels=crops is None,
         )

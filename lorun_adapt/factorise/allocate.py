@@ -171,7 +171,7 @@ def _options(
 
 def _kept(dun: nn.Module, group: Group, spec: TensorSpec, sensitivity: Sensitivity | None) -> Energies:
     """The energy that the base and the ranks of a tensor keep."""
-    matrices = matrices_of(dun, group, spec).cpu()
+    matrices = matrices_of(dun, group, spec)
     of_weights = energies(matrices)
     if sensitivity is None:
         return of_weights

@@ -55,5 +55,5 @@ def adaptable(stage_map: StageMap) -> list[tuple[Group, TensorSpec]]:
 
 
 def matrices_of(dun: nn.Module, group: Group, spec: TensorSpec) -> torch.Tensor:
-    """A tensor of all stages, folded to matrices: (N, m, n)."""
-    return torch.stack(stage_values(dun, group, spec)).reshape(len(group.sites), *spec.matrix)
+    """A tensor of all stages, folded to matrices, on the CPU: (N, m, n)."""
+    return torch.stack(stage_values(dun, group, spec)).reshape(len(group.sites), *spec.matrix).cpu()

@@ -21,7 +21,12 @@ PROBES = 20  # batches to measure on
 
 
 def measure_sensitivity(
-    teacher: nn.Module, stage_map: StageMap, calibration: Batches, seed: int, seconds: float = math.inf
+    teacher: nn.Module,
+    stage_map: StageMap,
+    calibration: Batches,
+    seed: int,
+    seconds: float = math.inf,
+    probes: int = PROBES,
 ) -> dict[tuple[str, str], Sensitivity]:
     """Measure the sensitivity of a network's output to its tensors on the next batches of ``calibration``.
 
@@ -31,6 +36,7 @@ def measure_sensitivity(
         calibration: batches of arguments of the forward.
         seed: seed of the random numbers.
         seconds: how long this may take; one batch is always measured on.
+        probes: the number of batches to draw at the most.
 
     Returns:
         The sensitivity by group and tensor.
@@ -38,8 +44,8 @@ def measure_sensitivity(
     with evaluating(teacher), seeded(seed):
         started = time.monotonic()
         observer = Observer(teacher, stage_map, calibration.first)
-        batches = [batch for batch in itertools.islice(calibration, PROBES) if is_finite(batch)]
-        in_time = while_there_is_time(iter(batches), lambda: time.monotonic() - started < seconds)
+        batches = (batch for batch in itertools.islice(calibration, probes) if is_finite(batch))
+        in_time = while_there_is_time(batches, lambda: time.monotonic() - started < seconds)
         return sensitivity_on(in_time, teacher, stage_map, observer, seed)
 
 

@@ -650,8 +650,8 @@ class LoRunModel(nn.Module):
             also: glob patterns of parameters outside the stages to train as well.
             recompute: run each stage again in the backward pass instead of keeping its intermediate results. This saves
                 memory, and makes a step about a third longer.
-            resume_from: a state file. The run stores its state there, resumes from it if it exists, and deletes it
-                when finished.
+            resume_from: a state file. The run stores its state there, and resumes from it if it exists. Remove it when
+                you have saved the result: the same call would otherwise return to it.
             seed: seed of all random numbers. The same seed and ``steps`` give the same weights on a CPU.
 
         Returns:

@@ -108,6 +108,7 @@ class Distillation(nn.Module):
         assert target is not None
         with recomputing(self.recomputed):
             own = self.observer.run(self.student, batch, seed)
+        check_shapes(own, target)
         if loss is None:
             final = torch.stack([relative_error(a, b) for a, b in zip(own.final, target.final)]).mean()
         else:
@@ -119,6 +120,20 @@ class Distillation(nn.Module):
             most = final.detach().abs() / between.detach().clamp_min(TINY)
             total = total + self.guidance * most.clamp_max(1.0) * between
         return total, final.detach(), psnr_to(own.final, target.final)
+
+
+def check_shapes(own: Outputs, target: Outputs) -> None:
+    """Raise an error unless a student returns what the teacher returns, in number and shape.
+
+    Raises:
+        LoRunError: outputs that differ from the teacher's; a difference of other shapes would compare other images.
+    """
+    found, expected = ([tuple(tensor.shape) for tensor in outputs.final] for outputs in (own, target))
+    if found != expected:
+        raise LoRunError(
+            f"expected outputs of shape {expected}, as the teacher's, found {found}: train a network that returns what "
+            "the teacher returns"
+        )
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,14 @@ def _tensors_of(held: AdapterSet) -> dict[str, Tensor]:
 def _split(batches: Iterable[Any]) -> tuple[Iterable[Any], Iterable[Any]]:
     """Split batches into those to judge by and those to train on.
 
-    They are disjoint if ``batches`` is a long enough sequence. From an iterator, the first batches are taken out. A
-    short sequence repeats, so it is trained on completely, with a warning.
+    They are disjoint if ``batches`` is a long enough sequence. From an iterator, the first batches are taken out. What
+    is shorter repeats, so it is trained on completely, with a warning.
     """
+    if isinstance(batches, Iterator):
+        kept, further = list(itertools.islice(batches, HELD_OUT)), list(itertools.islice(batches, 1))
+        if further:
+            return kept, itertools.chain(further, batches)
+        batches = kept
     if isinstance(batches, Sequence) and not isinstance(batches, str) and len(batches) > HELD_OUT + 1:
         return batches[:HELD_OUT], batches[HELD_OUT:]
     if isinstance(batches, Sized):

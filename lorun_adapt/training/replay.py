@@ -22,7 +22,7 @@ class Replay(Generic[T]):
     """Computes something of each batch, and picks a batch for each step: a new one, or one that is kept.
 
     Every third step has a new batch. The others have one of those that are kept, at random: the newest ones, as many as
-    fit in 1 GiB with what was computed of them.
+    fit in 1 GiB with what is computed of them. That is taken to be as large, relative to the batch, as for the first.
 
     Args:
         batches: the batches; they are drawn when they are needed.
@@ -56,24 +56,27 @@ class Replay(Generic[T]):
         self.last = 0
         self._drawn = 0
         self._kept: dict[int, Batch] = {}  # by their numbers, counted from 0, in order
+        self._bytes: dict[int, int] = {}  # of these
         self._computed: dict[int, T] = {}
-        self._most: int | None = None  # batches that there is room for, as the first one shows
+        self._room = MAX_BYTES if steps_per_batch > 1 else 0
+        self._growth: float | None = None  # bytes of a batch and what is computed of it, over those of the batch
 
     def first(self) -> Iterator[T]:
         """Yield what is computed of the batches from the first one on; what there is room for is kept for the steps."""
         for number in itertools.count():
+            self._draw()
             yield self._item(number)
 
     def for_step(self, step: int) -> T:
         """Return what is computed of the batch for this step: the same for the same step, also after resuming."""
         newest, rest = divmod(step, self._steps_per_batch)
-        if self._most is None:
+        if not self._drawn:
+            self._draw()
             self._item(0)
-        oldest = newest + 1 - (self._most or 1)
-        self._draw(newest, oldest)
-        for number in [number for number in self._kept if number < oldest]:
-            self._kept.pop(number)
-            self._computed.pop(number, None)
+        while self._drawn <= newest:
+            self._draw()
+            self._forget(self._drawn - 1)
+        self._forget(newest)
         usable = [number for number in self._kept if number <= newest and number not in self.left_out]
         self.last = random.Random(self._seed + step).choice(usable) if rest and usable else newest
         return self._item(self.last)
@@ -81,25 +84,34 @@ class Replay(Generic[T]):
     def clear(self) -> None:
         """Forget what is kept."""
         self._kept.clear()
+        self._bytes.clear()
         self._computed.clear()
 
-    def _draw(self, number: int, oldest: int = 0) -> None:
-        """Draw the batches up to this number, and keep those from ``oldest`` on."""
-        while self._drawn <= number:
-            batch = next(self._batches)
-            if self._drawn >= oldest:
-                self._kept[self._drawn] = _own(batch)
-            self._drawn += 1
+    def _draw(self) -> None:
+        self._kept[self._drawn] = batch = _own(next(self._batches))
+        self._bytes[self._drawn] = num_bytes(batch)
+        self._drawn += 1
+
+    def _forget(self, newest: int) -> None:
+        """Forget the batches for which there is no room beside the newer ones, up to this one."""
+        room = float(self._room)
+        for number in sorted((number for number in self._kept if number <= newest), reverse=True):
+            room -= self._size(number)
+            if room < 0 and number < newest:
+                del self._kept[number], self._bytes[number]
+                self._computed.pop(number, None)
+
+    def _size(self, number: int) -> float:
+        return (self._growth or 1.0) * self._bytes[number]
 
     def _item(self, number: int) -> T:
-        self._draw(number)
         if number in self._computed:
             return self._computed[number]
-        item = self._compute(self._kept[number], self._seed + number * self._stride)
-        if self._most is None:
-            room = MAX_BYTES if self._steps_per_batch > 1 else 0
-            self._most = max(1, room // max(1, num_bytes((self._kept[number], item))))
-        if len(self._computed) < self._most:
+        batch = self._kept[number]
+        item = self._compute(batch, self._seed + number * self._stride)
+        if self._growth is None:
+            self._growth = num_bytes((batch, item)) / max(1, self._bytes[number])
+        if not self._computed or sum(map(self._size, (number, *self._computed))) <= self._room:
             self._computed[number] = item
         return item
 

@@ -32,6 +32,8 @@ def write_state(path: Path, run_id: str, state: Mapping[str, Any]) -> None:
 
 def _to_json(tensors: dict[str, Tensor], value: Any) -> Any:
     """``value`` as JSON can hold it; its tensors are added to ``tensors``."""
+    if isinstance(value, Tensor) and value.is_complex():  # safetensors has no complex numbers of 128 bits
+        return {"complex": _to_json(tensors, torch.view_as_real(value.detach()))}
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().contiguous().clone()
@@ -75,6 +77,8 @@ def _from_json(value: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
         name, stride = content  # the layout in memory decides in which order numbers are added up
         tensor = tensors[name]
         return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+    if kind == "complex":
+        return torch.view_as_complex(_from_json(content, tensors))
     if kind == "dict":
         return {key: _from_json(item, tensors) for key, item in content}
     if kind == "value":

@@ -137,10 +137,10 @@ class Trainer:
         return self.run.best < self.run.first or abs(self.run.first) < EXACT
 
     def _loop(self, stop: threading.Event) -> None:
-        if self._stopped(stop):
-            return
         if self.resume_from is not None and self.resume_from.exists():
             self._resume(self.resume_from)
+        if self._stopped(stop):
+            return
         run = self.run
         self._hold_out()
         run.seconds = run.seconds or broadcast(time.monotonic() - self.started)

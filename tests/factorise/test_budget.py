@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ import lorun_adapt
 from lorun_adapt import LoRunError
 from lorun_adapt.conversion import collapse
 from lorun_adapt.factorise.allocate import allocate
+from lorun_adapt.network.batches import Batch, Batches
 from lorun_adapt.network.report import make_report
 from lorun_adapt.peft_format.options import config_of_ranks
+from lorun_adapt.training.duration import Duration
 
 
 def least_budget(net: nn.Module) -> int:
@@ -88,6 +92,19 @@ def test_budget_is_spent_on_what_the_output_is_sensitive_to() -> None:
     ranks = lorun.stage_map.ranks["denoiser"]
     assert ranks["denoiser.shown.weight"] > ranks["denoiser.hidden.weight"] == 1
     assert lorun.num_parameters() <= budget
+
+
+@pytest.mark.parametrize("repeatable, drawn", [(False, 1), (True, 4)])
+def test_weighing_keeps_to_its_time_unless_a_run_is_to_resume(repeatable, drawn) -> None:
+    def slow() -> Iterator[Batch]:
+        for batch in measurements():
+            time.sleep(0.05)
+            yield batch
+
+    batches = Batches(slow())
+    duration = Duration(minutes=1e-4)
+    collapse(teacher(), budget=0.9, calibration=batches, duration=duration, repeatable=repeatable)
+    assert batches.drawn == drawn
 
 
 @pytest.mark.parametrize("base", [True, False])

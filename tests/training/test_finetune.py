@@ -81,8 +81,24 @@ def test_nothing_to_hold_out_is_said() -> None:
         with pytest.warns(UserWarning, match="no batches are held out"):
             lorun.finetune(batches, "new", steps=2, loss=to_truth)
     lorun, _ = converted()
+    with pytest.warns(UserWarning, match="no batches are held out"):
+        lorun.finetune(iter(noisy(2)), "newer", steps=2, loss=to_truth)
     lorun.finetune(iter(noisy(8)), "new", steps=2, loss=to_truth)
     lorun.finetune(noisy(8), "other", steps=2, loss=to_truth, held_out=DataLoader(Stream(), batch_size=None))
+
+
+def test_what_an_iterator_holds_out_is_never_trained_on() -> None:
+    lorun, _ = converted()
+    batches = noisy(5)
+    trained: set[float] = set()
+
+    def loss(output: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+        if torch.is_grad_enabled():
+            trained.add(float(batch[2].flatten()[0]))
+        return to_truth(output, batch)
+
+    lorun.finetune(iter(batches), "new", steps=30, loss=loss)
+    assert trained == {float(batch[2].flatten()[0]) for batch in batches[2:]}
 
 
 class ListDataset(Dataset):

@@ -46,6 +46,15 @@ def test_a_network_learns_from_its_teacher() -> None:
     assert all(torch.equal(tensor, weights[name]) for name, tensor in teacher.state_dict().items())
 
 
+def test_a_student_that_returns_another_shape_is_refused() -> None:
+    class Flat(ToyUnfoldingNet):
+        def forward(self, y: Tensor) -> Tensor:
+            return super().forward(y)[:, 0]
+
+    with pytest.raises(LoRunError, match=r"expected outputs of shape \[\(2, 1, 8, 8\)\].*found \[\(2, 8, 8\)\]"):
+        lorun_adapt.fit(Flat(), BATCHES, teacher=ToyUnfoldingNet(), steps=2)
+
+
 def test_only_the_named_parameters_train() -> None:
     net = ToyUnfoldingNet()
     before = copy.deepcopy(net.state_dict())

@@ -35,6 +35,7 @@ from lorun_adapt.network.observe import Observer
 from lorun_adapt.task.task import load_task
 from lorun_adapt.training import distill, recovery
 from lorun_adapt.training.distill import Distillation
+from lorun_adapt.training.state_file import read_state, write_state
 
 
 def test_every_shape_of_network_recovers(case: Case) -> None:
@@ -116,6 +117,25 @@ def test_ctrl_c_before_the_first_step(at, tmp_path) -> None:
         with pytest.warns(UserWarning, match="stopped"):
             assert not lorun.recover(net, Stopping(at, "signal"), steps=30, resume_from=tmp_path / "state")
     assert same(values(lorun), before)
+
+
+def test_ctrl_c_before_a_resumed_run_goes_on_keeps_what_it_had(tmp_path) -> None:
+    net, state = teacher(), tmp_path / "state.safetensors"
+    lorun = lorun_adapt.convert(net, rank=2)
+    with pytest.warns(UserWarning, match="stopped"):
+        lorun.recover(net, Stopping(11, "signal"), steps=30, resume_from=state)
+    again = lorun_adapt.convert(net, rank=2)
+    with pytest.warns(UserWarning, match="stopped"):
+        assert not again.recover(net, Stopping(1, "signal"), steps=30, resume_from=state)
+    assert same(values(again), values(lorun))
+
+
+def test_the_state_of_complex_tensors_is_read_as_it_was_written(tmp_path) -> None:
+    tensors = [torch.randn(3, 2, dtype=kind) for kind in (torch.complex64, torch.complex128, torch.float64)]
+    write_state(tmp_path / "state", "a run", {"tensors": tensors, "step": 3})
+    state = read_state(tmp_path / "state", "a run")
+    assert state["step"] == 3 and all(torch.equal(a, b) for a, b in zip(state["tensors"], tensors))
+    assert [tensor.dtype for tensor in state["tensors"]] == [tensor.dtype for tensor in tensors]
 
 
 def test_a_shuffled_loader_resumes_to_the_bit(tmp_path) -> None:

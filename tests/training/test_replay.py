@@ -73,6 +73,32 @@ def test_resuming_keeps_no_more_batches_than_there_is_room_for(monkeypatch: pyte
     assert len(alive) == 3001 and sum(tensor() is not None for tensor in alive) <= 8
 
 
+def test_large_batches_after_a_small_one_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorun_adapt.training.replay.MAX_BYTES", 50_000)
+
+    def batches() -> Iterator[Batch]:
+        return ((torch.full((10 if number == 0 else 1000,), float(number)),) for number in itertools.count())
+
+    def order(first: int, last: int, early: int = 0) -> list[float]:
+        alive.clear()
+        replay = Replay(batches(), compute, seed=1)
+        list(itertools.islice(replay.first(), early))
+        found = []
+        for step in range(first, last):
+            found.append(float(replay.for_step(step)[0]))
+            assert sum(tensor() is not None for tensor in alive) <= 7  # each takes 8,000 bytes with its batch
+        return found
+
+    def compute(batch: Batch, seed: int) -> Tensor:
+        alive.append(weakref.ref(item := batch[0] + 0))
+        return item
+
+    alive: list[weakref.ref[Tensor]] = []
+    whole = order(0, 90)
+    assert order(50, 90) == whole[50:] and order(0, 90, early=9) == whole
+    assert len(set(whole[60:])) > 10
+
+
 def test_a_batch_that_is_left_out_comes_again_only_where_there_is_no_other() -> None:
     replay = Replay(numbered(), Counting(), seed=0)
     order = []
