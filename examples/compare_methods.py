@@ -4,8 +4,9 @@
 
 The first way is a conversion to a budget, recovered for the given minutes. Its bytes are what the others may use (of
 ranks they get the largest that fits), and the time that it took, conversion included, is what the others train for.
-All train on the same crops of IMAGES, with the same optimiser and schedule, and are judged on OTHERS. Bytes are those
-of the files: float32 values, and for pruning one bit for each weight, which says whether it is there.
+All train on the same crops of IMAGES, with the same optimiser, and are judged on OTHERS. The conversion has the phases
+of recovery; the others train end to end, with ``lorun_adapt.fit``. Bytes are those of the files: float32 values, and
+for pruning one bit for each weight, which says whether it is there.
 """
 
 from __future__ import annotations
@@ -14,18 +15,17 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from comparing import parser_of
+from comparing import file_bytes, parser_of, scores, stored
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from lorun_adapt import Crops, StageMap, convert, evaluate, find_stages, fit, load_task
+from lorun_adapt import Crops, StageMap, convert, find_stages, fit, load_task
 
 # Learning rates, relative to the size of a tensor's values.
 FACTOR, BASE, KERNEL, SMALL = 0.05, 0.03, 0.02, 0.01
@@ -184,19 +184,6 @@ def mean_of(net: nn.Module, names: list[str]) -> nn.Parameter:
     return nn.Parameter(torch.stack([net.get_parameter(name).detach() for name in names]).mean(0))
 
 
-def stored(net: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a file of the network holds, each once."""
-    names = {id(tensor): name for name, tensor in reversed(net.state_dict(keep_vars=True).items())}
-    return {name: tensor for name, tensor in net.state_dict(keep_vars=True).items() if names[id(tensor)] == name}
-
-
-def file_bytes(tensors: Mapping[str, Tensor]) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "x.safetensors")
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-        return path.stat().st_size
-
-
 def rates_of(net: nn.Module) -> list[tuple[nn.Parameter, float]]:
     """The parameters to train, and their learning rates."""
     rates = []
@@ -295,13 +282,13 @@ def main() -> None:
         ways.append(compared.peft)
     else:
         print("PEFT's layers are left out: the network's kernels are not in layers that PEFT supports.")
-    original = evaluate(task, judged, net, None).mean()["psnr"]
+    original = scores(task, judged, net)["psnr"]
     print(f"Original: {original:.2f} dB, {file_bytes(stored(net)):,} bytes.\n")
     print("| way | bytes | PSNR (dB) | below the original |\n| --- | ---: | ---: | ---: |", flush=True)
     for budget in args.budgets:
         for way in (lambda budget=budget: compared.convert(budget, args.minutes), *ways):
             name, network, size = way()
-            psnr = evaluate(task, judged, network.eval(), None).mean()["psnr"]
+            psnr = scores(task, judged, network)["psnr"]
             print(f"| {name} | {size:,} | {psnr:.2f} | {original - psnr:.2f} |", flush=True)
 
 

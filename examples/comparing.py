@@ -1,13 +1,15 @@
-"""What the scripts that compare networks share: their arguments, and scores from the same measurements."""
+"""What the scripts that compare networks share: arguments, scores from the same measurements, sizes of files."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from lorun_adapt import Task, evaluate
 
@@ -28,3 +30,17 @@ def scores(
     """The mean over images of PSNR, SSIM and further metrics, by name; each call draws the same masks and noise."""
     torch.manual_seed(0)
     return evaluate(task, files, net.eval(), None, sigma=sigma, metrics=metrics).mean()
+
+
+def stored(net: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a file of the network holds, each once."""
+    names = {id(tensor): name for name, tensor in reversed(net.state_dict(keep_vars=True).items())}
+    return {name: tensor for name, tensor in net.state_dict(keep_vars=True).items() if names[id(tensor)] == name}
+
+
+def file_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """The size of a safetensors file of these tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.safetensors")
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+        return path.stat().st_size

@@ -33,12 +33,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comparing import scores
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lorun_adapt import Crops, LoRunError, LoRunModel, StageMap, evaluate, find_stages, load_task
+from lorun_adapt import Crops, LoRunError, LoRunModel, StageMap, find_stages, load_task
 from lorun_adapt.conversion import collapse
 from lorun_adapt.factorise.allocate import Allocation, allocate
 from lorun_adapt.factorise.ranks import adaptable, matrices_of
@@ -308,11 +309,11 @@ def run(args: argparse.Namespace) -> None:
                     shutil.rmtree(folder)
                     print(f"{key}: {error}", flush=True)
                     continue
-                original = original or evaluate(task, judged, net, None).mean()["psnr"]
+                original = original or scores(task, judged, net)["psnr"]
                 row = {
                     **key,
                     "parameters": lorun.report().network_after.num_parameters,
-                    "psnr": evaluate(task, judged, lorun, None).mean()["psnr"],
+                    "psnr": scores(task, judged, lorun)["psnr"],
                     "original": original,
                 }
                 with args.results.open("a") as file:

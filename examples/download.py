@@ -22,8 +22,9 @@ task = lorun_adapt.load_task(str(Path(__file__).with_name("compressive_sensing.p
 lorun = lorun_adapt.from_pretrained(args.repository, task.build(), revision=args.revision).eval()
 
 image = torch.from_numpy(camera())[None, None, 100:300, 150:350] / 255
-measurements = task.measure(image)
 for name in lorun.adapter_names:
     lorun.set_adapter(name)
-    restored = task.run(lorun, measurements, image)
-    print(f"{name}: {lorun_adapt.psnr(restored[0], image[0]):.2f} dB, for a sigma of {lorun.adapter_info[name].sigma}")
+    sigma = lorun.adapter_info[name].sigma or 0.0
+    torch.manual_seed(0)
+    restored = task.run(lorun, task.measure(image, sigma), image)
+    print(f"{name}: {lorun_adapt.psnr(restored[0], image[0]):.2f} dB, with noise of sigma {sigma:g}")

@@ -35,10 +35,11 @@ def sampling_mask(height: int, width: int, acceleration: int = ACCELERATION, pat
     """What is read, (1, 1, height, width), with the zero frequency in the middle; the same each time."""
     if pattern == "cartesian":
         random = np.random.RandomState(0)  # numpy promises that its stream never changes
-        count, centre = round(width / acceleration), max(1, round(CENTRE * width))
+        count = max(1, round(width / acceleration))
+        centre = min(count, max(1, round(CENTRE * width)))
         first = (width - centre) // 2
         others = [column for column in range(width) if not first <= column < first + centre]
-        columns = [*range(first, first + centre), *random.permutation(others)[: max(0, count - centre)]]
+        columns = [*range(first, first + centre), *random.permutation(others)[: count - centre]]
         mask = torch.zeros(height, width)
         mask[:, columns] = 1
         return mask[None, None]

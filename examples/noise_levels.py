@@ -84,13 +84,13 @@ def main() -> None:
     if args.out is not None:
         lorun.set_adapter("default")
         lorun.save_pretrained(args.out)
-    original, size = sum(p.numel() * p.element_size() for p in net.parameters()), set_bytes(lorun, name)
+    original, size = sum(2 * p.numel() for p in net.parameters()), set_bytes(lorun, name)
     print(f"A set is {size:,} bytes in float16, {original / size:.1f} times less than the original's {original:,}.\n")
     if len(args.sigmas) == 3:
         low, middle, high = sorted(args.sigmas)
-        lorun.set_adapter("default")
-        lorun.delete_adapter(names[middle])
-        lorun.select_adapter(middle)
+        weights = lorun.weights_for(middle, among=[names[low], names[high]])
+        lorun.add_weighted_adapter(list(weights), list(weights.values()), "between")
+        lorun.set_adapter("between")
         between = psnr(task, files, lorun, middle)
         print(
             f"| judged at sigma {middle:g} | PSNR (dB) | gain |\n| --- | ---: | ---: |\n"

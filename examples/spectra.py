@@ -9,6 +9,7 @@ Without ``--cube``, it restores a synthetic scene that comes with it. ``pip inst
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -54,10 +55,10 @@ def main() -> None:
         panel.imshow(task.picture(cube)[0].movedim(0, -1).numpy())
         panel.set_title(name if name == "truth" else f"{name}: {psnr(cube[0], truth[0]):.2f} dB")
         panel.set_axis_off()
-        for (row, column), colour in zip(args.points, COLOURS):
+        for (row, column), colour in zip(args.points, itertools.cycle(COLOURS)):
             panel.plot(column, row, "o", markersize=9, fillstyle="none", markeredgewidth=2, color=colour)
     wavelengths = np.linspace(450, 650, truth.shape[1])
-    for (row, column), colour in zip(args.points, COLOURS):
+    for (row, column), colour in zip(args.points, itertools.cycle(COLOURS)):
         for name, cube in cubes.items():
             panels[-1].plot(wavelengths, cube[0, :, row, column], STYLES[name], color=colour)
     for name in cubes:

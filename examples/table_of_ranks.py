@@ -9,7 +9,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from lorun_adapt import convert, evaluate, load_task
+from comparing import file_bytes, scores, stored
+
+from lorun_adapt import convert, load_task
 
 
 def main() -> None:
@@ -24,18 +26,17 @@ def main() -> None:
     net = task.build()
     task.load_weights(net, args.weights)
     files = task.images(args.images)
-    before = convert(net, rank=1).report().network_before
-    psnr = evaluate(task, files, net, None).mean()["psnr"]
+    parameters, psnr = sum(p.numel() for p in net.parameters()), scores(task, files, net)["psnr"]
     print("| rank | parameters | bytes on disk | relative error | PSNR (dB) |")
     print("| ---: | ---: | ---: | ---: | ---: |")
-    print(f"| original | {before.num_parameters:,} | {before.num_bytes:,} | 0 | {psnr:.2f} |", flush=True)
+    print(f"| original | {parameters:,} | {file_bytes(stored(net)):,} | 0 | {psnr:.2f} |", flush=True)
     for rank in args.ranks:
         lorun = convert(net, rank=rank, example_inputs=task.example_inputs())
         report = lorun.report()
         with tempfile.TemporaryDirectory() as folder:
             lorun.save_pretrained(folder)
             size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
-        psnr = evaluate(task, files, None, lorun).mean()["psnr_converted"]
+        psnr = scores(task, files, lorun)["psnr"]
         print(
             f"| {rank} | {report.network_after.num_parameters:,} | {size:,} "
             f"| {report.relative_error:.3f} | {psnr:.2f} |",

@@ -58,7 +58,7 @@ def scores_of_demo(field: str, first: str, rows: tuple[str, ...], folder: Path, 
 def test_demos_of_other_fields(field: str, first: str, tmp_path, capsys, monkeypatch) -> None:
     rows = ("original", "as converted", "recovered")
     start, original, converted, recovered = scores_of_demo(field, first, rows, tmp_path, capsys, monkeypatch)
-    assert original > recovered > start + 4
+    assert original > start + 4 and recovered > original - 1
     assert recovered > converted + 4
 
 
@@ -157,7 +157,8 @@ def test_example_download(hub, monkeypatch, capsys) -> None:
     out = run_example("download.py", monkeypatch, capsys, "alice/cs")
     scores = {line.split(":")[0]: float(line.split()[1]) for line in out.splitlines()}
     assert set(scores) == {"default", "sigma10", "sigma25", "sigma50"}
-    assert scores["default"] == max(scores.values()) > 25  # these measurements have no noise
+    found = [scores[name] for name in ("default", "sigma10", "sigma25", "sigma50")]
+    assert 40 > found[0] and found == sorted(found, reverse=True) and found[-1] > 20  # more and more noise
     assert hub.downloads
 
 
