@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--converted", type=Path, required=True, help="folder of the conversion")
     parser.add_argument("--sigmas", type=float, nargs="+", default=[10, 25, 50], help="noise levels")
     parser.add_argument("--names", nargs="+", help="of the new sets, by default sigma10 and so on")
+    parser.add_argument("--also", nargs="+", default=[], help="parameters outside the stages that a set has, too")
     parser.add_argument("--minutes", type=float, default=5.0, help="for each training")
     parser.add_argument("--out", type=Path, help="folder to save the conversion with its new sets to")
     args = parser.parse_args()
@@ -78,7 +79,8 @@ def main() -> None:
         starts[sigma] = psnr(task, files, lorun, sigma)
         crops, judged = (Crops(task, part, sigma=sigma) for part in (trained, kept))
         name = names[sigma]
-        if not lorun.finetune(crops, name, sigma=sigma, minutes=args.minutes, loss=crops.loss, held_out=judged.some()):
+        options = {"also": args.also, "minutes": args.minutes, "loss": crops.loss, "held_out": judged.some()}
+        if not lorun.finetune(crops, name, sigma=sigma, **options):
             raise KeyboardInterrupt
         ends[sigma] = psnr(task, files, lorun, sigma)
     if args.out is not None:

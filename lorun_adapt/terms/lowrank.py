@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..disk.reading import Slot
 from ..stages.fold import pair_size
 from ..stages.stage_map import TensorSpec
+from ..util.energy import TINY
 from .factors import factorise, factorise_weighted, sum_of_products
 from .term import Fitted, LoraFactors, Setting, Term, Weighting
 
@@ -56,6 +57,14 @@ class LowRank(Term):
             except KeyError:  # replicas of nn.DataParallel hold their tensors as plain attributes
                 pass
         return _sum(base, self.lora_A, self.lora_B, self.factor)
+
+    def sizes_of_zeros(self, base: Tensor) -> dict[str, float]:
+        """The size at which B A has the share of the base's energy that so many of its directions have on average."""
+        if self.lora_B.any():
+            return {}
+        size, of_a = (float(tensor.detach().abs().square().mean().sqrt()) for tensor in (base, self.lora_A))
+        directions = min(len(self.lora_B), self.lora_A.shape[1])
+        return {"lora_B": size / max(self.scaling * of_a * math.sqrt(directions), TINY)}
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, matrix=({self.lora_B.shape[0]}, {self.lora_A.shape[1]}), scaling={self.scaling:g}"

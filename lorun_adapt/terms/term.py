@@ -76,6 +76,13 @@ class Term(nn.Module):
     scaling: float = 1.0
     rank: int = 0  # shown in tables; 0 for kinds without a rank
 
+    def sizes_of_zeros(self, base: Tensor) -> dict[str, float]:
+        """Return, by name, how large parameters that are all zero would be in a trained term (root mean square).
+
+        Their learning rates are relative to that. By default it is the same small number for all.
+        """
+        return {}
+
     def forward(self, base: Tensor) -> Tensor:
         """Return the stage's tensor, in the shape and dtype of ``base``."""
         raise NotImplementedError

@@ -14,7 +14,7 @@ from ..errors import LoRunError
 from ..util.nested import to_device
 from .trained import TrainedTensor
 
-MIN_RMS = 0.01  # a tensor's learning rate is relative to its values, or to this where they are smaller, as at zero
+MIN_RMS = 0.01  # a tensor's learning rate is relative to its values, or to this where they are smaller
 MAX_SIDE = 512  # of a tensor that SOAP preconditions; it skips longer dimensions
 
 
@@ -38,6 +38,7 @@ class Optimised:
                 )
         self.parameters = [item.parameter for item in trained]
         self._relative = [item.rate for item in trained]
+        self._sizes = [item.size or MIN_RMS for item in trained]
         self._accelerator = accelerator
         # SOAP does not support complex tensors: it trains views of them as pairs of real numbers.
         self._tensors = [nn.Parameter(torch.view_as_real(p.detach())) if p.is_complex() else p for p in self.parameters]
@@ -50,7 +51,8 @@ class Optimised:
     def set_rates(self) -> None:
         """Set the learning rates relative to the values that the tensors have now."""
         sizes = [float(p.detach().abs().square().mean().sqrt()) for p in self.parameters]
-        self._rates = [rate * max(size, MIN_RMS) for rate, size in zip(self._relative, sizes)]
+        sizes = [max(size, MIN_RMS) if size else if_zero for size, if_zero in zip(sizes, self._sizes)]
+        self._rates = [rate * size for rate, size in zip(self._relative, sizes)]
 
     def restart(self) -> None:
         """Forget the gradients and what the optimiser knows of earlier ones."""

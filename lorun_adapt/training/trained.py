@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from ..network.adapted import is_base
 from ..network.adapter import StageAdapter, terms_of
 from ..network.converted import AdapterSet, Converted
 from ..stages.tensors import base_tensors, outside_parameters
+from ..util.modules import tensor_of
 from ..util.numbers import is_numeric
 
 # Learning rates relative to the size of a tensor's values. The base moves more slowly than the terms because it affects
@@ -23,20 +24,45 @@ TERM_RATE, BASE_RATE, PRIVATE_RATE, OUTSIDE_RATE = 0.05, 0.03, 0.01, 0.003
 
 @dataclass(frozen=True)
 class TrainedTensor:
-    """A tensor to train, and its learning rate relative to the size of its values."""
+    """A tensor to train.
+
+    Attributes:
+        parameter: the tensor.
+        rate: its learning rate relative to the size of its values.
+        size: what the root mean square of its values is taken to be while they are all zero.
+    """
 
     parameter: nn.Parameter
     rate: float
+    size: float = 0.0
 
 
-def tensors_to_train(held: AdapterSet, term_rate: float = TERM_RATE) -> list[TrainedTensor]:
+def tensors_to_train(converted: Converted, held: AdapterSet, term_rate: float = TERM_RATE) -> list[TrainedTensor]:
     """Return the trainable tensors of a set: its terms, private tensors, and parameters outside the stages.
 
     Args:
+        converted: the network that has the set.
         held: the set.
         term_rate: the relative learning rate of terms.
     """
-    return _of_adapters(held, term_rate) + [TrainedTensor(p, PRIVATE_RATE) for p in _trainable(held.outside.values())]
+    sizes = _sizes_of_zeros(converted, held)
+    trained = _of_adapters(held, term_rate) + [
+        TrainedTensor(p, PRIVATE_RATE) for p in _trainable(held.outside.values())
+    ]
+    return [replace(item, size=sizes.get(id(item.parameter), 0.0)) for item in trained]
+
+
+def _sizes_of_zeros(converted: Converted, held: AdapterSet) -> dict[int, float]:
+    """What the size of terms that are zero is taken to be, by the id of their parameters."""
+    sizes: dict[int, float] = {}
+    for group in converted.stage_map.groups:
+        for site in group.sites:
+            denoiser = converted.base.get_submodule(site.module)
+            adapter = held.adapters.get(site.stage, {}).get(group.name)
+            for name, term in terms_of(adapter).items() if adapter is not None else ():
+                found = term.sizes_of_zeros(tensor_of(denoiser, name).detach())
+                sizes |= {id(term.get_parameter(parameter)): size for parameter, size in found.items()}
+    return sizes
 
 
 def names_matching(parameters: Mapping[str, nn.Parameter], patterns: str | Iterable[str]) -> list[str]:

@@ -13,11 +13,16 @@ import torch
 from conversions import SET, all_tensors, floats_of, relative, train_a_bit
 from dun_zoo import Case, Denoiser, ListOfDenoisers
 from peft import LoraConfig, PeftModel
+from recovery_runs import measurements, teacher
+from torch import nn
 
 import lorun_adapt
 from lorun_adapt import LoRunError
 from lorun_adapt.files.layout import CONFIG_FILE
 from lorun_adapt.network.adapter import terms_of
+from lorun_adapt.stages.stage_map import TensorSpec
+from lorun_adapt.terms.lowrank import LowRank
+from lorun_adapt.terms.term import Setting
 from lorun_adapt.util.fingerprint import fingerprint_of
 
 
@@ -203,3 +208,35 @@ def test_wrong_arguments_are_refused_at_once() -> None:
             lorun.base_denoiser(stage=stage)
     with pytest.raises(LoRunError, match="expected patterns of parameters outside the stages, found None"):
         lorun.add_outside("default", None)
+
+
+def test_terms_that_start_at_zero_learn_as_fast_as_others() -> None:
+    net, batches = teacher(), measurements()
+    changed, generator = copy.deepcopy(net), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            if parameter.numel() > 20:  # a kernel
+                rows, columns = parameter.flatten(1).shape
+                change = torch.randn(rows, 1, generator=generator) @ torch.randn(1, columns, generator=generator)
+                parameter.add_(parameter.std() * change.reshape(parameter.shape))
+    lorun = lorun_adapt.convert(net, rank=2, share=False)
+
+    def error() -> float:
+        with torch.no_grad():
+            return sum(float((lorun(*batch) - changed(*batch)).square().mean()) for batch in batches)
+
+    before = error()
+    lorun.finetune(batches, "new", teacher=changed, steps=60)
+    assert error() < 0.37 * before
+
+
+def test_a_term_of_the_size_that_zeros_count_as_has_its_share_of_the_energy() -> None:
+    spec = TensorSpec("weight", (24, 10, 3, 3), torch.float32, False, ("weight",), nn.Conv2d)
+    base = 0.1 * torch.randn(spec.shape, generator=torch.Generator().manual_seed(0))
+    term = LowRank.untrained(spec, Setting(6, 0.5), base, torch.Generator().manual_seed(0))
+    (size,) = term.sizes_of_zeros(base).values()
+    with torch.no_grad():
+        term.lora_B.normal_(0, size, generator=torch.Generator().manual_seed(1))
+        share = float((term(base) - base).square().sum() / base.square().sum())
+    assert share == pytest.approx(6 / 24, rel=0.3)
+    assert not term.sizes_of_zeros(base)  # B is no longer zero
