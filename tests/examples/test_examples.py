@@ -67,7 +67,7 @@ def test_demos_of_other_fields(field: str, first: str, gain: float, tmp_path, ca
 def test_demo_of_super_resolution(tmp_path, capsys, monkeypatch) -> None:
     rows = ("original", "trained for the noise")
     bicubic, original, tuned = scores_of_demo("super_resolution", "bicubic", rows, tmp_path, capsys, monkeypatch)
-    assert tuned > bicubic + 3 and tuned > original + 3  # which was trained without noise
+    assert tuned > bicubic + 2 and tuned > original + 8  # which was trained without noise
 
 
 def test_every_demo_is_offered() -> None:
