@@ -710,9 +710,10 @@ class LoRunModel(nn.Module):
         """Train a new adapter set on the frozen base, for example for another noise level.
 
         The base, the other sets, and the network's parameters outside the stages do not change. The new set stays
-        active. The best weights, judged on held-out batches, are kept, and training stops early when they no longer
-        improve; a set trained on few images therefore does not end worse than it started. Progress, Ctrl-C, NaN and
-        ``accelerate launch`` work as in :meth:`recover`.
+        active. The best weights, judged on held-out batches, are kept; a set trained on few images therefore does not
+        end worse than it started. After three, six and nine checks in a row without better ones, training goes on from
+        the best with half the learning rate; after ten, it stops. Progress, Ctrl-C, NaN and ``accelerate launch`` work
+        as in :meth:`recover`.
 
         Args:
             batches: an iterable of argument tuples of the forward, or of tensors if the forward takes one. It repeats

@@ -39,6 +39,7 @@ CHECKS = 25  # of the loss on held-out batches, in a run
 CHECKING = 0.05  # the fraction of the time that checks may take
 SPIKE = 30.0  # a step whose loss is this many times that of the steps before it is left out
 WORSE = 4.0  # training returns to the best weights if the loss on held-out batches is this many times the best
+STUCK = 3, 6, 9  # and in a phase with patience after so many checks in a row without a better one
 LEAST_GAIN = 0.01  # of the loss between two checks: less than this does not count while single stages train
 
 
@@ -92,8 +93,7 @@ class Trainer:
         self.loss_of: Any = None  # the objective, distributed over the processes
         self.run, self.started = Run(), started
         self.best = self.checked = self.optimised.values()  # the best tensors, and those of the last check
-        self._rounding = math.inf
-        self._judged = False
+        self._rounding, self._judged = math.inf, False
         self.seconds_per_check = 0.0
         self._checked = -math.inf
         self._shown: dict[str, str] = {}
@@ -330,19 +330,19 @@ class Trainer:
         least = LEAST_GAIN * abs(self.run.best) if phase is not None and phase.forcing else 0.0
         if not math.isfinite(self.run.best) or value < self.run.best - least:
             self.run.worse = 0
-        if phase is not None and phase.forcing is None and is_above(value, self.run.best, WORSE):
-            self._return_to_best(phase)
-            return
+        if phase is not None and phase.forcing is None:
+            stuck = phase.patience is not None and self.run.worse in STUCK
+            if stuck or is_above(value, self.run.best, WORSE):
+                return self._return_to_best(phase)
         self.run.rollbacks, self.checked = 0, self.optimised.values()
         if value <= self.run.best:
             self.run.best, self.best = value, self.checked
 
     def _stopped(self, stop: threading.Event) -> bool:
         """Whether to stop; the main process decides, so that no process waits for another."""
-        if broadcast(stop.is_set()):
+        if stopped := broadcast(stop.is_set()):
             stop.set()
-            return True
-        return False
+        return stopped
 
     def _drawn(self, for_step: Callable[[int], Drawn], stop: threading.Event) -> Drawn | None:
         """What to train on in this step, or None if Ctrl-C interrupted it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import warnings
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel
+from lorun_adapt.training.duration import learning_rate_schedule
+from lorun_adapt.training.optimised import Optimised
 
 
 def test_only_the_new_set_trains() -> None:
@@ -119,8 +122,11 @@ class Stream(IterableDataset):
         return iter(noisy(8))
 
 
-def test_it_ends_where_nothing_gets_better() -> None:
+def test_it_ends_where_nothing_gets_better(monkeypatch: pytest.MonkeyPatch) -> None:
     lorun, _ = converted()
+    rates: list[float] = []
+    step = Optimised.step
+    monkeypatch.setattr(Optimised, "step", lambda self, scale: (rates.append(scale), step(self, scale)))
     seen: list[int] = []
 
     def loss(output: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
@@ -131,6 +137,8 @@ def test_it_ends_where_nothing_gets_better() -> None:
 
     lorun.finetune(noisy(), "new", steps=500, loss=loss)
     assert 100 < len(seen) < 400
+    halved = [round(rate / learning_rate_schedule(number / 500), 3) for number, rate in enumerate(rates)]
+    assert [rate for rate, _ in itertools.groupby(halved)] == [1, 0.5, 0.25, 0.125]
 
 
 def test_runs_repeat_and_resume(tmp_path) -> None:
