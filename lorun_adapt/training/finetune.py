@@ -112,7 +112,7 @@ def _split(batches: Iterable[Any]) -> tuple[Iterable[Any], Iterable[Any]]:
         kept, further = list(itertools.islice(batches, HELD_OUT)), list(itertools.islice(batches, 1))
         if further:
             return kept, itertools.chain(further, batches)
-        batches = kept
+        batches = kept or iter(kept)  # without any, what draws them says so
     if isinstance(batches, Sequence) and not isinstance(batches, str) and len(batches) > HELD_OUT + 1:
         return batches[:HELD_OUT], batches[HELD_OUT:]
     if isinstance(batches, Sized):

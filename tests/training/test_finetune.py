@@ -220,7 +220,7 @@ def test_a_stopped_set_is_gone_on_with(tmp_path) -> None:
         ((noisy(), "a/b"), {"steps": 3, "loss": to_truth}, "cannot be called 'a/b'"),
         ((noisy(), "new"), {"loss": to_truth}, "neither minutes nor steps"),
         ((iter([]), "new"), {"steps": 3, "loss": to_truth}, "calibration has no batches"),
-        ((iter([(torch.rand(2, 3),)]), "new"), {"steps": 3, "loss": to_truth}, "cannot run on the first batch"),
+        ((iter([(torch.rand(2, 3),)] * 4), "new"), {"steps": 3, "loss": to_truth}, "cannot run on the first batch"),
         ((noisy(), "new"), {"steps": 3, "teacher": nn.Linear(2, 2)}, "the original network as teacher"),
         ((noisy(), "new"), {"steps": 3, "loss": lambda *_: torch.tensor(float("nan"))}, "the loss is NaN or Inf"),
     ],
