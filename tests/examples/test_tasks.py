@@ -162,6 +162,7 @@ def test_every_command(field: str, tmp_path: Path, capsys, monkeypatch) -> None:
         torch.testing.assert_close(lorun(*arguments), net(*arguments))
 
 
+@pytest.mark.slow
 def test_adapters_add_to_a_loop(photographs: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     file = EXAMPLES / "super_resolution.py"
     torch.manual_seed(0)
