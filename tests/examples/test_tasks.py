@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -184,24 +185,34 @@ def test_adapters_add_to_a_loop(photographs: Path, tmp_path: Path, monkeypatch, 
     assert max(float(row[2]) for row in rows[3:]) > float(rows[2][2])
 
 
-def test_training_starts_from_given_weights(tmp_path: Path, monkeypatch, capsys) -> None:
-    images, out = tmp_path / "images", tmp_path / "net.safetensors"
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch, capsys) -> Callable[..., torch.nn.Module]:
+    """Trains the network for MRI, which has parameters under two names, for a second; returns what it wrote."""
+    images, out, task = tmp_path / "images", tmp_path / "net.safetensors", load_task(str(EXAMPLES / "mri.py"))
     images.mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40), np.uint8)).save(images / "a.png")
-    task = load_task(str(EXAMPLES / "mri.py"))  # its network has parameters under two names
 
-    def trained(*arguments: object) -> torch.nn.Module:
+    def trained(*arguments: object, again: bool = False) -> torch.nn.Module:
         given = [EXAMPLES / "mri.py", images, "--out", out, "--batch", 1, "--minutes", 0.02, *arguments]
-        run_example("train.py", monkeypatch, capsys, *given)
+        run_example("train.py", monkeypatch, capsys, *given, *(("--weights", out) if again else ()))
         net = task.build()
         task.load_weights(net, out)
         return net
 
-    first = trained()
-    same = trained("--weights", out, "--peak", 0)
+    return trained
+
+
+def test_training_starts_from_given_weights(train) -> None:
+    first = train()
+    same = train("--peak", 0, again=True)
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), same.state_dict().values()))
-    further = trained("--weights", out)
+    further = train(again=True)
     assert not torch.equal(further.prior[0].denoiser.in_conv.weight, first.prior[0].denoiser.in_conv.weight)
-    tied = trained("--weights", out, "--tied").prior
-    assert all(torch.equal(prior.denoiser.in_conv.weight, tied[0].denoiser.in_conv.weight) for prior in tied)
-    assert not torch.equal(tied[0].denoiser.in_conv.weight, further.prior[0].denoiser.in_conv.weight)
+
+
+def test_tied_stages_train_as_one(train) -> None:
+    start, trained = (
+        [prior.denoiser.in_conv.weight for prior in train("--tied", *options).prior] for options in (("--peak", 0), ())
+    )
+    assert all(torch.equal(kernel, start[0]) for kernel in start)
+    assert all(torch.equal(kernel, trained[0]) for kernel in trained) and not torch.equal(trained[0], start[0])
