@@ -16,11 +16,10 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from comparing import file_bytes, parser_of, scores, stored
+from comparing import bytes_in, file_bytes, parser_of, scores, stored
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
@@ -212,7 +211,7 @@ class Comparison:
         self.seconds = time.monotonic() - started
         with tempfile.TemporaryDirectory() as folder:
             lorun.save_pretrained(folder)
-            self.limit = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+            self.limit = bytes_in(folder)
         return "ranks, and bases where they pay, by sensitivity, recovered", lorun, self.limit
 
     def pruned(self) -> Result:

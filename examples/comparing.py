@@ -32,6 +32,11 @@ def scores(
     return evaluate(task, files, net.eval(), None, sigma=sigma, metrics=metrics).mean()
 
 
+def bytes_in(folder: str | Path) -> int:
+    """The size of the safetensors files in a folder and those below it."""
+    return sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+
+
 def stored(net: nn.Module) -> dict[str, Tensor]:
     """The tensors that a file of the network holds, each once."""
     names = {id(tensor): name for name, tensor in reversed(net.state_dict(keep_vars=True).items())}

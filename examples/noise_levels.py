@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from comparing import parser_of, scores
+from comparing import bytes_in, parser_of, scores
 from torch import nn
 
 from lorun_adapt import Crops, LoRunModel, Task, fit, from_pretrained, held_out_of, load_task
@@ -34,14 +34,14 @@ PATIENCE = 10  # checks without a better one, as in finetune
 
 def train_whole(net: nn.Module, crops: Crops, judged: Crops, minutes: float) -> nn.Module:
     """Train all of the original network, as ``finetune`` trains adapters, at two learning rates; return the better."""
-    trained: dict[float, nn.Module] = {}
+    held_out, trained = judged.some(), dict[float, nn.Module]()
     for factor in FACTORS:
         own = copy.deepcopy(net).requires_grad_(True)
         rates = [(p, factor * (KERNEL if p.ndim > 1 and p.numel() > 1000 else SMALL)) for p in own.parameters()]
-        if not fit(own, crops, rates, loss=crops.loss, minutes=minutes, held_out=judged.some(), patience=PATIENCE):
+        if not fit(own, crops, rates, loss=crops.loss, minutes=minutes, held_out=held_out, patience=PATIENCE):
             raise KeyboardInterrupt
         with torch.no_grad():
-            trained[sum(float(crops.loss(own(*batch), batch)) for batch in judged.some())] = own
+            trained[sum(float(crops.loss(own(*batch), batch)) for batch in held_out)] = own
     return trained[min(trained)]
 
 
@@ -53,7 +53,7 @@ def set_bytes(lorun: LoRunModel, name: str) -> int:
     """The size of the set's files in float16."""
     with tempfile.TemporaryDirectory() as folder:
         lorun.save_pretrained(folder, dtype=torch.float16)
-        return sum(file.stat().st_size for file in Path(folder, "adapters", name).rglob("*.safetensors"))
+        return bytes_in(Path(folder, "adapters", name))
 
 
 def main() -> None:
@@ -79,8 +79,9 @@ def main() -> None:
         starts[sigma] = psnr(task, files, lorun, sigma)
         crops, judged = (Crops(task, part, sigma=sigma) for part in (trained, kept))
         name = names[sigma]
-        options = {"also": args.also, "minutes": args.minutes, "loss": crops.loss, "held_out": judged.some()}
-        if not lorun.finetune(crops, name, sigma=sigma, **options):
+        if not lorun.finetune(
+            crops, name, sigma=sigma, also=args.also, minutes=args.minutes, loss=crops.loss, held_out=judged.some()
+        ):
             raise KeyboardInterrupt
         ends[sigma] = psnr(task, files, lorun, sigma)
     if args.out is not None:

@@ -9,7 +9,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from comparing import file_bytes, scores, stored
+from comparing import bytes_in, file_bytes, scores, stored
 
 from lorun_adapt import convert, load_task
 
@@ -35,7 +35,7 @@ def main() -> None:
         report = lorun.report()
         with tempfile.TemporaryDirectory() as folder:
             lorun.save_pretrained(folder)
-            size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+            size = bytes_in(folder)
         psnr = scores(task, files, lorun)["psnr"]
         print(
             f"| {rank} | {report.network_after.num_parameters:,} | {size:,} "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..disk.reading import Slot
 from ..stages.fold import pair_size
 from ..stages.stage_map import TensorSpec
-from ..util.energy import TINY
+from ..util.energy import root_mean_square
 from .factors import factorise, factorise_weighted, sum_of_products
 from .term import Fitted, LoraFactors, Setting, Term, Weighting
 
@@ -60,11 +60,11 @@ class LowRank(Term):
 
     def sizes_of_zeros(self, base: Tensor) -> dict[str, float]:
         """The size at which B A has the share of the base's energy that so many of its directions have on average."""
-        if self.lora_B.any():
+        if self.lora_B.any() or not self.lora_A.any():
             return {}
-        size, of_a = (float(tensor.detach().abs().square().mean().sqrt()) for tensor in (base, self.lora_A))
         directions = min(len(self.lora_B), self.lora_A.shape[1])
-        return {"lora_B": size / max(self.scaling * of_a * math.sqrt(directions), TINY)}
+        of_a = self.scaling * root_mean_square(self.lora_A) * math.sqrt(directions)
+        return {"lora_B": root_mean_square(base) / of_a}
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, matrix=({self.lora_B.shape[0]}, {self.lora_A.shape[1]}), scaling={self.scaling:g}"

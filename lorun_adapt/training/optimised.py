@@ -11,6 +11,7 @@ from pytorch_optimizer import SOAP
 from torch import Tensor, nn
 
 from ..errors import LoRunError
+from ..util.energy import root_mean_square
 from ..util.nested import to_device
 from .trained import TrainedTensor
 
@@ -50,7 +51,7 @@ class Optimised:
 
     def set_rates(self) -> None:
         """Set the learning rates relative to the values that the tensors have now."""
-        sizes = [float(p.detach().abs().square().mean().sqrt()) for p in self.parameters]
+        sizes = [root_mean_square(parameter) for parameter in self.parameters]
         sizes = [max(size, MIN_RMS) if size else if_zero for size, if_zero in zip(sizes, self._sizes)]
         self._rates = [rate * size for rate, size in zip(self._relative, sizes)]
 

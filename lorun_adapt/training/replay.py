@@ -95,7 +95,7 @@ class Replay(Generic[T]):
     def _forget(self, newest: int) -> None:
         """Forget the batches for which there is no room beside the newer ones, up to this one."""
         room = float(self._room)
-        for number in sorted((number for number in self._kept if number <= newest), reverse=True):
+        for number in [number for number in reversed(self._kept) if number <= newest]:
             room -= self._size(number)
             if room < 0 and number < newest:
                 del self._kept[number], self._bytes[number]

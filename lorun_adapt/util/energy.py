@@ -18,6 +18,15 @@ def energy(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square().sum()
 
 
+def root_mean_square(tensor: Tensor) -> float:
+    """Return the root of the mean squared magnitude of a real or complex tensor.
+
+    >>> root_mean_square(torch.tensor([3 + 4j, 5]))
+    5.0
+    """
+    return float(tensor.detach().abs().square().mean().sqrt())
+
+
 def squared_distance(output: Tensor, target: Tensor) -> Tensor:
     """Return ||output - target||^2, computed in float32 or higher precision; no gradient passes to ``target``.
 

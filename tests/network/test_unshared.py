@@ -240,3 +240,4 @@ def test_a_term_of_the_size_that_zeros_count_as_has_its_share_of_the_energy() ->
         share = float((term(base) - base).square().sum() / base.square().sum())
     assert share == pytest.approx(6 / 24, rel=0.3)
     assert not term.sizes_of_zeros(base)  # B is no longer zero
+    assert not LowRank(torch.zeros(6, 90), torch.zeros(24, 6)).sizes_of_zeros(base)  # nor can A tell
