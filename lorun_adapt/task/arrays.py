@@ -17,6 +17,7 @@ from ..errors import LoRunError
 ARRAY_SUFFIXES = {".npy", ".npz", ".mat", ".h5", ".hdf5"}
 HDF5 = b"\x89HDF\r\n\x1a\n"  # how such files begin, or continue after a header of MATLAB
 MATLAB_HEADER = 512  # bytes
+OF_MATLAB = {"double": np.float64, "single": np.float32, "logical": np.bool_}  # which stores whole numbers as integers
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -57,9 +58,16 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         head = file.read(MATLAB_HEADER + len(HDF5))
     if head.startswith(HDF5) or head[MATLAB_HEADER:] == HDF5:
         return _read_hdf5(path, of_matlab=head[MATLAB_HEADER:] == HDF5)
-    loaded = scipy.io.loadmat(path, mat_dtype=True)  # otherwise doubles with whole values come as small integers
-    dense = {name: item.toarray() if scipy.sparse.issparse(item) else item for name, item in loaded.items()}
-    return {name: item for name, item in dense.items() if isinstance(item, np.ndarray)}
+    kinds = {name: kind for name, _, kind in scipy.io.whosmat(path)}
+    dense = {
+        name: item.toarray() if scipy.sparse.issparse(item) else item for name, item in scipy.io.loadmat(path).items()
+    }
+    return {name: _of_matlab(item, kinds.get(name)) for name, item in dense.items() if isinstance(item, np.ndarray)}
+
+
+def _of_matlab(array: np.ndarray, kind: str | None) -> np.ndarray:
+    """The array with MATLAB's type: loadmat's ``mat_dtype`` would do this, but it drops imaginary parts."""
+    return array.astype(OF_MATLAB[kind]) if kind in OF_MATLAB and array.dtype.kind in "biuf" else array
 
 
 def _without_objects(loaded: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -76,7 +84,10 @@ def _read_hdf5(path: Path, of_matlab: bool) -> dict[str, np.ndarray]:
     h5py, found = _h5py(path), dict[str, np.ndarray]()
 
     def visit(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset) and item.dtype.kind in "biufcV" and not name.startswith("#"):
+        if not isinstance(item, h5py.Dataset) or name.startswith("#") or item.shape is None:
+            return
+        is_text = item.attrs.get("MATLAB_class") == b"char"
+        if item.dtype.kind in "biufcV" and not is_text and "MATLAB_empty" not in item.attrs:
             # MATLAB writes its arrays column by column, so that HDF5 has their axes in reverse.
             found[name] = np.asarray(item).T if of_matlab else np.asarray(item)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..disk.kind import reading
@@ -73,7 +73,8 @@ def _with_pillow(path: Path, channels: int) -> np.ndarray:
             return 65535 - deep if inverted else deep
         if image.mode in ("I", "F"):
             return np.array(image)
-        return np.asarray(image.convert("L" if channels == 1 else "RGB"))
+        upright = ImageOps.exif_transpose(image)
+        return np.asarray(upright.convert("L" if channels == 1 else "RGB"))
 
 
 def _is_deep_colour(path: Path, image: Image.Image) -> bool:

@@ -110,6 +110,7 @@ def restore_files(
     _check_written(written, files, overwrite)
     for target, path, depth in zip(progress(written, "restoring", "image", delay=2, leave=False), files, depths):
         restored = restore(task, net, task.read(path)[None], sigma, tile, overlap)[0]
+        _check_finite(restored, path)
         write_file(target, functools.partial(_write, image=restored, suffix=target.suffix, depth=depth))
     return written
 
@@ -154,6 +155,7 @@ def restore_measurements(
     for target, path in zip(progress(written, "restoring", "image", delay=2, leave=False), files):
         arguments = _arguments(task, names, path)
         image = task.image_in(task.run_forward(net, to_device(arguments, device_of(net))))
+        _check_finite(image, path)
         write_file(target, functools.partial(_write, image=image, suffix=suffix, depth=depth))
     return written
 
@@ -174,6 +176,14 @@ def _arguments(task: Task, names: Mapping[str, bool], path: Path) -> tuple[Any, 
             "the arrays like the first arguments, or define arguments(arrays) in the task"
         )
     return tuple(arrays[name] for name in given)
+
+
+def _check_finite(image: Tensor, path: Path) -> None:
+    if not image.isfinite().all():
+        raise LoRunError(
+            f"the network returned NaN or Inf for {path}, so no image is written: check its weights, and that the "
+            "measurements are those it was trained for"
+        )
 
 
 def _check_written(written: Sequence[Path], files: Sequence[Path], overwrite: bool) -> None:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoRunError
+from ..util.nested import map_tensors
 from ..util.numbers import is_whole_number
 from ..util.text import SHORT, is_short
 from .cubes import CUBE_SUFFIXES, read_cube
@@ -107,7 +108,8 @@ class Task:
     @property
     def arguments(self) -> Callable[[dict[str, Tensor]], tuple[Any, ...]] | None:
         """The task's ``arguments(arrays)``, which makes a forward's arguments from measured arrays, or None."""
-        return self._optional("arguments")
+        function = self._optional("arguments")
+        return None if function is None else lambda arrays: self._checked("arguments", function(arrays))
 
     def _optional(self, function: str) -> Callable[..., Any] | None:
         return functools.partial(self._call, function) if callable(getattr(self.module, function, None)) else None
@@ -136,12 +138,16 @@ class Task:
             LoRunError: the task's function fails, or returns no tuple.
         """
         arguments = self._call("measure", images, sigma=sigma) if sigma else self._call("measure", images)
+        return self._checked("measure", arguments)
+
+    def _checked(self, function: str, arguments: Any) -> tuple[Any, ...]:
+        """The arguments of a forward that a function of the task has returned, without the graph that made them."""
         if not isinstance(arguments, (tuple, list)):
             raise LoRunError(
-                f"expected measure() of {self.name} to return a tuple of arguments, found {type(arguments).__name__}: "
-                "write `return (y,)` for one"
+                f"expected {function}() of {self.name} to return a tuple of arguments, found "
+                f"{type(arguments).__name__}: write `return (y,)` for one"
             )
-        return tuple(arguments)
+        return tuple(map_tensors(item, Tensor.detach) for item in arguments)
 
     def run(self, net: nn.Module, arguments: tuple[Any, ...], images: Tensor) -> Tensor:
         """Run ``net`` on ``arguments`` and return the restored images, on the CPU, in float32.
@@ -154,7 +160,7 @@ class Task:
         Raises:
             LoRunError: the forward or the task's function fails.
         """
-        return self.restored(self.run_forward(net, arguments), images).float().cpu()
+        return self.restored(self.run_forward(net, arguments), images).detach().float().cpu()
 
     def run_forward(self, net: nn.Module, arguments: tuple[Any, ...]) -> Any:
         """Return what the network's forward returns, without gradients.
@@ -357,6 +363,8 @@ def load_task(name: str | os.PathLike[str]) -> Task:
             options[option] = value
     weights = getattr(module, "weights", None)
     if weights is not None:
+        if not isinstance(weights, (str, os.PathLike)):
+            raise LoRunError(f"expected weights in {name} to be the path of a file, found {weights!r}: correct it")
         options["weights"] = Path(module.__file__ or ".").parent / weights
     return Task(name, module, **options)
 

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +20,32 @@ States = dict[str, dict[str, Tensor]]  # by the keys under which they are in the
 
 DEPTH = 3  # how many keys deep a state_dict may be
 AVERAGED = re.compile(r"(^|[._])(ema|avg|average|averaged|swa)([._]|$)")  # in a key: an average of the weights
+OPTIMISER = re.compile(r"(^|[._])(optim\w*|\w*exp_avg\w*)(\.|$)")  # in a key: no weights, though named as they are
+COUNT = "n_averaged"  # beside the weights, in the state_dict of torch.optim.swa_utils.AveragedModel
 SHOWN = 6  # names in a message
+
+
+class OfNumPy:
+    """Stands in for NumPy's numbers and arrays, such as a best PSNR, that are in a file beside its tensors.
+
+    Nobody needs them here, so none of NumPy's own functions runs on what a file holds.
+    """
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+OF_NUMPY: list[Any] = [
+    (OfNumPy, name)
+    for name in (
+        "numpy.dtype",
+        "numpy.ndarray",
+        *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    )
+]
 
 
 def read_states(path: Path) -> States:
@@ -72,7 +98,7 @@ def choose_state(states: States, net: nn.Module, path: Path, key: str | None = N
         return with_names_of(net, states[key])
     named = {key: with_names_of(net, state) for key, state in states.items()}
     wanted = net.state_dict().keys()
-    fitting = [key for key, state in named.items() if state.keys() == wanted]
+    fitting = [key for key, state in named.items() if state.keys() == wanted and not OPTIMISER.search(key)]
     if not fitting:
         return max(named.values(), key=lambda state: len(state.keys() & wanted))
     chosen = next((key for key in fitting if AVERAGED.search(key)), fitting[0])
@@ -87,11 +113,15 @@ def choose_state(states: States, net: nn.Module, path: Path, key: str | None = N
 
 
 def with_names_of(net: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``state`` with the names in ``net``, without or with the prefixes of DataParallel and torch.compile.
+    """Return ``state`` with the names in ``net``, without or with what wrappers add to them.
+
+    These are the prefixes of DataParallel and torch.compile, and the count of weights in an ``AveragedModel``.
 
     >>> sorted(with_names_of(nn.DataParallel(nn.Linear(1, 1)), {"_orig_mod.weight": torch.ones(1, 1)}))
     ['module.weight']
     """
+    if COUNT in state and COUNT not in net.state_dict():
+        state = {name: tensor for name, tensor in state.items() if name != COUNT}
     wanted = {_unwrapped(name): name for name in net.state_dict()}
     found = {_unwrapped(name) for name in state}
     if state.keys() == net.state_dict().keys() or len(wanted) < len(net.state_dict()) or len(found) < len(state):
@@ -136,7 +166,8 @@ def mismatch(net: nn.Module, state: Mapping[str, Tensor]) -> str:
 
 def _load(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(OF_NUMPY):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, pickle.UnpicklingError among them
         others = _other_objects(path, str(error))
         if others:

@@ -93,7 +93,23 @@ def test_arrays_of_every_kind(tmp_path: Path) -> None:
     pair["real"], pair["imag"] = values, 1
     with h5py.File(tmp_path / "c.h5", "w") as file:
         file["c"] = pair
-    assert np.array_equal(read_arrays(tmp_path / "c.h5")["c"], values + 1j)
+        file["text"] = np.frombuffer(b"s\0c\0", np.uint16)
+        file["text"].attrs["MATLAB_class"] = np.bytes_("char")
+        file["nothing"] = np.zeros(2, np.uint64)
+        file["nothing"].attrs["MATLAB_empty"] = 1
+        file["null"] = h5py.Empty("f4")
+    found = read_arrays(tmp_path / "c.h5")
+    assert list(found) == ["c"] and np.array_equal(found["c"], values + 1j)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint16, np.float32, np.float64, np.complex64, np.complex128])
+@pytest.mark.parametrize("version", ["5", "4"])
+def test_arrays_of_matlab_keep_their_type_and_imaginary_parts(tmp_path: Path, dtype: type, version: str) -> None:
+    whole = np.array([[0, 1, 2], [3, 4, 5]])
+    given = (whole + 1j * whole[::-1]).astype(dtype) if np.dtype(dtype).kind == "c" else whole.astype(dtype)
+    scipy.io.savemat(tmp_path / "a.mat", {"y": given}, format=version)
+    found = read_arrays(tmp_path / "a.mat")["y"]
+    assert np.array_equal(found, given) and (found.dtype == dtype or version == "4")
 
 
 def test_two_cubes_in_one_file(tmp_path: Path) -> None:

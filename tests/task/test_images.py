@@ -101,6 +101,13 @@ RIGHT = {  # file -> values in [0, 1]
 }
 
 
+def test_photographs_of_cameras_stand_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it a quarter turn clockwise
+    Image.fromarray(GREY).save(tmp_path / "phone.png", exif=exif)
+    assert torch.equal(read_image(tmp_path / "phone.png", 1)[0], torch.from_numpy(np.rot90(GREY, -1) / np.float32(255)))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", RIGHT)
 def test_every_mode_has_its_values(tmp_path: Path, name: str, channels: int) -> None:

@@ -52,6 +52,21 @@ def test_names_and_depths_are_kept(tmp_path: Path, files: list[Path], text: str,
     assert [array.dtype for array in arrays] == [np.uint8, np.uint16, np.float32]
 
 
+def test_no_image_is_written_where_the_network_diverged(tmp_path: Path, files: list[Path]) -> None:
+    (tmp_path / "task.py").write_text(GREY_TASK + "\n\ndef restore(output, images):\n    return images / 0\n")
+    task = load_task(tmp_path / "task.py")
+    with pytest.raises(LoRunError, match=r"returned NaN or Inf for .*colour.jpg, so no image is written"):
+        restore_files(task, task.build(), files, tmp_path / "out")
+    text = "\n\ndef restore(output, images):\n    return output * float('nan')\n"
+    (tmp_path / "task.py").write_text(GREY_TASK + text)
+    task = load_task(tmp_path / "task.py")
+    np.savez(tmp_path / "a.npz", y=np.ones((1, 1, 8, 8)), mask=np.ones((1, 1, 8, 8)))
+    names = {"y": True, "mask": True}
+    with pytest.raises(LoRunError, match=r"returned NaN or Inf for .*a.npz, so no image is written"):
+        restore_measurements(task, task.build(), names, [tmp_path / "a.npz"], tmp_path / "out")
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
 def test_nothing_is_overwritten_unasked(tmp_path: Path, files: list[Path]) -> None:
     (tmp_path / "task.py").write_text(GREY_TASK + SAME)
     task, out = load_task(tmp_path / "task.py"), tmp_path / "out"
@@ -197,6 +212,9 @@ def test_from_measurements(tmp_path: Path, capsys, monkeypatch) -> None:
     code, out, err = call(capsys, monkeypatch, *given, tmp_path / "y.npy")
     assert code == 0 and "wrote 1 image to" in out, err
     assert (read_image(tmp_path / "out/y.png", 1) - expected).abs().max() < 0.51 / 65535
+    (tmp_path / "task.py").write_text(text + "\n\ndef arguments(arrays):\n    return arrays['y']\n")
+    code, _, err = call(capsys, monkeypatch, *given, tmp_path / "y.npy", "--overwrite")
+    assert code == 2 and "expected arguments() of" in err and "write `return (y,)` for one" in err
     (tmp_path / "task.py").write_text(text + more + "\n\ndef restore(output, images):\n    return output[..., 0]\n")
     code, _, err = call(capsys, monkeypatch, *given, tmp_path / "y.npy", "--overwrite")
     assert code == 2 and "one image (1, 1, H, W), found (1, 1, 12): it gets None for the images" in err

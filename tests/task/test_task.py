@@ -28,6 +28,7 @@ from lorun_adapt.task.task import load_task
         ("def restore(output, images): return output['nothing']", "KeyError"),
         ("channels = 'grey'", "expected channels"),
         ("patch = 0", "expected patch"),
+        ("weights = ['a.pth']", r"expected weights .* to be the path of a file, found \['a.pth'\]"),
         ("import nothing_at_all", r"needs nothing_at_all, .* line \d+: install the library that has it"),
         ("raise ModuleNotFoundError(name='deepinv')", r"needs deepinv, .*: run `pip install 'lorun-adapt\[deepinv\]'"),
         ("def (", "SyntaxError"),
@@ -60,6 +61,26 @@ def test_a_forward_that_differentiates(task_file: Path) -> None:
     task = load_task(task_file)
     image = torch.rand(1, 3, 16, 16)
     assert task.run(task.build(), task.measure(image), image).shape == image.shape
+
+
+def test_modules_of_a_task_may_have_parameters(task_file: Path) -> None:
+    more = """
+blur = nn.Conv2d(1, 1, 3, padding=1)
+
+def through(images):
+    return torch.cat([blur(image[:, None]) for image in images.unbind(1)], 1)
+
+def measure(images, sigma=0.0):
+    return through(images), {"mask": [through(images)[:, :1].expand(-1, 1, -1, -1)]}
+
+def restore(output, images):
+    return through(output["image"])
+"""
+    task_file.write_text(COLOUR_TASK + more)
+    task, image = load_task(task_file), torch.rand(1, 3, 16, 16)
+    y, extra = task.measure(image)
+    assert not y.requires_grad and not extra["mask"][0].requires_grad
+    assert task.run(task.build(), (y, extra), image).numpy().shape == image.shape
 
 
 PARSES = """
