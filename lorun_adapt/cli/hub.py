@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.markup import escape
 
 from .options import FILE, show
 
@@ -64,7 +63,7 @@ def list_(source: str, revision: str | None) -> None:
         noise = config.get("noise_schedule")
         sigmas = [sigma for sigma in (noise if isinstance(noise, list) else [noise]) if is_sigma(sigma)]
         noise_text = ", ".join(f"{sigma:g}" for sigma in sigmas)
-        rows.append((escape(shortened(name)), noise_text, len(stages), ", ".join(map(str, ranks))))
+        rows.append((shortened(name), noise_text, len(stages), ", ".join(map(str, ranks))))
     base = "with its base" if BASE_FILE in files else f"for the base {str(description.get('fingerprint'))[:12]}"
-    title = escape(shortened(f"{description.get('network')}, {base}"))
+    title = shortened(f"{description.get('network')}, {base}")
     show([table(title, ("adapter set", "sigma, of 255", "stages>", "ranks in its first stage"), rows)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import sys
 import warnings
@@ -116,6 +117,9 @@ def eval_(
     from ..task.task import load_task
     from ..util.seeds import set_seed
 
+    printed = sys.stdout
+    if as_json:  # alone on standard output, whatever the task prints
+        click.get_current_context().with_resource(contextlib.redirect_stdout(sys.stderr))
     if converted is None and (adapter_name or record):
         raise click.UsageError("--adapter-name and --record need a conversion: give --converted")
     check_metrics(metrics)
@@ -149,7 +153,7 @@ def eval_(
     if as_json:
         from ..util.numbers import without_nan
 
-        click.echo(json.dumps(without_nan(result.as_dict()), indent=2, allow_nan=False))
+        click.echo(json.dumps(without_nan(result.as_dict()), indent=2, allow_nan=False), file=printed)
     else:
         show(result.tables())
     if record and converted is not None and lorun is not None:
@@ -212,6 +216,8 @@ for command in (convert_, recover, finetune, restore, push, pull, list_):
 def main() -> None:
     """Run the command; a user's mistake prints one sentence and exits with code 2."""
     keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be in the terminal's character set
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
     try:
         cli(prog_name="lorun-adapt")

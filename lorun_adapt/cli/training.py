@@ -39,6 +39,7 @@ from .options import (
     weights_options,
     working,
 )
+from .other_sets import check_none_is_lost, load_others
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,7 @@ def convert_(
     on several processes and GPUs.
     """
     from ..conversion import collapse
-    from ..model.lorun_model import LoRunModel
+    from ..model.lorun_model import DEFAULT_SET, LoRunModel
     from ..network.batches import Batches
     from ..network.divergence import warn_if_it_diverges
     from ..training.duration import Duration
@@ -96,6 +97,7 @@ def convert_(
         raise click.UsageError("--no-share leaves nothing to recover: leave --calibration out, and use finetune")
     if calibration is None and (given := [f"--{name}" for name, value in training.items() if value]):
         raise click.UsageError(f"{' and '.join(given)} need --calibration: give a folder of images")
+    check_none_is_lost(out, [DEFAULT_SET])
     spec, net = trained_network(task, weights, weights_key, seed)
     crops = None if calibration is None else _crops(spec, calibration, seed, training)
     weighed = None if crops is None or budget is None else Batches(crops)
@@ -156,6 +158,7 @@ def recover(
 
     spec, net = trained_network(task, weights, weights_key, seed)
     lorun = from_pretrained(converted, net.to(device))
+    check_none_is_lost(out, lorun.adapter_names)
     if training["sigma"] is None:
         training["sigma"] = lorun.adapter_info[lorun.adapter_names[0]].sigma
     crops = _crops(spec, calibration, seed, training)
@@ -208,7 +211,8 @@ def finetune(
 ) -> None:
     """Train a new adapter set for another noise level and add it to a conversion.
 
-    The base, the other sets and the active set do not change. A fifth of the images, at most 20, is
+    The base, the other sets and the active set do not change. Sets of the same base that are in --out
+    already stay there. A fifth of the images, at most 20, is
     held out: the weights that are best on them are kept, and their PSNR is shown. Ctrl-C saves the best
     weights so far.
     """
@@ -227,6 +231,7 @@ def finetune(
     kept, files = held_out_of(spec.images(images))
     crops, judged = (Crops(spec, part, sigma=sigma, seed=seed, size=batch, dimmed=0) for part in (files, kept))
     lorun = from_pretrained(converted, spec.build().to(device))
+    check_none_is_lost(out, [*lorun.adapter_names, adapter_name], lorun.fingerprint)
     stored = stored_dtype(lorun.converted(), converted)
     lorun.task = spec
     before = lorun.active_adapters
@@ -245,6 +250,7 @@ def finetune(
         seed=seed,
     )
     lorun.set_adapter(before)
+    load_others(lorun, out)
     _save(lorun, spec, out, dtype or stored, finished, resume_from, report=False)
     if _is_main_process():
         _compare_sets(lorun, spec, kept, adapter_name, (start_from or (DEFAULT_SET,))[0], sigma, images, seed)

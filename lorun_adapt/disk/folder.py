@@ -111,7 +111,7 @@ def check_place(target: Path, marker: str) -> None:
         parent = next(path for path in target.parents if path.exists())
     except OSError as error:
         raise LoRunError(f"cannot write {target}: {_reason_of(error)}; choose another folder") from error
-    if not target.exists() and not os.access(parent, os.W_OK):
+    if not os.access(parent, os.W_OK):
         raise LoRunError(f"cannot write {target}: {parent} is not writable; choose another folder")
 
 
@@ -121,6 +121,8 @@ def _check_replaceable(target: Path, marker: str) -> None:
     here = Path(os.path.realpath(os.curdir))
     if target.is_dir() and (here == target or target in here.parents):
         raise LoRunError(f"cannot replace {target}: it is, or holds, the current directory; save to a folder within it")
+    if os.path.ismount(target):
+        raise LoRunError(f"cannot replace {target}: something is mounted there; save to a folder within it")
     if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
         raise LoRunError(
             f"expected an empty folder or a saved network in {target}, found other files: choose another folder"

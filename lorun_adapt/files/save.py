@@ -112,16 +112,17 @@ def update_cards(converted: Converted, path: Path) -> None:
 
 
 def foreign_entries(folder: Path) -> list[str]:
-    """Return the entries of a saved folder that lorun-adapt did not write: other files, and sets it does not list."""
+    """Return the entries of a saved folder that lorun-adapt did not write: other files, also among those of a set.
+
+    Without a readable description, everything in the sets' folders counts as such.
+    """
     entries = [entry.name for entry in folder.iterdir() if entry.name not in TOP_LEVEL]
-    if (folder / ADAPTERS_FOLDER).is_dir():
-        try:
-            known = json.loads((folder / CONFIG_FILE).read_bytes())["adapters"]
-            sets = [entry.name for entry in (folder / ADAPTERS_FOLDER).iterdir() if entry.name not in known]
-            entries += [f"{ADAPTERS_FOLDER}/{name}" for name in sets]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            pass  # without a readable description, there is no way to tell
-    return entries
+    try:
+        known = set(json.loads((folder / CONFIG_FILE).read_bytes())["files"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        known = set()
+    of_sets = [path for path in (folder / ADAPTERS_FOLDER).rglob("*") if path.is_symlink() or not path.is_dir()]
+    return entries + [name for path in of_sets if (name := path.relative_to(folder).as_posix()) not in known]
 
 
 def _write_cards(converted: Converted, folder: Path, problems: Mapping[str, str]) -> None:

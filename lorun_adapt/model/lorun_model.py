@@ -806,7 +806,7 @@ class LoRunModel(nn.Module):
         """Save the base and the adapters as safetensors and JSON. The folder is written completely or not at all.
 
         Args:
-            path: a new or empty folder, or a saved folder, which is replaced.
+            path: a new or empty folder, or a saved folder, which is replaced with all its sets.
             dtype: store floating-point tensors in this dtype, such as ``torch.float16`` for smaller files.
             adapters_only: save no base. The files name its fingerprint; :meth:`load_adapter` loads them.
             selected_adapters: names of the sets to save; by default all except ``interpolated``.

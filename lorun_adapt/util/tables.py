@@ -8,21 +8,26 @@ from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """Return a rich table; a column whose header ends in ``>`` is aligned to the right.
+    """Return a rich table of plain text; a column whose header ends in ``>`` is aligned to the right.
 
     >>> text = plain_text(table("sizes", ("stage", "parameters>"), [("blocks.0", "1,234"), ("blocks.1", 56)]))
     >>> [line.split() for line in text.splitlines() if line.startswith(" blocks")]
     [['blocks.0', '1,234'], ['blocks.1', '56']]
     """
-    result = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    result = Table(
+        title=escape(title) or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for column in columns:
-        result.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
+        result.add_column(
+            escape(column.rstrip(">")), justify="right" if column.endswith(">") else "left", overflow="fold"
+        )
     for row in rows:
-        result.add_row(*(str(cell) for cell in row))
+        result.add_row(*(escape(str(cell)) for cell in row))
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 from tasks import call, run
 
+from lorun_adapt.cli.main import main
 from lorun_adapt.task.task import load_task
 
 
@@ -118,6 +120,24 @@ def test_the_state_of_a_run_stays_until_its_result_is_saved(
         warnings.simplefilter("default")
         code, _, err = call(capsys, monkeypatch, *arguments)
     assert code == 0 and "was over already" in err and (tmp_path / "out").exists() and not state.exists()
+
+
+def test_json_is_alone_on_standard_output(task_file, weights, images, capsys, monkeypatch) -> None:
+    task_file.write_text(task_file.read_text() + "\nprint('imported')\n")
+    code, out, err = call(capsys, monkeypatch, "eval", task_file, "--weights", weights, "--images", images, "--json")
+    assert code == 0 and json.loads(out)["images"] and "imported" in err
+
+
+def test_names_of_images_are_shown_as_they_are(task_file, weights, images, monkeypatch) -> None:
+    first = min(images.iterdir())
+    first.rename(images / "Größe[left].png")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.argv", ["", "eval", str(task_file), "--weights", str(weights), "--images", str(images)])
+    with pytest.raises(SystemExit):
+        main()
+    out.flush()
+    assert rb"Gr\xf6\xdfe[left].png" in out.buffer.getvalue()
 
 
 def test_scores_without_end_are_null(task_file, weights, images, tmp_path, capsys, monkeypatch) -> None:

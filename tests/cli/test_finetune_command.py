@@ -18,6 +18,7 @@ import lorun_adapt
 from lorun_adapt.files.description import as_text
 from lorun_adapt.files.layout import INTERPOLATED
 from lorun_adapt.task.task import load_task
+from lorun_adapt.training.trainer import Trainer
 
 
 def test_names_of_files_stay_inside(made, capsys, monkeypatch) -> None:
@@ -190,6 +191,41 @@ def test_where_to_save_is_looked_at_before_the_work(made, capsys, monkeypatch) -
     for out in (made / "results", made / "my_task.py"):
         code, _, err = finetune(made, capsys, monkeypatch, "--steps", 3, "--out", out)
         assert code == 2 and "expected a" in err and "choose another" in err
+
+
+def test_sets_that_are_there_already_stay(made, capsys, monkeypatch) -> None:
+    def names(folder: Path) -> list[str]:
+        return lorun_adapt.from_pretrained(folder, load_task(str(made / "my_task.py")).build()).adapter_names
+
+    for name in ("first", "second", "second"):
+        assert finetune(made, capsys, monkeypatch, "--steps", 2, "--adapter-name", name)[0] == 0
+    assert names(made / "out") == ["default", "second", "first"] and names(made / "net") == ["default"]
+    first = {path.name: path.read_bytes() for path in (made / "out/adapters/first/stage_01").iterdir()}
+
+    def train(self, *_):  # another command saves to the folder meanwhile
+        monkeypatch.setattr(Trainer, "train", trained)
+        assert finetune(made, capsys, monkeypatch, "--steps", 2, "--adapter-name", "third")[0] == 0
+        return trained(self, *_)
+
+    trained = Trainer.train
+    monkeypatch.setattr(Trainer, "train", train)
+    assert finetune(made, capsys, monkeypatch, "--steps", 2, "--adapter-name", "fourth")[0] == 0
+    assert set(names(made / "out")) == {"default", "first", "second", "third", "fourth"}
+    assert first == {path.name: path.read_bytes() for path in (made / "out/adapters/first/stage_01").iterdir()}
+
+    monkeypatch.setattr(Trainer, "train", lambda *_: pytest.fail("it trains"))
+    given = (made / "my_task.py", "--weights", made / "net.pth", "--calibration", made / "images", "--steps", 3)
+    for command in (("convert", *given, "--rank", 3), ("recover", *given, "--converted", made / "net")):
+        code, _, err = call(capsys, monkeypatch, *command, "--out", made / "out")
+        assert code == 2 and "has the adapter sets " in err and "first" in err and "choose another folder" in err
+    other = (made / "my_task.py", "--weights", made / "net.pth", "--rank", 3, "--out", made / "other")
+    assert call(capsys, monkeypatch, "convert", *other)[0] == 0
+    code, _, err = finetune(made, capsys, monkeypatch, "--steps", 2, "--converted", made / "other")
+    assert code == 2 and "which do not fit the network" in err
+    (made / "out/lorun_config.json").write_text("{}")
+    monkeypatch.setattr(Trainer, "train", trained)
+    assert finetune(made, capsys, monkeypatch, "--steps", 2)[0] == 0
+    assert first == {path.name: path.read_bytes() for path in (made / "out/adapters/first/stage_01").iterdir()}
 
 
 def test_what_was_judged_is_shown_even_where_it_cannot_be_noted(made, capsys, monkeypatch) -> None:

@@ -139,6 +139,7 @@ def full_tmpfs(place: Path) -> None:
         assert contents(place) == before
     (place / "film2").unlink()
     large.save_pretrained(target)
+    refused(large, place, "something is mounted there; save to a folder within it")
 
 
 def read_only_mount(place: Path) -> None:
@@ -156,16 +157,21 @@ def read_only_mount(place: Path) -> None:
 def read_only_folders(place: Path) -> None:
     lorun = models()[0]
     lorun.save_pretrained(place / "around/saved")
+    (place / "around/open").mkdir()
     before = contents(place)
     if os.geteuid() == 0:
         for path in [*place.rglob("*"), place]:
             path.chmod(0o755 if path.is_dir() else 0o644)
+        (place / "around/open").chmod(0o777)
         os.setuid(65534)
     else:
         (place / "around/saved").chmod(0o555)
         (place / "around").chmod(0o555)
     refused(lorun, place / "around/saved", "read-only")
     refused(lorun, place / "around/other", "Permission denied")
+    for name in ("around/other", "around/open"):
+        with pytest.raises(LoRunError, match="around is not writable; choose another folder"):
+            folder.check_place(place / name, "lorun_config.json")
     assert contents(place) == before
 
 

@@ -107,9 +107,12 @@ def test_saving_again_replaces(saved: Path, lorun: LoRunModel, blocks: Case) -> 
     (saved / "notes").mkdir()
     (saved / "notes/mine.txt").write_text("kept")
     (saved / "adapters/default/stage_09").mkdir()
+    (saved / "adapters/default/stage_00/mine.txt").write_text("kept")
+    (saved / "adapters/link").symlink_to(saved / "notes")
     train_a_bit(lorun, blocks.inputs)
     lorun.save_pretrained(saved)
-    assert (saved / "notes/mine.txt").read_text() == "kept"
+    for place in ("notes", "adapters/default/stage_00", "adapters/link"):
+        assert (saved / place / "mine.txt").read_text() == "kept"
     assert not (saved / "adapters/default/stage_09").exists()
     assert torch.equal(lorun_adapt.from_pretrained(saved, blocks.net)(*blocks.inputs), lorun(*blocks.inputs))
     assert [p.name for p in saved.parent.iterdir()] == ["saved"]

@@ -1,0 +1,56 @@
+"""Adapter sets that a folder has and the network to be saved there lacks: saving must not delete them unasked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import LoRunError
+
+if TYPE_CHECKING:
+    from ..model.lorun_model import LoRunModel
+
+
+def check_none_is_lost(out: Path, names: Collection[str], fingerprint: str | None = None) -> None:
+    """Check before long work that saving a network to ``out`` would delete no set.
+
+    Args:
+        out: the folder.
+        names: the sets that will be saved.
+        fingerprint: of the base, where sets of the same base can be kept, see :func:`load_others`.
+
+    Raises:
+        LoRunError: the folder has other sets, and they are for another base.
+    """
+    others, base = _others(out, names)
+    if others and base != fingerprint:
+        raise LoRunError(
+            f"{out} has the adapter sets {', '.join(others)}, which do not fit the network to be saved there: choose "
+            "another folder, or delete that one first"
+        )
+
+
+def load_others(lorun: LoRunModel, out: Path) -> None:
+    """Load the sets of the same base that ``out`` has and ``lorun`` lacks, so that saving there keeps them.
+
+    Raises:
+        LoRunError: they are damaged, or have come to be for another base.
+    """
+    check_none_is_lost(out, lorun.adapter_names, lorun.fingerprint)
+    for name in _others(out, lorun.adapter_names)[0]:
+        lorun.load_adapter(out, name)
+
+
+def _others(out: Path, names: Collection[str]) -> tuple[list[str], str | None]:
+    """The names of the other sets in a folder, and the fingerprint of their base."""
+    from ..files.description import read_description
+    from ..files.layout import CONFIG_FILE
+
+    if not (out / CONFIG_FILE).is_file():
+        return [], None
+    try:
+        description = read_description(out)
+    except LoRunError:  # it is damaged; saving leaves the files of its sets where they are
+        return [], None
+    return [name for name in description["adapters"] if name not in names], description["fingerprint"]
