@@ -15,6 +15,8 @@ from types import ModuleType
 
 from ..errors import LoRunError
 
+FOLDERS: set[Path] = set()  # of the task files that this process has loaded
+
 
 @contextmanager
 def own_command_line(name: str) -> Iterator[None]:
@@ -53,12 +55,26 @@ def module_of_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # as for a script, so that it finds the network's code in its folder
+    folder = path.resolve().parent
+    _forget_namesakes(folder)
+    FOLDERS.add(folder)
+    if str(folder) in sys.path:
+        sys.path.remove(str(folder))
+    sys.path.insert(0, str(folder))  # as for a script, so that it finds the network's code in its folder
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def _forget_namesakes(folder: Path) -> None:
+    """Forget modules of other tasks' folders that are named as one in this folder, such as ``model.py``."""
+    for name in {path.name.removesuffix(".py") for path in folder.iterdir()} & sys.modules.keys():
+        attributes = vars(sys.modules[name])
+        places = list(attributes.get("__path__") or [attributes.get("__file__") or "/"])
+        if any(Path(place).resolve().parent in FOLDERS - {folder} for place in places):
+            for known in list(sys.modules):
+                if known == name or known.startswith(f"{name}."):
+                    del sys.modules[known]
 
 
 def how_to_install(library: str) -> str:

@@ -90,6 +90,22 @@ parser.add_argument("--stages", type=int, default=9)
 """
 
 
+def test_two_tasks_with_modules_of_one_name(tmp_path: Path) -> None:
+    text = "from model import Net\nfrom parts.layers import KIND\n"
+    text += "def build(): return Net()\ndef measure(images, sigma=0.0): return (images,)\ndef restore(o, i): return o\n"
+    for name in ("a", "b"):
+        (tmp_path / name / "parts").mkdir(parents=True)
+        (tmp_path / name / "task.py").write_text(text)
+        (tmp_path / name / "parts/layers.py").write_text(f"KIND = {name!r}\n")
+        (tmp_path / name / "model.py").write_text(
+            f"from torch import nn\nclass Net(nn.Module):\n    which = {name!r}\n"
+        )
+    for name in ("a", "b", "a"):
+        task = load_task(tmp_path / name / "task.py")
+        assert task.build().which == task.module.KIND == name
+    assert load_task(tmp_path / "a/task.py").module.Net is task.module.Net
+
+
 def test_it_does_not_see_our_command_line(task_file: Path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lorun-adapt", "inspect", "--stages", "fcs.*"])
     parse = PARSES + "assert parser.parse_args().stages == 9\n"
