@@ -20,11 +20,12 @@ from .factorise.group import factorise_group
 from .factorise.plan import plan
 from .factorise.ranks import config_for_energy, config_for_rank
 from .model.lorun_model import DEFAULT_SET, LoRunModel
-from .network.adapter import StageAdapter
+from .network.adapter import StageAdapter, terms_of
 from .network.assemble import share_base
 from .network.batches import Batches
 from .network.converted import AdapterSet, Converted
 from .network.divergence import warn_if_it_diverges
+from .network.kept import check_nothing_is_kept
 from .network.observe import forward_arguments
 from .network.report import make_report
 from .network.sharing import ties_of
@@ -272,7 +273,9 @@ def collapse(
     )
     if share:
         _warn_if_it_grows(converted)
-        if example_inputs is not None:
+    if example_inputs is not None:
+        check_nothing_is_kept(dun, stage_map, example_inputs)
+        if share:
             check_adapters_are_seen(converted, example_inputs)
     return converted
 
@@ -295,7 +298,13 @@ def _warn_if_it_grows(converted: Converted) -> None:
     if after <= before:
         return
     advice = "choose a lower rank, or exclude the tensors that an adapter makes larger"
-    if report.denoisers_before.num_parameters <= report.base.num_parameters:
+    adapters = converted.sets[DEFAULT_SET].adapters.values()
+    if not any(terms_of(adapter) for of_stage in adapters for adapter in of_stage.values()):
+        advice = (
+            "no tensor of its stages is adapted, as all have requires_grad=False beside parameters that train: call "
+            "requires_grad_(True) on the network first"
+        )
+    elif report.denoisers_before.num_parameters <= report.base.num_parameters:
         advice = (
             "its stages shared a denoiser already, so adapters make it no smaller; they let stages differ, and hold "
             "what other noise levels need"

@@ -478,6 +478,20 @@ def scripted(net: nn.Module) -> None:
     net.blocks[1].denoiser = torch.jit.script(net.blocks[1].denoiser)
 
 
+def test_one_frozen_stage_does_not_freeze_the_others() -> None:
+    case = ZOO["list_of_blocks"]()
+    case.net.blocks[0].requires_grad_(False)
+    lorun = convert(case.net, rank=1)
+    assert lorun.num_parameters() == convert(case.net.requires_grad_(True), rank=1).num_parameters()
+    assert all(parameter.requires_grad for parameter in lorun.adapters.parameters())
+    case.net.blocks.requires_grad_(False)
+    case.net.register_parameter("trains", nn.Parameter(torch.zeros(1)))
+    with pytest.warns(
+        UserWarning, match=r"grows .*: no tensor of its stages is adapted, .* call requires_grad_\(True\)"
+    ):
+        convert(case.net, rank=1)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "change, message",
@@ -486,6 +500,10 @@ def scripted(net: nn.Module) -> None:
         (lambda net: buffer(torch.eye(3).to_sparse_csr())(net), "extra of ListOfBlocks"),
         (buffer(torch.ones(3).to(torch.float8_e4m3fn)), "cannot store the torch.float8_e4m3fn of 'extra'"),
         (lambda net: buffer(torch.ones(3).to(torch.complex32))(net), "cannot store the torch.complex32 of 'extra'"),
+        (
+            lambda net: buffer(torch.ones(3).to(torch.complex128))(net),
+            "'extra': convert a network of torch.complex64",
+        ),
         (attribute(i for i in range(3)), "cannot copy extra of ListOfBlocks .*generator"),
         (scripted, "blocks.1.denoiser is TorchScript, .* before torch.jit.script"),
         (lambda net: setattr(net, "lazy", nn.LazyLinear(3)), "lazy is lazy, without weights yet: run the network once"),

@@ -177,7 +177,8 @@ def _write_tensors(
         if dtype is not None and tensor.is_floating_point() and name not in exact:
             tensor = tensor.to(dtype)
         if tensor.dtype not in DTYPES.values():
-            raise LoRunError(f"safetensors cannot store the {tensor.dtype} of {name!r}: convert it to another dtype")
+            advice = "torch.complex64" if tensor.is_complex() else "another dtype"
+            raise LoRunError(f"safetensors cannot store the {tensor.dtype} of {name!r}: convert a network of {advice}")
         if not has_valid_values(tensor, name in buffers):
             if has_valid_values(held.detach(), name in buffers):
                 raise LoRunError(

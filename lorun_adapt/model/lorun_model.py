@@ -37,8 +37,8 @@ from ..stages.stage_map import Group, Site
 from ..stages.tensors import base_denoiser, base_tensors
 from ..training.duration import Duration
 from ..util.copying import copy_network, deep_copy
-from ..util.fingerprint import fingerprint_of
-from ..util.modules import distinct_tensors
+from ..util.fingerprint import fingerprint_of, versions_of
+from ..util.modules import distinct_tensors, tensors_in_state
 from ..util.numbers import is_index
 from ..util.seeds import seeded
 from ..util.torch_modes import in_own_modes
@@ -115,6 +115,8 @@ class LoRunModel(nn.Module):
         self._reader: SetReader | None = None
         self._fingerprint = converted.known_fingerprint
         self._base_parameters = list(self.base.parameters())  # kept, since listing them at each access is slow
+        self._base_buffers = list(self.base.buffers())
+        self._versions = versions_of(self._base_buffers)
         self.network = self.base
         for name, held in converted.sets.items():
             self._put(name, held)
@@ -144,8 +146,10 @@ class LoRunModel(nn.Module):
     @property
     def fingerprint(self) -> str:
         """The hash that identifies the base in files; converting the base to another dtype does not change it."""
-        if self._fingerprint is None or any(parameter.requires_grad for parameter in self._base_parameters):
-            self._fingerprint = fingerprint_of(distinct_tensors(self.base))
+        buffers = versions_of(self._base_buffers)
+        trains = any(parameter.requires_grad for parameter in self._base_parameters)
+        if self._fingerprint is None or trains or buffers != self._versions:
+            self._fingerprint, self._versions = fingerprint_of(distinct_tensors(self.base)), buffers
             self._reader = None
         return self._fingerprint
 
@@ -1173,7 +1177,7 @@ class LoRunModel(nn.Module):
 
     def _hashes(self) -> tuple[str, str]:
         """Return the hashes of the base in memory and of all tensors."""
-        return fingerprint_of(distinct_tensors(self.base)), fingerprint_of(self.state_dict())
+        return fingerprint_of(distinct_tensors(self.base)), fingerprint_of(tensors_in_state(self))
 
     def _drop_outdated(self, before: tuple[str, str]) -> None:
         """Drop the fingerprint and the measured qualities if training has changed the tensors they describe."""

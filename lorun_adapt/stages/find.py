@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from ..errors import LoRunError
 from ..util.modules import positional_arguments, tensors_of, wrapper_path
 from .checks import check_alike, check_plain
+from .hints import hint_on_layers
 from .left_out import left_out
 from .locations import Location, any_inside, paths_of
 from .naming import declared_calls, named_stages
@@ -72,16 +73,15 @@ def find_stages(
             check_alike(dun, locations, "stages=")
     else:
         stages_of_groups, not_taken = _repeated(dun, trace, declared)
-    if not stages_of_groups and trace.is_empty:
-        raise LoRunError(
-            f"no repeated stage in {type(dun).__name__}: name the modules with stages=, or, if one module is called in "
-            "a loop, pass example_inputs= or calls="
-        )
     if not stages_of_groups:
-        raise LoRunError(
-            f"no repeated stage in {type(dun).__name__}, which does not seem to unfold an algorithm: if it does, name "
-            "the stages with stages=, a list of modules for each kind of module"
-        )
+        advice = "name the modules with stages=, or, if one module is called in a loop, pass example_inputs= or calls="
+        if not trace.is_empty:
+            advice = (
+                "it does not seem to unfold an algorithm; if it does, name the stages with stages=, a list of modules "
+                "for each kind of module"
+            )
+        hints = [advice, *filter(None, [hint_on_layers(dun)])]
+        raise LoRunError(f"no repeated stage in {type(dun).__name__}: {'; '.join(hints)}")
     for path, call in (location for locations in stages_of_groups for location in locations):
         if call is not None and not trace.is_empty and not trace.num_calls(path):
             raise LoRunError(

@@ -38,7 +38,7 @@ def tensor_specs(dun: nn.Module, sites: Sequence[Site], common: set[str] | None 
         tensor, path = tables[0][name], name.rpartition(".")[0]
         owners = [module.get_submodule(path) for module in modules]
         same = all(other[name] is tensor for other in tables)
-        frozen = not buffers[name] and any_trains and not tensor.requires_grad
+        frozen = not buffers[name] and any_trains and not any(other[name].requires_grad for other in tables)
         if common is not None:
             is_common = name in common
         elif buffers[name] or frozen:

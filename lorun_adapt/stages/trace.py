@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,10 +75,10 @@ class CallTrace:
         return len(self._calls_of(path))
 
     def in_order(self, locations: list[Location]) -> list[Location]:
-        """Return ``locations`` in the order in which they run, or unchanged where that is not known."""
+        """Return ``locations`` in the order in which they run, or, where that is not known, of their numbers."""
         found = self._found(locations)
         if found is None:
-            return locations
+            return _by_number(locations)
         return [location for location, _ in sorted(zip(locations, found), key=lambda pair: pair[1].start)]
 
     def lack_measurements(self, locations: Sequence[Location]) -> bool:
@@ -167,3 +168,14 @@ def trace_calls(dun: nn.Module, example_inputs: Sequence[object]) -> CallTrace:
         ) from error
     in_order = {module: sorted(found, key=lambda call: call.start) for module, found in calls.items()}
     return CallTrace(dun, in_order, reads if threads == {threading.get_ident()} else None)  # it sees this thread only
+
+
+def _by_number(locations: list[Location]) -> list[Location]:
+    """Sort locations whose names differ in one number by it; leave others as they are."""
+    parts = [re.split(r"(\d+)", path) for path, _ in locations]
+    if len(set(map(len, parts))) != 1:
+        return locations
+    differing = [i for i, column in enumerate(zip(*parts)) if len(set(column)) > 1]
+    if len(differing) != 1 or not all(row[differing[0]].isdigit() for row in parts):
+        return locations
+    return [location for location, _ in sorted(zip(locations, parts), key=lambda pair: int(pair[1][differing[0]]))]

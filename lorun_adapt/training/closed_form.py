@@ -18,6 +18,7 @@ from ..factorise.sensitivity import Sensitivity, sensitivities_of_stages
 from ..factorise.weigh import sensitivity_on
 from ..network.batches import Batch, while_there_is_time
 from ..network.converted import Converted
+from ..util.modules import tensors_in_state
 from ..util.progress import progress
 from .distill import Distillation, Example
 from .duration import Duration
@@ -62,7 +63,7 @@ def fit_in_closed_form(
         seed: seed of all random numbers.
         stop: ends the work early.
     """
-    tensors = list(objective.student.state_dict().values())  # they share memory with the network's tensors
+    tensors = list(tensors_in_state(objective.student).values())  # they share memory with the network's tensors
     error = _error_of_stages(forcing, examples) if forcing else _error_of_network(objective, examples)
     time_left = _clock(duration, stop)
     best, least = [tensor.clone() for tensor in tensors], error()

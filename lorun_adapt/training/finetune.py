@@ -16,6 +16,7 @@ from ..network.converted import AdapterSet, Converted
 from ..stages.stage_map import StageMap
 from ..stages.tensors import outside_parameters
 from ..util.fingerprint import fingerprint_of
+from ..util.modules import unchanged
 from ..util.seeds import seeded
 from .distill import Loss, check_teacher
 from .duration import Duration
@@ -71,10 +72,13 @@ def finetune(
     initial = _tensors_of(held)
     if teacher is not None:
         check_teacher(teacher, converted.base)
-    with ready_to_train(network, converted.stage_map, training.first, loss, teacher, seed, recompute) as (
-        objective,
-        stop,
+    networks = [network] if teacher is None else [network, teacher]
+    parameters = [parameter for module in networks for parameter in module.parameters()]  # no step changes the frozen
+    with (
+        unchanged(networks, but=parameters),
+        ready_to_train(network, converted.stage_map, training.first, loss, teacher, seed, recompute) as ready,
     ):
+        objective, stop = ready
         trainer = Trainer(
             objective,
             trained,

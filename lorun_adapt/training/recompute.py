@@ -24,6 +24,7 @@ DIFFERENT = (
     "a stage does something else when it runs again in the backward pass, as it keeps a state, changes an object that "
     "it is given, or recomputes parts of its own: train without recompute"
 )
+WITHIN_FUNC = "a stage runs within torch.func.grad or vjp, where torch cannot recompute: train without recompute"
 
 
 @contextmanager
@@ -75,7 +76,12 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
             return result
 
         with set_checkpoint_early_stop(False):  # the second run must come to its end, to be compared
-            return checkpoint(once_more, *arguments, use_reentrant=False, **keywords)
+            try:
+                return checkpoint(once_more, *arguments, use_reentrant=False, **keywords)
+            except RuntimeError as error:
+                if "saved tensor hooks" in str(error):
+                    raise LoRunError(WITHIN_FUNC) from error
+                raise
 
     return run
 

@@ -20,6 +20,7 @@ from ..errors import LoRunError
 from ..network.batches import IN_A_ROW, Batch, Batches, finite_batches_of, is_finite
 from ..network.divergence import FAR
 from ..network.recording import StageCall
+from ..util.modules import tensors_in_state
 from ..util.progress import progress
 from .distill import Distillation, Example
 from .duration import Duration, learning_rate_schedule
@@ -82,7 +83,7 @@ class Trainer:
         held_out: Sequence[Batch] = (),
         restored: Sequence[Tensor] | None = None,
     ) -> None:
-        self.restored = restored
+        self.restored = list(tensors_in_state(objective.student).values()) if restored is None else restored
         self.held_out, self.examples, self.phases = list(held_out), list[Example](), list(phases)
         self.objective, self.calibration = objective, calibration
         self.duration, self.seed, self.resume_from = duration, seed, resume_from
@@ -372,8 +373,7 @@ class Trainer:
     def _restored_tensors(self) -> list[Tensor]:
         """What the start of a run may change but no step does: buffers, and tensors that the authors don't train."""
         trained = {parameter.data_ptr() for parameter in self.optimised.parameters}
-        tensors = self.objective.student.state_dict().values() if self.restored is None else self.restored
-        return [tensor for tensor in tensors if tensor.data_ptr() not in trained]
+        return [tensor for tensor in self.restored if tensor.data_ptr() not in trained]
 
     def _resume(self, path: Path) -> None:
         state = read_state(path, self.run_id)

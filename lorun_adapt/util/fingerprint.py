@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+
+
+def versions_of(tensors: Iterable[Tensor]) -> list[int]:
+    """Return how often each tensor was changed in place, to see later whether one was.
+
+    >>> running = torch.zeros(2)
+    >>> before = versions_of([running])
+    >>> versions_of([running.add_(1)]) == before
+    False
+    """
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:

@@ -65,6 +65,15 @@ def unchanged(networks: Iterable[nn.Module], but: Iterable[Tensor] = ()) -> Iter
                     tensor.copy_(values[id(tensor)])
 
 
+def tensors_in_state(network: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of the state_dict, by name, without what ``get_extra_state`` of a module adds.
+
+    >>> list(tensors_in_state(nn.Linear(1, 1)))
+    ['weight', 'bias']
+    """
+    return {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
+
+
 def buffer_names(network: nn.Module) -> set[str]:
     """Return all names of the persistent buffers.
 

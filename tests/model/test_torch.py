@@ -132,6 +132,18 @@ def test_train_and_eval_reach_the_network_and_survive_a_swap(lorun: LoRunModel) 
     assert lorun.network.training and not lorun.network.blocks[0].training
 
 
+def test_buffers_that_change_are_part_of_the_fingerprint(blocks: Case) -> None:
+    blocks.net.register_buffer("running", torch.zeros(2))
+    lorun = copy.deepcopy(lorun_adapt.convert(blocks.net, rank=2))
+    before = lorun.fingerprint
+    assert lorun.fingerprint == before
+    lorun.base.running.add_(1)
+    changed = lorun.fingerprint
+    assert changed != before
+    lorun.base.running.sub_(1)
+    assert lorun.fingerprint == before
+
+
 @pytest.mark.parametrize("name", ["list_of_blocks", "list_of_raw_kernels", "looped", "shared_body", "attention"])
 def test_compile(name: str) -> None:
     case = ZOO[name]()

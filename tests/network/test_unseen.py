@@ -55,6 +55,45 @@ def test_they_are_refused_if_there_are_inputs(block: type[Block]) -> None:
     assert relative(net(*inputs), net(*inputs)) == 0
 
 
+class Kept(Block):
+    """Normalises its first kernel once; ``how`` says how it notices that this is still to be done."""
+
+    how = "none"
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__(denoiser)
+        if self.how != "absent":
+            self.kernel = None
+        self.window: Tensor | None = None
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        if self.window is None:  # depends on the image alone
+            self.window = torch.ones_like(x)
+        weight = self.denoiser.head.weight
+        if self.how == "always" or getattr(self, "kernel", None) is None:
+            self.kernel = weight / weight.norm()
+        z = nn.functional.conv2d(x * self.window, self.kernel.detach(), padding=1).mean(1, keepdim=True)
+        return super().forward(x + 0.1 * z, y, mask)
+
+
+@pytest.mark.parametrize("how", ["none", "absent", "always"])
+@pytest.mark.parametrize("has_run", [False, True])
+@pytest.mark.parametrize("share", [False, True])
+def test_what_stages_keep_of_their_weights(how: str, has_run: bool, share: bool, monkeypatch) -> None:
+    monkeypatch.setattr(Kept, "how", how)
+    torch.manual_seed(0)
+    net, inputs = ListOfBlocks([Kept(Denoiser()) for _ in range(3)]).eval(), ZOO["list_of_blocks"]().inputs
+    if has_run:
+        net(*inputs)
+    before = [dict(vars(block)) for block in net.blocks]
+    if how == "always":
+        lorun_adapt.convert(net, rank=1, share=share, example_inputs=inputs)
+    else:
+        with pytest.raises(LoRunError, match="the Kept of ListOfBlocks keeps kernel, computed from its weights, from"):
+            lorun_adapt.convert(net, rank=1, share=share, example_inputs=inputs)
+    assert all(vars(block).get(name) is value for block, was in zip(net.blocks, before) for name, value in was.items())
+
+
 def test_a_weak_reference_to_the_network_follows_the_copy() -> None:
     import weakref
 

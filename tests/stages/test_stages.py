@@ -342,6 +342,41 @@ def test_order_is_that_of_execution_when_it_is_known() -> None:
     assert names(find_stages(TailFirst(), example_inputs=inputs)) == [["head", "body.0", "tail"]]
 
 
+def test_without_a_run_the_order_is_that_of_numbers() -> None:
+    net = nn.Module()
+    for number in (11, 2, 10, 1):
+        setattr(net, f"it{number}", Block(Denoiser()))
+    assert names(find_stages(net)) == [["it1", "it2", "it10", "it11"]]
+    net = nn.Module()
+    for name in ("b2", "a1"):
+        setattr(net, name, Block(Denoiser()))
+    assert names(find_stages(net)) == [["b2", "a1"]]
+
+
+def test_layers_and_parameters_that_may_be_stages() -> None:
+    class Lista(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.W, self.S = (nn.ModuleList(nn.Linear(4, 4) for _ in range(3)) for _ in "ab")
+
+        def forward(self, y):
+            x = y
+            for w, s in zip(self.W, self.S):
+                x = F.softshrink(w(y) + s(x), 0.1)
+            return x
+
+    for inputs in (None, (torch.rand(2, 4),)):
+        with pytest.raises(
+            LoRunError, match=r"W, S hold single layers; if these are the stages, pass stages=\['W.\*', "
+        ):
+            find_stages(Lista(), example_inputs=inputs)
+    assert names(find_stages(Lista(), stages=["W.*", "S.*"])) == [[f"{p}.{k}" for k in range(3)] for p in "WS"]
+    net = nn.Module()
+    net.kernels = nn.ParameterList(torch.rand(4, 4) for _ in range(3))
+    with pytest.raises(LoRunError, match="kernels is a list of parameters, and stages must be modules"):
+        find_stages(net)
+
+
 def test_looking_changes_nothing() -> None:
     case = ZOO["looped"]()
     case.net.train()

@@ -32,6 +32,32 @@ def test_only_the_new_set_trains() -> None:
     assert error(lorun, noisy(4, seed=9)) == others
 
 
+class Counting(ListOfBlocks):
+    """Averages what it has returned, and counts its forwards, in buffers."""
+
+    def __init__(self) -> None:
+        super().__init__([Block(Denoiser()) for _ in range(3)])
+        self.register_buffer("seen", torch.zeros(1))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, y: Tensor, mask: Tensor) -> Tensor:
+        x = super().forward(y, mask)
+        self.seen.mul_(0.9).add_(x.detach().mean())
+        self.count = self.count + 1
+        return x + 0.1 * self.seen
+
+
+def test_buffers_that_forwards_change_stay(monkeypatch) -> None:
+    torch.manual_seed(0)
+    net, other = Counting().eval(), Counting().eval()
+    lorun = lorun_adapt.convert(net, rank=2)
+    tensors = [dict(module.named_buffers()) for module in (lorun.base, net, other)]
+    before = [{name: tensor.clone() for name, tensor in held.items()} for held in tensors]
+    lorun.finetune([batch[:2] for batch in noisy()], "new", steps=3, teacher=other)
+    for module, held, was in zip((lorun.base, net, other), tensors, before):
+        assert all(tensor is held[name] and torch.equal(tensor, was[name]) for name, tensor in module.named_buffers())
+
+
 def test_every_shape_of_network(case: Case) -> None:
     lorun = lorun_adapt.convert(case.net, rank=1, **case.find())
     before, start = frozen(lorun), lorun(*case.inputs).detach()

@@ -140,6 +140,26 @@ class Checkpointed(ListOfBlocks):
         return x
 
 
+class WithinGrad(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = Denoiser()
+
+    def forward(self, y: Tensor, mask: Tensor) -> Tensor:
+        x = y
+        for _ in range(3):
+            x = x - 0.5 * torch.func.grad(lambda z: (mask * z - y).square().sum() + self.p(z).sum())(x)
+        return x
+
+
+def test_where_torch_cannot_recompute() -> None:
+    inputs = ZOO["list_of_blocks"]().inputs
+    lorun = lorun_adapt.convert(WithinGrad(), rank=2, calls={"p": 3})
+    with pytest.raises(LoRunError, match="within torch.func.grad or vjp, where torch cannot recompute: train without"):
+        lorun.finetune([inputs] * 4, "new", steps=2, loss=lambda output, _: output.square().mean(), recompute=True)
+    assert lorun.finetune([inputs] * 4, "new", steps=2, loss=lambda output, _: output.square().mean())
+
+
 @pytest.mark.parametrize("network", [TwoRounds, Checkpointed])
 def test_stages_that_cannot_run_twice_say_so(network: type[ListOfBlocks]) -> None:
     torch.manual_seed(0)

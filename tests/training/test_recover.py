@@ -52,6 +52,24 @@ def test_every_shape_of_network_recovers(case: Case) -> None:
         assert merged == pytest.approx(after, rel=1e-3, abs=1e-9)
 
 
+class WithExtraState(Block):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"iteration": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"iteration": 3}
+
+
+def test_states_beyond_tensors(tmp_path) -> None:
+    torch.manual_seed(0)
+    net, batches = ListOfBlocks([WithExtraState(Denoiser()) for _ in range(3)]).eval(), measurements()
+    lorun = lorun_adapt.convert(net, rank=1)
+    before = distance(lorun, net)
+    assert lorun.recover(net, batches, steps=30, resume_from=tmp_path / "state")
+    assert distance(lorun, net) < before
+    assert lorun.finetune(batches, "new", steps=2, teacher=net)
+
+
 def test_convert_recovers_and_saves(tmp_path) -> None:
     net, batches = teacher(), measurements()
     plain = lorun_adapt.convert(net, LoraConfig(r=2, lora_alpha=2))
