@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoRunError
-from ..util.nested import map_tensors
+from ..util.nested import map_tensors, tensors_in
 from ..util.numbers import is_whole_number
 from ..util.text import SHORT, is_short
 from .cubes import CUBE_SUFFIXES, read_cube
@@ -147,7 +147,9 @@ class Task:
                 f"expected {function}() of {self.name} to return a tuple of arguments, found "
                 f"{type(arguments).__name__}: write `return (y,)` for one"
             )
-        return tuple(map_tensors(item, Tensor.detach) for item in arguments)
+        if any(tensor.requires_grad for tensor in tensors_in(arguments)):
+            return tuple(map_tensors(item, Tensor.detach) for item in arguments)
+        return tuple(arguments)
 
     def run(self, net: nn.Module, arguments: tuple[Any, ...], images: Tensor) -> Tensor:
         """Run ``net`` on ``arguments`` and return the restored images, on the CPU, in float32.
