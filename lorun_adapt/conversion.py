@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from peft import LoraConfig
 from torch import nn
@@ -20,7 +21,7 @@ from .factorise.group import factorise_group
 from .factorise.plan import plan
 from .factorise.ranks import config_for_energy, config_for_rank
 from .model.lorun_model import DEFAULT_SET, LoRunModel
-from .network.adapter import StageAdapter, terms_of
+from .network.adapter import StageAdapter
 from .network.assemble import share_base
 from .network.batches import Batches
 from .network.converted import AdapterSet, Converted
@@ -200,6 +201,7 @@ def collapse(
         align_channels: bring the hidden channels of the stages into one order, where ``example_inputs`` prove that
             nothing else changes. Recovery factorises the original anew, in its own order.
     """
+    energy, budget = (value.item() if isinstance(value, np.generic) else value for value in (energy, budget))
     named = {"config": config, "rank": rank, "energy": energy, "budget": budget}
     given = [name for name, value in named.items() if value is not None]
     if len(given) > 1:
@@ -298,8 +300,8 @@ def _warn_if_it_grows(converted: Converted) -> None:
     if after <= before:
         return
     advice = "choose a lower rank, or exclude the tensors that an adapter makes larger"
-    adapters = converted.sets[DEFAULT_SET].adapters.values()
-    if not any(terms_of(adapter) for of_stage in adapters for adapter in of_stage.values()):
+    specs = [spec for group in converted.stage_map.groups for spec in group.tensors]
+    if all(spec.frozen or spec.buffer for spec in specs):
         advice = (
             "no tensor of its stages is adapted, as all have requires_grad=False beside parameters that train: call "
             "requires_grad_(True) on the network first"

@@ -119,7 +119,7 @@ def foreign_entries(folder: Path) -> list[str]:
     entries = [entry.name for entry in folder.iterdir() if entry.name not in TOP_LEVEL]
     try:
         known = set(json.loads((folder / CONFIG_FILE).read_bytes())["files"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # there is none, or a damaged one
         known = set()
     of_sets = [path for path in (folder / ADAPTERS_FOLDER).rglob("*") if path.is_symlink() or not path.is_dir()]
     return entries + [name for path in of_sets if (name := path.relative_to(folder).as_posix()) not in known]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ def weighted_set(
     Raises:
         LoRunError: weights that are not finite numbers; no stage in common; a sum with NaN or Inf.
     """
+    weights = [weight.item() if isinstance(weight, np.generic) else weight for weight in weights]
     for weight in weights:
         if not is_number(weight) or not math.isfinite(weight):
             raise LoRunError(f"expected finite numbers as weights, found {weight!r}: give one number for each set")
@@ -71,6 +73,19 @@ def weighted_outside(
         sums[name] = weighted_sum_of_tensors(of_base[name].detach(), values, weights, name)
         _check_values(sums[name], False, name, weights)
     return sums
+
+
+def check_values(name: str, held: AdapterSet) -> None:
+    """Check that a set can be combined with others.
+
+    Raises:
+        LoRunError: a tensor of the set has NaN or Inf.
+    """
+    adapters = [adapter for stage in held.adapters.values() for adapter in stage.values()]
+    if not all(has_valid_values(p.detach(), False) for adapter in adapters for p in adapter.parameters()):
+        raise LoRunError(
+            f"the set {name!r} has NaN or Inf in its tensors, as after training that diverged: load it again"
+        )
 
 
 def _check_values(value: Tensor, buffer: bool, name: str, weights: Sequence[float]) -> None:

@@ -42,8 +42,9 @@ from ..util.modules import distinct_tensors, tensors_in_state
 from ..util.numbers import is_index
 from ..util.seeds import seeded
 from ..util.torch_modes import in_own_modes
-from .combine import weighted_outside, weighted_set
+from .combine import check_values, weighted_outside, weighted_set
 from .noise_choice import NoiseChoice
+from .ready import take_modes
 from .running import Running
 from .selection import select_sets
 from .set_store import SetStore, check_adapter_name
@@ -110,13 +111,14 @@ class LoRunModel(nn.Module):
         self.loading: Loading | None = None
         self._running = Running(len(converted.stage_map))
         self._beyond = "error"
+        self._disabled = 0  # blocks of disable_adapter that are open
         self._noise = NoiseChoice()
         self._lock = threading.RLock()
         self._reader: SetReader | None = None
         self._fingerprint = converted.known_fingerprint
-        self._base_parameters = list(self.base.parameters())  # kept, since listing them at each access is slow
-        self._base_buffers = list(self.base.buffers())
-        self._versions = versions_of(self._base_buffers)
+        self._base_tensors: list[Tensor] = []
+        self._versions: list[int] = []
+        self._note_base()
         self.network = self.base
         for name, held in converted.sets.items():
             self._put(name, held)
@@ -146,10 +148,10 @@ class LoRunModel(nn.Module):
     @property
     def fingerprint(self) -> str:
         """The hash that identifies the base in files; converting the base to another dtype does not change it."""
-        buffers = versions_of(self._base_buffers)
-        trains = any(parameter.requires_grad for parameter in self._base_parameters)
-        if self._fingerprint is None or trains or buffers != self._versions:
-            self._fingerprint, self._versions = fingerprint_of(distinct_tensors(self.base)), buffers
+        versions = versions_of(self._base_tensors)
+        trains = any(tensor.requires_grad for tensor in self._base_tensors)
+        if self._fingerprint is None or trains or versions != self._versions:
+            self._fingerprint, self._versions = fingerprint_of(distinct_tensors(self.base)), versions
             self._reader = None
         return self._fingerprint
 
@@ -233,12 +235,16 @@ class LoRunModel(nn.Module):
         True
         """
         with self._lock:
-            before, self.network = self.network, self.base
+            self._disabled += 1
+            if self._disabled == 1:
+                take_modes(self.base, self.network, self.training)
+                self.network = self.base
         try:
             yield
         finally:
-            if before is not self.base:  # otherwise this block is inside another one, which restores the adapters
-                with self._lock:
+            with self._lock:
+                self._disabled -= 1
+                if not self._disabled:  # another thread may be in such a block, too
                     self.network = self._network_for(self._running.active)
 
     @in_own_modes
@@ -551,7 +557,8 @@ class LoRunModel(nn.Module):
             yield
         finally:
             for name in unknown:
-                self.set_noise(name)
+                if name in self._store and self.adapter_info[name].noise == sigma:
+                    self.set_noise(name)
 
     def select_adapter(self, sigma: float | str, *arguments: Any) -> str:
         """Activate the set for a noise level.
@@ -1045,6 +1052,7 @@ class LoRunModel(nn.Module):
         shared = shared_places(self.base, self.adapters)
         super()._apply(fn, recurse)
         share_again(shared)
+        self._note_base()
         self._assemble_again()
         return self
 
@@ -1068,10 +1076,15 @@ class LoRunModel(nn.Module):
         """Assemble the network again after :meth:`load_state_dict` replaced tensors."""
         if base_changed:
             self._fingerprint = None
+        self._note_base()
         self._assemble_again()
 
+    def _note_base(self) -> None:
+        """Note the tensors that the fingerprint is of; listing them at each access would be slow."""
+        self._base_tensors = [*self.base.parameters(), *self.base.buffers()]
+        self._versions = versions_of(self._base_tensors)
+
     def _assemble_again(self) -> None:
-        self._base_parameters = list(self.base.parameters())
         self._running.clear()
         self._reader = None
         if self.network is not self.base:
@@ -1113,7 +1126,8 @@ class LoRunModel(nn.Module):
             except BaseException:
                 self._store.drop(name) if before is None else self._store.put(name, before)
                 raise
-        self._set_trainable([name])
+        if before is None or not before.has_tensors_of(held):  # otherwise only what is known of the set has changed
+            self._set_trainable([name])
 
     def _set_trainable(self, names: Iterable[str]) -> None:
         """Make only the active sets' adapters trainable (none in inference mode)."""
@@ -1138,7 +1152,10 @@ class LoRunModel(nn.Module):
                 f"expected as many weights as adapters, found {weights!r} for {names!r}: give two lists of the "
                 "same length"
             )
-        return weighted_set(self.base, self.stage_map, [self._store.get(name) for name in names], weights)
+        sets = [self._store.get(name) for name in names]
+        for name, held in zip(names, sets):
+            check_values(name, held)
+        return weighted_set(self.base, self.stage_map, sets, weights)
 
     def _set_for(self, sigma: float) -> tuple[str, bool]:
         """Return the name of the set for a noise level, and whether this call created it."""
@@ -1151,14 +1168,17 @@ class LoRunModel(nn.Module):
                     stacklevel=3,
                 )
             return name, False
-        sets = [held[name] for name in weights for held in (self.adapters, self.outside) if name in held]
-        recipe, tensors = (sigma, weights), [tensor for held in sets for tensor in held.parameters()]
-        known_set = INTERPOLATED in self._store
-        if not known_set or not self._noise.is_interpolated(recipe, tensors):
+        names, recipe, known_set = [*weights, INTERPOLATED], (sigma, weights), INTERPOLATED in self._store
+        if not known_set or not self._noise.is_interpolated(recipe, self._tensors_of(names)):
             held = self._weighted(list(weights), list(weights.values()))
             self._put(INTERPOLATED, dataclasses.replace(held, info=held.info.with_noise(sigma)))
-            self._noise.note_interpolated(recipe, tensors)
+            self._noise.note_interpolated(recipe, self._tensors_of(names))
         return INTERPOLATED, not known_set
+
+    def _tensors_of(self, names: Iterable[str]) -> list[Tensor]:
+        """Return the tensors of sets."""
+        held = [place[name] for name in names for place in (self.adapters, self.outside) if name in place]
+        return [tensor for module in held for tensor in (*module.parameters(), *module.buffers())]
 
     def _initial_set(self, names: Sequence[str], noise: Noise | None) -> AdapterSet:
         """Return a new set with the values of one set, or of an interpolation of several."""

@@ -12,6 +12,7 @@ from ..errors import LoRunError
 from ..network.converted import AdapterInfo
 from ..network.noise import Noise, at_stage, between, is_sigma
 from ..network.schedule import apply_schedule
+from ..util.fingerprint import versions_of
 
 
 class NoiseChoice:
@@ -53,10 +54,7 @@ class NoiseChoice:
             sigma = float(noise_level(tuple(arguments)))
         elif arguments:
             raise LoRunError(f"the sigma {sigma!r} takes no further arguments, only 'auto' does: leave them out")
-        if not is_sigma(sigma):
-            raise LoRunError(
-                f"expected a sigma of 0 or more, found {sigma!r}: give a standard deviation on a scale of 0 to 255"
-            )
+        _check_sigma(sigma)
         return float(sigma)
 
     def weights(
@@ -70,8 +68,9 @@ class NoiseChoice:
             among: names of the sets to choose from; by default all.
 
         Raises:
-            LoRunError: no set with a known sigma.
+            LoRunError: no set with a known sigma; a sigma that is no number of 0 or more.
         """
+        _check_sigma(sigma)
         names = list(infos if among is None else among)
         levels = {name: level for name in names if name in infos and (level := infos[name].sigma) is not None}
         if not levels:
@@ -81,12 +80,12 @@ class NoiseChoice:
     def is_interpolated(self, recipe: object, tensors: Sequence[Tensor]) -> bool:
         """Whether the interpolated set is up to date: same recipe, and the same tensors with the same values."""
         before = self._interpolated_from
-        return (recipe, _versions(tensors)) == before[0] and all(map(operator.is_, tensors, before[1]))
+        return (recipe, versions_of(tensors)) == before[0] and all(map(operator.is_, tensors, before[1]))
 
     def note_interpolated(self, recipe: object, tensors: Sequence[Tensor]) -> None:
         """Remember what the interpolated set was made from."""
         # The tensors themselves are kept: otherwise a new tensor could get the id of a deleted one.
-        self._interpolated_from = (recipe, _versions(tensors)), tensors
+        self._interpolated_from = (recipe, versions_of(tensors)), tensors
 
     def prepare(self, network: nn.Module, noises: Sequence[Noise | None]) -> None:
         """Set the noise schedule in a network, if the task has ``schedule`` and the noise of all stages is known.
@@ -104,5 +103,8 @@ class NoiseChoice:
         return NoiseChoice(self.task)  # a task may be a Python module, which cannot be copied
 
 
-def _versions(tensors: Iterable[Tensor]) -> list[int]:
-    return [tensor._version for tensor in tensors]
+def _check_sigma(sigma: object) -> None:
+    if not is_sigma(sigma):
+        raise LoRunError(
+            f"expected a sigma of 0 or more, found {sigma!r}: give a standard deviation on a scale of 0 to 255"
+        )

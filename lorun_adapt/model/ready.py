@@ -6,19 +6,17 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..terms.term import Term
-
 MAX_READY = 32  # networks in the cache; each has its own modules, but shares all tensors
 
 Key = tuple[str, ...]  # the set of each stage
 
 
 class _Ready:
-    """A network and the list of its modules that have a train/eval mode; listing them at each swap would be slow."""
+    """A network and the list of its modules; listing them at each swap would be slow."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        modules = {name: module for name, module in network.named_modules() if not isinstance(module, Term)}
+        modules = dict(network.named_modules())
         self.names, self.modules = tuple(modules), list(modules.values())
 
     def copy_modes(self, other: _Ready, default: bool) -> None:
@@ -31,6 +29,11 @@ class _Ready:
         for module, mode in zip(self.modules, modes):
             if module.training is not mode:
                 module.training = mode
+
+
+def take_modes(network: nn.Module, other: nn.Module, default: bool) -> None:
+    """Give each module of ``network`` the train/eval mode of its counterpart in ``other``; see ``copy_modes``."""
+    _Ready(network).copy_modes(_Ready(other), default)
 
 
 class ReadyNetworks:

@@ -67,9 +67,11 @@ class Running:
                     raise LoRunError(
                         f"expected a stage in 0..{self.num_stages - 1}, found {stage!r}: see print(lorun.stage_map)"
                     )
+                if not isinstance(adapter[stage], str):
+                    raise LoRunError(f"a stage runs one set, not {adapter[stage]!r}: give {{stage: name}}")
             return {**self.active, **adapter}
-        if len(adapter) != 1:
-            raise LoRunError(f"a stage runs one set, not {list(adapter)}: name one, or give {{stage: name}}")
+        if not isinstance(adapter, (list, tuple)) or len(adapter) != 1:
+            raise LoRunError(f"a stage runs one set, not {adapter!r}: name one, or give {{stage: name}}")
         return dict.fromkeys(range(self.num_stages), adapter[0])
 
     def network(

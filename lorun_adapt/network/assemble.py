@@ -7,6 +7,7 @@ running during a swap finishes on the network it started with.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import LoRunError
 from ..stages.stage_map import Group, StageMap, TensorSpec
+from ..terms.term import Term
 from ..util.copying import copy_network
 from ..util.modules import owner_of, tensor_of
 from .adapted import add_term
@@ -82,9 +84,16 @@ def _install(module: nn.Module, group: Group, adapter: StageAdapter) -> None:
             places = {owner_of(module, alias): alias for alias in spec.aliases}  # one entry if a module has two names
             for alias in places.values():
                 path, _, attribute = alias.rpartition(".")
-                add_term(module.get_submodule(path), attribute, terms[spec.name])
+                add_term(module.get_submodule(path), attribute, _beside(terms[spec.name]))
         elif spec.name in private:
             _put(module, spec, private[spec.name])
+
+
+def _beside(term: Term) -> Term:
+    """Another module with the tensors of a term: torch.func restores a module wrongly that has two places."""
+    result = term.__new__(type(term))
+    result.__dict__ = {key: copy.copy(item) if isinstance(item, dict) else item for key, item in vars(term).items()}
+    return result
 
 
 def merge(

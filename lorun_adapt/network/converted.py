@@ -131,6 +131,11 @@ class AdapterSet:
     outside: Mapping[str, Tensor] = field(default_factory=dict)
     info: AdapterInfo = AdapterInfo()
 
+    def has_tensors_of(self, other: AdapterSet) -> bool:
+        """Whether both have the same adapters, and the same parameters outside the stages, as objects."""
+        same = all(other.outside.get(name) is tensor for name, tensor in self.outside.items())
+        return self.adapters == other.adapters and self.outside.keys() == other.outside.keys() and same
+
 
 Choice = Mapping[int, Mapping[str, StageAdapter]]  # for each stage, its active adapters by group
 

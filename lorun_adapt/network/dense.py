@@ -45,6 +45,8 @@ def weighted_sum_of_tensors(base: Tensor, values: Sequence[Tensor], weights: Seq
     alike = all(torch.equal(value, values[0]) for value in values)
     if alike and (not numeric or math.isclose(sum(weights), 1.0)):
         return values[0].clone()
+    if name.endswith("num_batches_tracked"):  # by batch norms, in their running means
+        return torch.stack(list(values)).amax(0)
     if not numeric:
         raise LoRunError(
             f"cannot sum the adapters: {name!r} holds whole numbers that differ between them; sum adapters in which "

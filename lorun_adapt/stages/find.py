@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..errors import LoRunError
@@ -64,6 +64,8 @@ def find_stages(
     8
     """
     check_plain(dun)
+    if isinstance(example_inputs, Tensor):
+        raise LoRunError("expected a tuple of arguments as example_inputs, found a tensor: write (y,) for one")
     trace = CallTrace(dun, {}) if example_inputs is None else trace_calls(dun, example_inputs)
     declared = declared_calls(dun, calls)
     if stages is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,16 @@ class LowRank(Term):
         self.register_parameter("lora_A", nn.Parameter(lora_A.contiguous()))
         self.register_parameter("lora_B", nn.Parameter(lora_B.contiguous()))
         self.scaling = scaling
-        factor = None if scaling == 1 else torch.tensor(scaling, dtype=lora_B.dtype, device=lora_B.device)
-        self.register_buffer("factor", factor, persistent=False)
+        self.register_buffer("factor", self._factor(), persistent=False)
+
+    def _factor(self) -> Tensor | None:
+        like = self.lora_B
+        return None if self.scaling == 1 else torch.tensor(self.scaling, dtype=like.dtype, device=like.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRank:
+        super()._apply(fn, recurse)
+        self.factor = self._factor()  # as exact as the new dtype allows, and after to_empty() there is no other value
+        return self
 
     @property
     def rank(self) -> int:  # type: ignore[override]
@@ -137,7 +145,8 @@ class LowRank(Term):
 def _sum(base: Tensor, a: Tensor, b: Tensor, factor: Tensor | None) -> Tensor:
     if factor is not None:
         b = b * factor
-    if torch.is_autocast_enabled(base.device.type) or not base.is_contiguous():
+    mixed = b.dtype != base.dtype or base.is_meta or torch.is_autocast_enabled(base.device.type)
+    if mixed or not base.is_contiguous():
         # The sum must keep the dtype and memory layout of the base, which add_ in place on the product would not.
-        return base + (b @ a).view_as(base)
+        return (base + (b @ a).view_as(base)).to(base.dtype)
     return torch.mm(b, a).view_as(base).add_(base)

@@ -61,8 +61,9 @@ def unchanged(networks: Iterable[nn.Module], but: Iterable[Tensor] = ()) -> Iter
         with torch.no_grad():
             for tensors, name, tensor in held:
                 tensors[name] = tensor  # a forward may put another tensor in its place
-                if id(tensor) in values:
-                    tensor.copy_(values[id(tensor)])
+                value = values.get(id(tensor))
+                if value is not None and not torch.equal(tensor, value):  # otherwise it would count as changed
+                    tensor.copy_(value)
 
 
 def tensors_in_state(network: nn.Module) -> dict[str, Tensor]:

@@ -118,6 +118,11 @@ def test_saving_again_replaces(saved: Path, lorun: LoRunModel, blocks: Case) -> 
     assert [p.name for p in saved.parent.iterdir()] == ["saved"]
 
 
+def test_an_empty_folder_is_filled(lorun: LoRunModel, tmp_path: Path) -> None:
+    lorun.save_pretrained(tmp_path)
+    assert (tmp_path / "lorun_config.json").is_file()
+
+
 def test_other_folders_are_not_replaced(lorun: LoRunModel, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(LoRunError, match="found other files"):

@@ -7,8 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from dun_zoo import Block, ListOfBlocks
 from fine_tuning_runs import converted, levels, noisy, same
+from torch import nn
 
+import lorun_adapt
 from lorun_adapt import LoRunError
 from lorun_adapt.files.layout import INTERPOLATED
 from lorun_adapt.network.converted import AdapterInfo
@@ -46,6 +49,52 @@ def test_the_set_for_a_noise_level() -> None:
     lorun.set_adapter("sigma10", inference_mode=True)
     lorun.select_adapter(50)
     assert not any(p.requires_grad for p in lorun.parameters())  # as they were
+
+
+def test_noise_that_is_assumed_changes_nothing_else() -> None:
+    lorun, _ = converted()
+    frozen = [parameter for name, parameter in lorun.named_parameters() if "lora_A" in name]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    with lorun.assume_noise(25):
+        assert lorun.adapter_info["default"].sigma == 25
+    assert lorun.adapter_info["default"].sigma is None and not any(p.requires_grad for p in frozen)
+    with lorun.assume_noise(25):
+        lorun.set_noise("default", sigma=40)
+    assert lorun.adapter_info["default"].sigma == 40
+    lorun.set_noise("default")
+    lorun.copy_adapter("default", "other")
+    with lorun.assume_noise(25):
+        lorun.set_adapter("other")
+        lorun.delete_adapter("default")
+    assert lorun.adapter_names == ["other"] and lorun.adapter_info["other"].sigma is None
+
+
+def test_an_interpolation_follows_buffers_and_is_made_anew_after_training() -> None:
+    net = ListOfBlocks([Block(nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1))) for _ in range(3)])
+    lorun = lorun_adapt.convert(net.train(), rank=2)
+    lorun.copy_adapter("default", "noisy")
+    lorun.set_noise("default", sigma=10)
+    lorun.set_noise("noisy", sigma=50)
+    lorun.eval().select_adapter(30)
+    first = lorun(*BATCH)
+    lorun.train().set_adapter("noisy")
+    for _ in range(2):  # one set has seen more batches than the other
+        lorun(*BATCH)
+    lorun.eval().select_adapter(30)
+    second = lorun(*BATCH)
+    assert not torch.equal(first, second)
+    with torch.no_grad():
+        for parameter in lorun.adapters[INTERPOLATED].parameters():
+            parameter.mul_(2)
+    lorun.set_adapter("default")
+    assert lorun.select_adapter(30) == INTERPOLATED and torch.equal(lorun(*BATCH), second)
+
+
+@pytest.mark.parametrize("sigma", [float("nan"), -5, True, "auto"])
+def test_weights_for_what_is_no_noise_level(sigma: object) -> None:
+    with pytest.raises(LoRunError, match="expected a sigma of 0 or more"):
+        levels(10, 50).weights_for(sigma)
 
 
 def test_noise_that_a_task_estimates() -> None:

@@ -45,10 +45,12 @@ def test_set_adapter(two, blocks: Case) -> None:
     assert torch.equal(lorun(*blocks.inputs), trained)
 
 
-@pytest.mark.parametrize("wanted", ["nothing", {0: "nothing"}, {7: "first"}, {-1: "first"}])
+@pytest.mark.parametrize(
+    "wanted", ["nothing", {0: "nothing"}, {7: "first"}, {-1: "first"}, None, {"first"}, {0: ["first"]}]
+)
 def test_wrong_sets_change_nothing(two, blocks: Case, wanted) -> None:
     lorun, trained, _ = two
-    with pytest.raises(LoRunError, match="expected a stage in|no adapter set 'nothing'"):
+    with pytest.raises(LoRunError, match="expected a stage in|no adapter set 'nothing'|a stage runs one set, not"):
         lorun.set_adapter(wanted)
     assert torch.equal(lorun(*blocks.inputs), trained)
 
@@ -64,6 +66,26 @@ def test_disable_adapter_is_the_bare_base(two, blocks: Case) -> None:
     with pytest.raises(KeyError), lorun.disable_adapter():
         raise KeyError
     assert torch.equal(lorun(*blocks.inputs), trained)
+
+
+def test_blocks_without_adapters_may_overlap(two, blocks: Case) -> None:
+    lorun, trained, _ = two
+    first, second = lorun.disable_adapter(), lorun.disable_adapter()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert lorun.network is lorun.base
+    second.__exit__(None, None, None)
+    assert torch.equal(lorun(*blocks.inputs), trained)
+
+
+def test_modes_of_modules_stay_around_blocks_without_adapters(lorun: LoRunModel) -> None:
+    lorun.train()
+    lorun.network.blocks[0].eval()
+    with lorun.disable_adapter():
+        assert lorun.network.training and not lorun.network.blocks[0].training
+        lorun.network.blocks[1].eval()
+    assert [block.training for block in lorun.network.blocks] == [False, False, True, True]
 
 
 def test_delete_adapter(two, blocks: Case) -> None:

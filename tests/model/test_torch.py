@@ -12,10 +12,12 @@ import pytest
 import torch
 from conversions import train_a_bit
 from dun_zoo import ZOO, Case, HeadBodyTail, Looped
+from peft import LoraConfig
 from torch import nn
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel
+from lorun_adapt.terms.lowrank import LowRank
 
 
 def base_pointers(lorun: LoRunModel, name: str = "denoiser.body.weight") -> set[int]:
@@ -72,6 +74,45 @@ def test_buffers_follow_to(lorun: LoRunModel) -> None:
     adapter = lorun.adapters["default"]["stage_00"]["denoiser"]
     layer = lorun.network.denoisers[0].layers[3]
     assert layer.running_mean is dict(adapter.named_buffers())["layers/3/running_mean"]
+
+
+@pytest.mark.parametrize("name", ["list_of_blocks", "looped", "list_of_raw_kernels"])
+def test_functional_calls_leave_no_trace(name: str) -> None:
+    case = ZOO[name]()
+    lorun = lorun_adapt.convert(case.net, rank=2, **case.find())
+    train_a_bit(lorun, case.inputs)
+    before, expected = dict(lorun.named_parameters()), lorun(*case.inputs)
+    larger = {name: 1.1 * parameter.detach() for name, parameter in before.items()}
+    assert not torch.equal(torch.func.functional_call(lorun, larger, case.inputs), expected)
+    gradients = torch.func.grad(lambda p: torch.func.functional_call(lorun, p, case.inputs).square().sum())(larger)
+    assert any(gradient.any() for name, gradient in gradients.items() if "lora_B" in name)
+    assert all(parameter is before[name] for name, parameter in lorun.named_parameters())
+    assert torch.equal(lorun(*case.inputs), expected)
+    lorun(*case.inputs).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in lorun.adapters.parameters() if parameter.requires_grad)
+
+
+def test_through_the_meta_device(blocks: Case) -> None:
+    lorun = lorun_adapt.convert(blocks.net, LoraConfig(r=2, lora_alpha=1))
+    train_a_bit(lorun, blocks.inputs)
+    state, expected = {name: tensor.clone() for name, tensor in lorun.state_dict().items()}, lorun(*blocks.inputs)
+    lorun.to("meta")
+    assert lorun(*(x.to("meta") for x in blocks.inputs)).shape == expected.shape
+    lorun.to_empty(device="cpu").load_state_dict(state)
+    assert torch.equal(lorun(*blocks.inputs), expected)
+    third = lorun_adapt.convert(blocks.net, LoraConfig(r=3, lora_alpha=1))
+    expected = third(*blocks.inputs)
+    assert (third.half().float()(*blocks.inputs) - expected).abs().max() < 1e-3
+    assert {float(m.factor) for m in third.modules() if isinstance(m, LowRank)} == {float(torch.tensor(1 / 3))}
+
+
+def test_adapters_in_float32_on_a_base_of_16_bits(blocks: Case, lorun: LoRunModel) -> None:
+    expected = lorun(*blocks.inputs)
+    lorun.to(torch.bfloat16)
+    for name, parameter in lorun.adapters.named_parameters():
+        parameter.data = parameter.data.float() if "lora_" in name else parameter.data
+    output = lorun(*(x.bfloat16() for x in blocks.inputs))
+    assert output.dtype == torch.bfloat16 and (output.float() - expected).abs().max() < 0.05
 
 
 def test_half_and_autocast(blocks: Case, lorun: LoRunModel) -> None:
@@ -142,6 +183,13 @@ def test_buffers_that_change_are_part_of_the_fingerprint(blocks: Case) -> None:
     assert changed != before
     lorun.base.running.sub_(1)
     assert lorun.fingerprint == before
+    with torch.no_grad():
+        lorun.base.blocks[0].denoiser.body.weight.mul_(2)
+    trained = lorun.fingerprint
+    assert trained != before
+    assert lorun.double().fingerprint == trained == lorun.half().fingerprint
+    lorun.base.running.add_(1)
+    assert lorun.fingerprint != trained
 
 
 @pytest.mark.parametrize("name", ["list_of_blocks", "list_of_raw_kernels", "looped", "shared_body", "attention"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conversions import train_a_bit
@@ -107,6 +108,14 @@ def test_what_cannot_be_summed(lorun: LoRunModel, names, weights, message: str) 
     with pytest.raises(LoRunError, match=message):
         lorun.add_weighted_adapter(names, weights, "new")
     assert "new" not in lorun.adapter_names
+
+
+def test_a_set_that_diverged_is_named(lorun: LoRunModel) -> None:
+    lorun.add_weighted_adapter(["a", "b"], [np.float32(0.5), np.int64(1)], "of_numpy")
+    with torch.no_grad():
+        next(p for name, p in lorun.adapters["b"].named_parameters() if "lora_A" in name).fill_(float("nan"))
+    with pytest.raises(LoRunError, match="the set 'b' has NaN or Inf in its tensors"):
+        lorun.add_weighted_adapter(["a", "b"], [0.5, 0.5], "new")
 
 
 def test_only_stages_in_common(lorun: LoRunModel, tmp_path) -> None:
