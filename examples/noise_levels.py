@@ -79,8 +79,10 @@ def main() -> None:
         starts[sigma] = psnr(task, files, lorun, sigma)
         crops, judged = (Crops(task, part, sigma=sigma) for part in (trained, kept))
         name = names[sigma]
+        # A set for another camera, and no other noise, is not one that a noise level should choose.
+        noise = None if sigma == lorun.adapter_info["default"].sigma else sigma
         if not lorun.finetune(
-            crops, name, sigma=sigma, also=args.also, minutes=args.minutes, loss=crops.loss, held_out=judged.some()
+            crops, name, sigma=noise, also=args.also, minutes=args.minutes, loss=crops.loss, held_out=judged.some()
         ):
             raise KeyboardInterrupt
         ends[sigma] = psnr(task, files, lorun, sigma)

@@ -31,6 +31,8 @@ BANDS = 28
 SHIFT = 2  # pixels a band
 PROJECTIONS = 20  # of the first estimate
 STAGES = 9
+FEW = 0.05  # pixels at the edges that see a smaller share than this of the bands count little
+SMALL = 1e-6  # so that no pixel divides by zero
 SIDE = 256  # pixels of the apertures that come with this file
 APERTURE = os.environ.get("SPECTRAL_IMAGING_APERTURE", "binary")
 
@@ -80,6 +82,11 @@ def open_bands(mask: Tensor) -> Tensor:
     return camera(mask.expand(1, BANDS, *mask.shape), mask)
 
 
+def typical(mask: Tensor) -> Tensor:
+    """What ``open_bands`` is on average where all bands overlap: mask (H, W) -> a scalar."""
+    return (BANDS * mask.square().mean()).clamp(min=SMALL)
+
+
 def first_estimate(y: Tensor, mask: Tensor) -> Tensor:
     """What the network starts from: detector images (B, H, W + 54) -> cubes (B, 28, H, W)."""
     return projections(y, mask, smooth, PROJECTIONS)
@@ -91,7 +98,7 @@ def projections(y: Tensor, mask: Tensor, denoise: Callable[[Tensor], Tensor], it
     What remains of ``y`` is added to the next target, as in accelerated generalised alternating projection (Yuan,
     arXiv:1511.03890).
     """
-    overlap, target = open_bands(mask).clamp(min=1), y
+    overlap, target = open_bands(mask).clamp(min=FEW * typical(mask)), y
     x = denoise(camera_transposed(y / overlap, mask))
     for iteration in range(iterations):
         seen = camera(x, mask)
@@ -200,16 +207,19 @@ class Denoiser(nn.Module):
 
 
 class UnfoldedHQS(nn.Module):
-    """``forward(y, mask)``: detector images (B, H, W + 54), mask (H, W) -> cubes (B, 28, H, W)."""
+    """``forward(y, mask)``: detector images (B, H, W + 54), mask (H, W) -> cubes (B, 28, H, W).
+
+    ``mu`` is relative to how many bands a pixel sees, so that a darker aperture needs no other.
+    """
 
     def __init__(self, stages: int = STAGES) -> None:
         super().__init__()
-        self.mu = nn.Parameter(torch.full((stages,), 0.1))
+        self.mu = nn.Parameter(torch.full((stages,), 0.007))
         self.denoisers = nn.ModuleList(Denoiser() for _ in range(stages))
 
     def forward(self, y: Tensor, mask: Tensor) -> Tensor:
         overlap, x, target = open_bands(mask), first_estimate(y, mask), y
-        for mu, denoiser in zip(self.mu, self.denoisers):
+        for mu, denoiser in zip((self.mu.abs() + SMALL) * typical(mask), self.denoisers):
             seen = camera(x, mask)
             target = target + y - seen  # accelerated, as in first_estimate
             x = denoiser(x + camera_transposed((target - seen) / (overlap + mu), mask))

@@ -4,10 +4,10 @@
 
 Where there is little time, train one denoiser for all stages first, then let the stages part:
 
-    python examples/train.py examples/spectral_imaging.py CUBES --batch 1 --bf16 --tied --minutes 52
+    python examples/train.py examples/spectral_imaging.py CUBES --batch 1 --bf16 --tied --minutes 87
         --out tied.safetensors
     python examples/train.py examples/spectral_imaging.py CUBES --batch 1 --bf16 --weights tied.safetensors --peak 6e-4
-        --minutes 16 --out spectral_imaging.safetensors
+        --minutes 20 --out spectral_imaging.safetensors
 
 The optimiser is SOAP: in two minutes it takes the spectral network to 25.9 dB, where Adam takes it to 24.2. The loss is
 the root of the mean squared error of each crop, so that dark crops count as bright ones do. The script keeps a

@@ -170,7 +170,7 @@ def recover(
 @click.command()
 @TASK
 @CONVERTED
-@sigma_option(required=True)
+@sigma_option(note="  [default: 0, in a set that no noise level chooses]")
 @click.option("--adapter-name", required=True, metavar="NAME", help="Name of the new set.")
 @click.option(
     "--start-from",
@@ -194,7 +194,7 @@ def recover(
 def finetune(
     task: str,
     converted: Path,
-    sigma: float,
+    sigma: float | None,
     adapter_name: str,
     start_from: tuple[str, ...],
     also: tuple[str, ...],
@@ -211,10 +211,10 @@ def finetune(
 ) -> None:
     """Train a new adapter set for another noise level and add it to a conversion.
 
-    The base, the other sets and the active set do not change. Sets of the same base that are in --out
-    already stay there. A fifth of the images, at most 20, is
-    held out: the weights that are best on them are kept, and their PSNR is shown. Ctrl-C saves the best
-    weights so far.
+    For another mask, scanner or camera, which the task measures with, leave --sigma out. The base, the
+    other sets and the active set do not change, and sets of the same base that are in --out already
+    stay. A fifth of the images, at most 20, is held out: the weights that are best on them are kept,
+    and their PSNR is shown. Ctrl-C saves the best weights so far.
     """
     from ..files.load import stored_dtype
     from ..files.save import update_cards
@@ -229,7 +229,7 @@ def finetune(
     set_seed(seed)
     spec = load_task(task)
     kept, files = held_out_of(spec.images(images))
-    crops, judged = (Crops(spec, part, sigma=sigma, seed=seed, size=batch, dimmed=0) for part in (files, kept))
+    crops, judged = (Crops(spec, part, sigma=sigma or 0.0, seed=seed, size=batch, dimmed=0) for part in (files, kept))
     lorun = from_pretrained(converted, spec.build().to(device))
     check_none_is_lost(out, [*lorun.adapter_names, adapter_name], lorun.fingerprint)
     stored = stored_dtype(lorun.converted(), converted)
@@ -253,7 +253,8 @@ def finetune(
     load_others(lorun, out)
     _save(lorun, spec, out, dtype or stored, finished, resume_from, report=False)
     if _is_main_process():
-        _compare_sets(lorun, spec, kept, adapter_name, (start_from or (DEFAULT_SET,))[0], sigma, images, seed)
+        other = (start_from or (DEFAULT_SET,))[0]
+        _compare_sets(lorun, spec, kept, adapter_name, other, sigma or 0.0, images, seed)
         lorun.set_adapter(before)
         update_cards(lorun.converted(), out)
 

@@ -193,6 +193,15 @@ def test_where_to_save_is_looked_at_before_the_work(made, capsys, monkeypatch) -
         assert code == 2 and "expected a" in err and "choose another" in err
 
 
+def test_a_set_for_another_camera_has_no_noise_level(made, capsys, monkeypatch) -> None:
+    given = ("--converted", made / "net", "--adapter-name", "camera", "--images", made / "images", "--steps", 2)
+    code, out, err = call(capsys, monkeypatch, "finetune", made / "my_task.py", *given, "--out", made / "out")
+    assert code == 0 and "sigma 0" in out, err
+    lorun = lorun_adapt.from_pretrained(made / "out", load_task(str(made / "my_task.py")).build())
+    about = lorun.adapter_info["camera"]
+    assert about.sigma is None and about.quality[0].sigma == 0 and lorun.select_adapter(0) == "default"
+
+
 def test_sets_that_are_there_already_stay(made, capsys, monkeypatch) -> None:
     def names(folder: Path) -> list[str]:
         return lorun_adapt.from_pretrained(folder, load_task(str(made / "my_task.py")).build()).adapter_names

@@ -64,6 +64,32 @@ def test_demos_of_other_fields(field: str, first: str, gain: float, tmp_path, ca
     assert recovered > converted + gain
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:deepinv")
+@pytest.mark.parametrize(
+    "field, variable, value, name",
+    [
+        ("spectral_imaging", "SPECTRAL_IMAGING_APERTURE", "blurred", "blurred"),
+        ("mri", "MRI_ACCELERATION", "8", "acceleration8"),
+    ],
+)
+def test_sets_for_other_cameras(field: str, variable: str, value: str, name: str, monkeypatch) -> None:
+    monkeypatch.setenv(variable, value)
+    task, scene = load_task(str(EXAMPLES / f"{field}.py")), DEMOS[field].scene()[None]
+    net = task.build()
+    task.load_weights(net, None)
+    lorun = lorun_adapt.from_pretrained(shipped(f"adapters/{field}"), net).eval()
+    torch.manual_seed(0)
+    arguments = task.measure(scene)
+
+    def quality(network) -> float:
+        return lorun_adapt.psnr(task.run(network, arguments, scene)[0], scene[0])
+
+    assert lorun.active_adapters == ["default"] and lorun.adapter_info[name].sigma is None
+    before = quality(lorun)
+    lorun.set_adapter(name)
+    assert quality(lorun) > max(before, quality(net)) + 0.6
+
+
 def test_demo_of_super_resolution(tmp_path, capsys, monkeypatch) -> None:
     rows = ("original", "trained for the noise")
     bicubic, original, tuned = scores_of_demo("super_resolution", "bicubic", rows, tmp_path, capsys, monkeypatch)

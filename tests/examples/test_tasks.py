@@ -48,6 +48,19 @@ def test_the_camera_of_spectral_imaging(tmp_path: Path) -> None:
         task.aperture.__wrapped__(str(tmp_path / "mask.npy"))
 
 
+def test_a_darker_camera_needs_no_other_spectral_network() -> None:
+    task = module("spectral_imaging")
+    torch.manual_seed(0)
+    net, mask = task.build().double(), task.aperture("blurred")[:12, :16].double()
+    torch.nn.init.normal_(net.mu)  # training may take them anywhere
+    y = task.camera(torch.rand(1, 28, 12, 16, dtype=torch.float64), mask)
+    with torch.no_grad():
+        torch.testing.assert_close(net(0.2 * y, 0.2 * mask), net(y, mask))
+        torch.nn.init.zeros_(net.mu)
+        torch.testing.assert_close(net(0.2 * y, 0.2 * mask), net(y, mask))
+        assert net(0 * y, 0 * mask).isfinite().all()
+
+
 @pytest.mark.parametrize("scale", [2, 3])
 def test_the_data_step_of_super_resolution_is_the_minimum(scale: int) -> None:
     task = module("super_resolution")
