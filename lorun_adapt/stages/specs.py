@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from ..util.modules import tensors_of
+from ..util.modules import equal, tensors_of
 from .stage_map import Site, TensorSpec
 
 
@@ -44,19 +43,10 @@ def tensor_specs(dun: nn.Module, sites: Sequence[Site], common: set[str] | None 
         elif buffers[name] or frozen:
             # Running statistics drift apart in training; other buffers that agree are constants.
             moving = isinstance(owners[0], nn.modules.batchnorm._NormBase)
-            is_common = not moving and (same or all(_equal(other[name], tensor) for other in tables))
+            is_common = not moving and (same or all(equal(other[name], tensor) for other in tables))
         else:
             is_common = same and len({id(owner) for owner in owners}) > 1
         owner = type_before_parametrizations(owners[0])
         shape = tuple(tensor.shape)
         specs.append(TensorSpec(name, shape, tensor.dtype, buffers[name], tuple(aliases), owner, frozen, is_common))
     return tuple(specs)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    try:
-        return torch.equal(a, b)
-    except NotImplementedError:  # float8 and half complex numbers, which torch can convert only
-        return torch.equal(*(t.to(torch.complex64 if t.is_complex() else torch.float32) for t in (a, b)))

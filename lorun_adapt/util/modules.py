@@ -62,8 +62,22 @@ def unchanged(networks: Iterable[nn.Module], but: Iterable[Tensor] = ()) -> Iter
             for tensors, name, tensor in held:
                 tensors[name] = tensor  # a forward may put another tensor in its place
                 value = values.get(id(tensor))
-                if value is not None and not torch.equal(tensor, value):  # otherwise it would count as changed
+                if value is not None and not equal(tensor, value):  # otherwise it would count as changed
                     tensor.copy_(value)
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors, of any dtype, have the same shape, dtype and values.
+
+    >>> equal(torch.ones(2), torch.ones(2)), equal(torch.ones(2), torch.ones(2).double())
+    (True, False)
+    """
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    try:
+        return torch.equal(a, b)
+    except NotImplementedError:  # float8 and half complex numbers, which torch can convert only
+        return torch.equal(*(t.to(torch.complex64 if t.is_complex() else torch.float32) for t in (a, b)))
 
 
 def tensors_in_state(network: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from tasks import COLOUR_TASK
 from lorun_adapt.task.task import load_task
 
 
+@pytest.mark.slow
 def test_ways_are_compared_at_equal_bytes(tmp_path, images, capsys, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     import compare_methods

@@ -218,6 +218,7 @@ def small(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_table_of_noise_levels(small, monkeypatch, capsys) -> None:
     """On a small network and for no time."""
     tmp_path, images = small, small / "images"

@@ -122,6 +122,7 @@ def test_synthetic_cubes_have_many_components(photographs: Path, tmp_path: Path,
         spectral_cubes.main()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", FIELDS)
 def test_every_command(field: str, tmp_path: Path, capsys, monkeypatch) -> None:
     file, images = EXAMPLES / f"{field}.py", tmp_path / "images"

@@ -63,6 +63,7 @@ class WithExtraState(Block):
 def test_states_beyond_tensors(tmp_path) -> None:
     torch.manual_seed(0)
     net, batches = ListOfBlocks([WithExtraState(Denoiser()) for _ in range(3)]).eval(), measurements()
+    net.register_buffer("small", torch.ones(3).to(torch.float8_e4m3fn))
     lorun = lorun_adapt.convert(net, rank=1)
     before = distance(lorun, net)
     assert lorun.recover(net, batches, steps=30, resume_from=tmp_path / "state")
