@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..model.lorun_model import LoRunModel
 
 
-def check_none_is_lost(out: Path, names: Collection[str], fingerprint: str | None = None) -> None:
+def check_none_is_lost(out: Path, names: Collection[str], fingerprint: str | None = None) -> list[str]:
     """Check before long work that saving a network to ``out`` would delete no set.
 
     Args:
@@ -20,15 +20,28 @@ def check_none_is_lost(out: Path, names: Collection[str], fingerprint: str | Non
         names: the sets that will be saved.
         fingerprint: of the base, where sets of the same base can be kept, see :func:`load_others`.
 
+    Returns:
+        The names of the other sets in the folder, which are for this base.
+
     Raises:
         LoRunError: the folder has other sets, and they are for another base.
     """
-    others, base = _others(out, names)
-    if others and base != fingerprint:
+    from ..files.description import read_description
+    from ..files.layout import CONFIG_FILE
+
+    if not (out / CONFIG_FILE).is_file():
+        return []
+    try:
+        description = read_description(out)
+    except LoRunError:  # it is damaged; saving leaves the files of its sets where they are
+        return []
+    others = [name for name in description["adapters"] if name not in names]
+    if others and description["fingerprint"] != fingerprint:
         raise LoRunError(
             f"{out} has the adapter sets {', '.join(others)}, which do not fit the network to be saved there: choose "
             "another folder, or delete that one first"
         )
+    return others
 
 
 def load_others(lorun: LoRunModel, out: Path) -> None:
@@ -37,20 +50,5 @@ def load_others(lorun: LoRunModel, out: Path) -> None:
     Raises:
         LoRunError: they are damaged, or have come to be for another base.
     """
-    check_none_is_lost(out, lorun.adapter_names, lorun.fingerprint)
-    for name in _others(out, lorun.adapter_names)[0]:
+    for name in check_none_is_lost(out, lorun.adapter_names, lorun.fingerprint):
         lorun.load_adapter(out, name)
-
-
-def _others(out: Path, names: Collection[str]) -> tuple[list[str], str | None]:
-    """The names of the other sets in a folder, and the fingerprint of their base."""
-    from ..files.description import read_description
-    from ..files.layout import CONFIG_FILE
-
-    if not (out / CONFIG_FILE).is_file():
-        return [], None
-    try:
-        description = read_description(out)
-    except LoRunError:  # it is damaged; saving leaves the files of its sets where they are
-        return [], None
-    return [name for name in description["adapters"] if name not in names], description["fingerprint"]
