@@ -16,12 +16,16 @@ from torch import Tensor, nn
 
 from ..terms.term import Term
 from ..util.modules import subclass_of
+from .factored import factored, is_faster
 
 _BASE, _TERM = "lorun_base_", "lorun_term_"
+_Reader = Callable[[str], Callable[[nn.Module], Tensor]]
 
 
-def add_term(module: nn.Module, attribute: str, term: Term) -> None:
+def add_term(module: nn.Module, attribute: str, term: Term, without_base: bool = False) -> None:
     """Make ``module.attribute`` return ``term(parameter)`` instead of the parameter.
+
+    If the parameter is zero, ``without_base`` saves the sum, and may save the product: see ``factored.py``.
 
     >>> from lorun_adapt.terms.registry import TERMS
     >>> from lorun_adapt.terms.term import LoraFactors
@@ -31,9 +35,14 @@ def add_term(module: nn.Module, attribute: str, term: Term) -> None:
     >>> torch.equal(layer.weight, before + 1)
     True
     """
+    product = term.product() if without_base else None
+    reader = _read_sum
+    if product is not None:
+        b, a = product
+        reader = _read_factors if is_faster((len(b), a.shape[1]), len(a)) else _read_product
     base = module._parameters.pop(attribute)
     original, adapted = original_class(module), getattr(type(module), "lorun_adapted", ())
-    module.__class__ = _adapted_class(cast(Hashable, original), (*adapted, attribute))
+    module.__class__ = _adapted_class(cast(Hashable, original), (*adapted, (attribute, reader)))
     module.register_parameter(_BASE + attribute, base)
     module.add_module(_TERM + attribute, term)
 
@@ -49,13 +58,13 @@ def is_base(name: str) -> bool:
 
 
 @functools.cache
-def _adapted_class(original: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
-    body: dict[str, object] = {name: property(_reader(name)) for name in attributes}
+def _adapted_class(original: type[nn.Module], attributes: tuple[tuple[str, _Reader], ...]) -> type[nn.Module]:
+    body: dict[str, object] = {name: property(reader(name)) for name, reader in attributes}
     body |= {"__module__": original.__module__, "lorun_original_class": original, "lorun_adapted": attributes}
     return subclass_of(original, "Adapted", body)
 
 
-def _reader(attribute: str) -> Callable[[nn.Module], Tensor]:
+def _read_sum(attribute: str) -> Callable[[nn.Module], Tensor]:
     base, term = _BASE + attribute, _TERM + attribute
 
     def read(module: nn.Module) -> Tensor:
@@ -65,5 +74,25 @@ def _reader(attribute: str) -> Callable[[nn.Module], Tensor]:
             except KeyError:  # replicas of nn.DataParallel hold their tensors as plain attributes
                 pass
         return getattr(module, term)(getattr(module, base))
+
+    return read
+
+
+def _read_product(attribute: str) -> Callable[[nn.Module], Tensor]:
+    base, term = _BASE + attribute, _TERM + attribute
+
+    def read(module: nn.Module) -> Tensor:
+        b, a = getattr(module, term).product()
+        return torch.mm(b, a).view(getattr(module, base).shape)
+
+    return read
+
+
+def _read_factors(attribute: str) -> Callable[[nn.Module], Tensor]:
+    base, term = _BASE + attribute, _TERM + attribute
+
+    def read(module: nn.Module) -> Tensor:
+        b, a = getattr(module, term).product()
+        return factored(b, a, getattr(module, base).shape)
 
     return read

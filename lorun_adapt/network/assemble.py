@@ -84,7 +84,7 @@ def _install(module: nn.Module, group: Group, adapter: StageAdapter) -> None:
             places = {owner_of(module, alias): alias for alias in spec.aliases}  # one entry if a module has two names
             for alias in places.values():
                 path, _, attribute = alias.rpartition(".")
-                add_term(module.get_submodule(path), attribute, _beside(terms[spec.name]))
+                add_term(module.get_submodule(path), attribute, _beside(terms[spec.name]), spec.without_base)
         elif spec.name in private:
             _put(module, spec, private[spec.name])
 

@@ -66,6 +66,9 @@ class LowRank(Term):
                 pass
         return _sum(base, self.lora_A, self.lora_B, self.factor)
 
+    def product(self) -> tuple[Tensor, Tensor]:
+        return (self.lora_B if self.factor is None else self.lora_B * self.factor), self.lora_A
+
     def sizes_of_zeros(self, base: Tensor) -> dict[str, float]:
         """The size at which B A has the share of the base's energy that so many of its directions have on average."""
         if self.lora_B.any() or not self.lora_A.any():

@@ -97,6 +97,13 @@ class Term(nn.Module):
         """The number of bytes of the parameters in memory."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
 
+    def product(self) -> tuple[Tensor, Tensor] | None:
+        """Return what the term adds, folded to a matrix (m, n), as factors (m, r) and (r, n); None if it has none.
+
+        A tensor without a base is used in this form where that is faster.
+        """
+        return None
+
     # --- making terms ----------------------------------------------------------------------------
 
     @classmethod
