@@ -26,10 +26,13 @@ from ..files.layout import INTERPOLATED
 from ..files.save import save
 from ..files.sets import SetReader, check_stage
 from ..hub.source import files_of_set, resolve_source
+from ..network.adapted import merge_terms, merged_tensors
 from ..network.adapter import StageAdapter
 from ..network.assemble import assemble, merge
 from ..network.batches import Batches
+from ..network.composed import composing_once
 from ..network.converted import AdapterSet, Choice, Converted, Quality
+from ..network.dense import check_merged
 from ..network.noise import Noise, noise_of
 from ..network.report import Report, make_report
 from ..network.sharing import share_again, shared_places, tie_again
@@ -128,7 +131,11 @@ class LoRunModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network with the active adapters; it takes and returns what the original network does."""
-        return self._modules["network"](*args, **kwargs)  # type: ignore[misc]
+        network = self._modules["network"]
+        if torch.compiler.is_compiling():
+            return network(*args, **kwargs)  # type: ignore[misc]
+        with composing_once():
+            return network(*args, **kwargs)  # type: ignore[misc]
 
     def converted(self) -> Converted:
         """Return this network as plain data; the tensors are shared, not copied."""
@@ -220,7 +227,8 @@ class LoRunModel(nn.Module):
             self._check_active(active)
             network = self._network_for(active)
             before = self._running.names
-            self._running.active, self._running.inference_mode, self.network = active, inference_mode, network
+            self._running.active, self._running.inference_mode, self._running.merged = active, inference_mode, False
+            self.network = network
             self._set_trainable({*before, *active.values()})
 
     @contextmanager
@@ -245,7 +253,59 @@ class LoRunModel(nn.Module):
             with self._lock:
                 self._disabled -= 1
                 if not self._disabled:  # another thread may be in such a block, too
-                    self.network = self._network_for(self._running.active)
+                    self.network = self._active_network()
+
+    @in_own_modes
+    def merge_adapter(self, safe_merge: bool = False) -> None:
+        """Compute the weights of the active sets once, until :meth:`unmerge_adapter`, as in PEFT.
+
+        Without it, each forward computes them from the base and the adapters, which takes time where images are small.
+        Merged weights take the memory of the original's. They are dropped by :meth:`set_adapter`, by training
+        (:meth:`train`, :meth:`recover`, :meth:`finetune`), and are made anew where the active sets are replaced. Until
+        then the active sets are frozen. Weights that are faster as factors are not merged.
+
+        Args:
+            safe_merge: refuse weights with NaN or Inf.
+
+        Raises:
+            LoRunError: with ``safe_merge``, a weight with NaN or Inf; nothing changes then.
+
+        >>> import lorun_adapt, torch
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> lorun, x = lorun_adapt.convert(ToyUnfoldingNet(), rank=1), torch.rand(1, 1, 8, 8)
+        >>> before = lorun(x)
+        >>> lorun.merge_adapter()
+        >>> torch.equal(lorun(x), before), lorun.get_nb_trainable_parameters()[0]
+        (True, 0)
+        >>> lorun.unmerge_adapter()
+        """
+        with self._lock:
+            network = self._merged_network()
+            if safe_merge:
+                check_merged([*merged_tensors(network), *distinct_tensors(network).items()])
+            self._running.merged = True
+            if not self._disabled:
+                self.network = network
+            self._set_trainable(self._running.names)
+
+    @in_own_modes
+    def unmerge_adapter(self) -> None:
+        """Compute the weights in each forward again, and make the active sets trainable as before.
+
+        >>> import lorun_adapt
+        >>> from lorun_adapt.util.toy import ToyUnfoldingNet
+        >>> lorun = lorun_adapt.convert(ToyUnfoldingNet(), rank=1)
+        >>> lorun.merge_adapter()
+        >>> lorun.unmerge_adapter()
+        >>> lorun.get_nb_trainable_parameters()[0]
+        297
+        """
+        with self._lock:
+            if self._running.merged:
+                self._running.merged = False
+                if not self._disabled:
+                    self.network = self._active_network()
+                self._set_trainable(self._running.names)
 
     @in_own_modes
     def load_adapter(
@@ -692,6 +752,7 @@ class LoRunModel(nn.Module):
         with seeded(seed):
             batches = Batches(calibration)
         before = self._hashes()
+        self.unmerge_adapter()
         try:
             return recover(
                 self.converted(), self.network, teacher, batches, duration, loss, also, recompute, path, seed
@@ -921,9 +982,7 @@ class LoRunModel(nn.Module):
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name in self.trainable_names)
         if safe_merge:
-            for name, tensor in distinct_tensors(network).items():
-                if not bool(torch.isfinite(tensor).all()):
-                    raise LoRunError(f"the merged {name!r} has NaN or Inf: merge sets from before training diverged")
+            check_merged(distinct_tensors(network).items())
         return network.train(self.training)
 
     @in_own_modes
@@ -1045,6 +1104,12 @@ class LoRunModel(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the network, as in PyTorch; training mode ends :meth:`merge_adapter`."""
+        if mode:
+            self.unmerge_adapter()
+        return super().train(mode)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # torch replaces buffers (and, with some settings, parameters) separately at each place that holds them, so
         # places that shared a tensor would end up with separate copies.
@@ -1088,7 +1153,17 @@ class LoRunModel(nn.Module):
         self._running.clear()
         self._reader = None
         if self.network is not self.base:
-            self.network = self._network_for(self._running.active)
+            self.network = self._active_network()
+
+    def _active_network(self) -> nn.Module:
+        """Return the network for the active sets, merged if it was."""
+        return self._merged_network() if self._running.merged else self._network_for(self._running.active)
+
+    def _merged_network(self) -> nn.Module:
+        network = self._assembled(self._running.active)
+        merge_terms(network)
+        take_modes(network, self.network, self.training)
+        return network
 
     def _network_for(self, active: Mapping[int, str]) -> nn.Module:
         """Return the network for a choice of sets; its modules take the train/eval modes of the current network."""
@@ -1122,7 +1197,7 @@ class LoRunModel(nn.Module):
         self._running.forget(name)
         if name in self._running.names and self.network is not self.base:
             try:
-                self.network = self._network_for(self._running.active)
+                self.network = self._active_network()
             except BaseException:
                 self._store.drop(name) if before is None else self._store.put(name, before)
                 raise
@@ -1130,8 +1205,8 @@ class LoRunModel(nn.Module):
             self._set_trainable([name])
 
     def _set_trainable(self, names: Iterable[str]) -> None:
-        """Make only the active sets' adapters trainable (none in inference mode)."""
-        running, frozen = self._running, self._running.inference_mode
+        """Make only the active sets' adapters trainable (none in inference mode, or if they are merged)."""
+        running, frozen = self._running, self._running.inference_mode or self._running.merged
         for name in set(names):
             stages = [] if frozen else [stage for stage, active in running.active.items() if active == name]
             self._store.set_trainable(name, stages, outside=not frozen and running.common_set == name)

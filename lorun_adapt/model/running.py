@@ -22,6 +22,7 @@ class Running:
     Attributes:
         active: the set of each stage.
         inference_mode: whether the active sets are frozen.
+        merged: whether the network that runs has merged tensors.
 
     >>> import torch
     >>> from lorun_adapt.model.running import Running
@@ -38,6 +39,7 @@ class Running:
         self.num_stages = num_stages
         self.active: Active = {}
         self.inference_mode = False
+        self.merged = False
         self._ready = ReadyNetworks()
 
     @property
@@ -91,5 +93,5 @@ class Running:
 
     def __deepcopy__(self, memo: dict[int, object]) -> Running:
         result = Running(self.num_stages)
-        result.active, result.inference_mode = dict(self.active), self.inference_mode
+        result.active, result.inference_mode, result.merged = dict(self.active), self.inference_mode, self.merged
         return result

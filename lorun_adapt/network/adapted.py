@@ -8,7 +8,7 @@ same structure have the same classes, so that ``torch.compile`` does not recompi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import cast
 
 import torch
@@ -16,16 +16,24 @@ from torch import Tensor, nn
 
 from ..terms.term import Term
 from ..util.modules import subclass_of
+from .composed import STAGE, composed
 from .factored import factored, is_faster
 
-_BASE, _TERM = "lorun_base_", "lorun_term_"
+_BASE, _TERM, _MERGED = "lorun_base_", "lorun_term_", "lorun_merged_"
 _Reader = Callable[[str], Callable[[nn.Module], Tensor]]
 
 
-def add_term(module: nn.Module, attribute: str, term: Term, without_base: bool = False) -> None:
+def add_term(
+    module: nn.Module, attribute: str, term: Term, *, without_base: bool = False, stage: int | None = None
+) -> None:
     """Make ``module.attribute`` return ``term(parameter)`` instead of the parameter.
 
-    If the parameter is zero, ``without_base`` saves the sum, and may save the product: see ``factored.py``.
+    Args:
+        module: a module of a denoiser; its class changes.
+        attribute: the name of one of its parameters.
+        term: the term.
+        without_base: the parameter is zero. This saves the sum, and may save the product: see ``factored.py``.
+        stage: the stage that the module belongs to.
 
     >>> from lorun_adapt.terms.registry import TERMS
     >>> from lorun_adapt.terms.term import LoraFactors
@@ -45,6 +53,31 @@ def add_term(module: nn.Module, attribute: str, term: Term, without_base: bool =
     module.__class__ = _adapted_class(cast(Hashable, original), (*adapted, (attribute, reader)))
     module.register_parameter(_BASE + attribute, base)
     module.add_module(_TERM + attribute, term)
+    vars(module)[STAGE] = stage
+
+
+def merge_terms(network: nn.Module) -> None:
+    """Compute the tensors of all stages once and for all; those that are faster as factors stay as they are.
+
+    The tensors hold what the terms amount to at this moment, and do not follow them.
+    """
+    for module in network.modules():
+        adapted: tuple[tuple[str, _Reader], ...] = getattr(type(module), "lorun_adapted", ())
+        for attribute, reader in adapted:
+            if reader is not _read_factors:
+                with torch.no_grad():
+                    vars(module)[_MERGED + attribute] = getattr(module, attribute)
+        if adapted:
+            readers = tuple((name, reader if reader is _read_factors else _read_merged) for name, reader in adapted)
+            module.__class__ = _adapted_class(cast(Hashable, original_class(module)), readers)
+
+
+def merged_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what :func:`merge_terms` computed, with names."""
+    for path, module in network.named_modules():
+        for key, value in vars(module).items():
+            if key.startswith(_MERGED):
+                yield f"{path}.{key.removeprefix(_MERGED)}".lstrip("."), value
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -67,23 +100,33 @@ def _adapted_class(original: type[nn.Module], attributes: tuple[tuple[str, _Read
 def _read_sum(attribute: str) -> Callable[[nn.Module], Tensor]:
     base, term = _BASE + attribute, _TERM + attribute
 
-    def read(module: nn.Module) -> Tensor:
-        if not torch.compiler.is_compiling():
-            try:  # bypass nn.Module.__getattr__ and __call__, since this runs for every tensor of every stage
-                return module._modules[term].forward(module._parameters[base])  # type: ignore[union-attr]
-            except KeyError:  # replicas of nn.DataParallel hold their tensors as plain attributes
-                pass
-        return getattr(module, term)(getattr(module, base))
+    def compose(module: nn.Module) -> Tensor:
+        try:  # bypass nn.Module.__getattr__ and __call__, since this runs for every tensor of every stage
+            return module._modules[term].forward(module._parameters[base])  # type: ignore[union-attr]
+        except KeyError:  # replicas of nn.DataParallel hold their tensors as plain attributes
+            return getattr(module, term)(getattr(module, base))
 
-    return read
+    return _read_once(attribute, compose, lambda module: getattr(module, term)(getattr(module, base)))
 
 
 def _read_product(attribute: str) -> Callable[[nn.Module], Tensor]:
     base, term = _BASE + attribute, _TERM + attribute
 
-    def read(module: nn.Module) -> Tensor:
+    def compose(module: nn.Module) -> Tensor:
         b, a = getattr(module, term).product()
         return torch.mm(b, a).view(getattr(module, base).shape)
+
+    return _read_once(attribute, compose, compose)
+
+
+def _read_once(
+    attribute: str, compose: Callable[[nn.Module], Tensor], compiled: Callable[[nn.Module], Tensor]
+) -> Callable[[nn.Module], Tensor]:
+    def read(module: nn.Module) -> Tensor:
+        if torch.compiler.is_compiling():
+            return compiled(module)
+        once = composed()
+        return compose(module) if once is None else once.tensor(module, attribute, compose)
 
     return read
 
@@ -96,3 +139,8 @@ def _read_factors(attribute: str) -> Callable[[nn.Module], Tensor]:
         return factored(b, a, getattr(module, base).shape)
 
     return read
+
+
+def _read_merged(attribute: str) -> Callable[[nn.Module], Tensor]:
+    merged = _MERGED + attribute
+    return lambda module: module.__dict__[merged]

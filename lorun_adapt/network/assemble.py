@@ -67,7 +67,7 @@ def assemble(
                 original, module = module, copy_network(module, share_tensors=True)
                 copies += zip(original.modules(), module.modules())
                 looped.setdefault(site.module, []).append(module)
-            _install(module, group, choice[site.stage][group.name])
+            _install(module, group, choice[site.stage][group.name], site.stage)
     for name, calls in looped.items():
         tell_calls_apart(network.get_submodule(name), name, calls, repeats_last)
     if looped:
@@ -77,14 +77,15 @@ def assemble(
     return network
 
 
-def _install(module: nn.Module, group: Group, adapter: StageAdapter) -> None:
+def _install(module: nn.Module, group: Group, adapter: StageAdapter, stage: int) -> None:
     terms, private = terms_of(adapter), private_tensors(adapter)
     for spec in group.tensors:
         if spec.name in terms:
             places = {owner_of(module, alias): alias for alias in spec.aliases}  # one entry if a module has two names
             for alias in places.values():
                 path, _, attribute = alias.rpartition(".")
-                add_term(module.get_submodule(path), attribute, _beside(terms[spec.name]), spec.without_base)
+                owner, term = module.get_submodule(path), _beside(terms[spec.name])
+                add_term(owner, attribute, term, without_base=spec.without_base, stage=stage)
         elif spec.name in private:
             _put(module, spec, private[spec.name])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -57,3 +57,14 @@ def weighted_sum_of_tensors(base: Tensor, values: Sequence[Tensor], weights: Seq
     for weight, value in zip(weights, values):
         total += weight * (value.to(exact) - base.detach().to(exact))
     return total.to(base.dtype)
+
+
+def check_merged(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Check the values of merged tensors.
+
+    Raises:
+        LoRunError: a tensor has NaN or Inf.
+    """
+    for name, tensor in tensors:
+        if not bool(torch.isfinite(tensor).all()):
+            raise LoRunError(f"the merged {name!r} has NaN or Inf: merge sets from before training diverged")
