@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..terms.term import Term
 from ..util.modules import subclass_of
-from .composed import STAGE, composed
+from .composed import keeps, kept, mark
 from .factored import factored, is_faster
 
 _BASE, _TERM, _MERGED = "lorun_base_", "lorun_term_", "lorun_merged_"
@@ -53,7 +53,7 @@ def add_term(
     module.__class__ = _adapted_class(cast(Hashable, original), (*adapted, (attribute, reader)))
     module.register_parameter(_BASE + attribute, base)
     module.add_module(_TERM + attribute, term)
-    vars(module)[STAGE] = stage
+    mark(module, stage)
 
 
 def merge_terms(network: nn.Module) -> None:
@@ -101,12 +101,19 @@ def _read_sum(attribute: str) -> Callable[[nn.Module], Tensor]:
     base, term = _BASE + attribute, _TERM + attribute
 
     def compose(module: nn.Module) -> Tensor:
-        try:  # bypass nn.Module.__getattr__ and __call__, since this runs for every tensor of every stage
-            return module._modules[term].forward(module._parameters[base])  # type: ignore[union-attr]
-        except KeyError:  # replicas of nn.DataParallel hold their tensors as plain attributes
-            return getattr(module, term)(getattr(module, base))
+        return getattr(module, term)(getattr(module, base))
 
-    return _read_once(attribute, compose, lambda module: getattr(module, term)(getattr(module, base)))
+    def read(module: nn.Module) -> Tensor:
+        if torch.compiler.is_compiling():
+            return compose(module)
+        if not keeps(module, attribute):
+            try:  # bypass nn.Module.__getattr__ and __call__, since this runs for every tensor of every stage
+                return module._modules[term].forward(module._parameters[base])  # type: ignore[union-attr]
+            except KeyError:  # replicas of nn.DataParallel hold their tensors as plain attributes
+                return compose(module)
+        return kept(module, attribute, compose)
+
+    return read
 
 
 def _read_product(attribute: str) -> Callable[[nn.Module], Tensor]:
@@ -116,17 +123,10 @@ def _read_product(attribute: str) -> Callable[[nn.Module], Tensor]:
         b, a = getattr(module, term).product()
         return torch.mm(b, a).view(getattr(module, base).shape)
 
-    return _read_once(attribute, compose, compose)
-
-
-def _read_once(
-    attribute: str, compose: Callable[[nn.Module], Tensor], compiled: Callable[[nn.Module], Tensor]
-) -> Callable[[nn.Module], Tensor]:
     def read(module: nn.Module) -> Tensor:
-        if torch.compiler.is_compiling():
-            return compiled(module)
-        once = composed()
-        return compose(module) if once is None else once.tensor(module, attribute, compose)
+        if torch.compiler.is_compiling() or not keeps(module, attribute):
+            return compose(module)
+        return kept(module, attribute, compose)
 
     return read
 

@@ -148,8 +148,8 @@ class LowRank(Term):
 def _sum(base: Tensor, a: Tensor, b: Tensor, factor: Tensor | None) -> Tensor:
     if factor is not None:
         b = b * factor
-    mixed = b.dtype != base.dtype or base.is_meta or torch.is_autocast_enabled(base.device.type)
-    if mixed or not base.is_contiguous():
-        # The sum must keep the dtype and memory layout of the base, which add_ in place on the product would not.
-        return (base + (b @ a).view_as(base)).to(base.dtype)
-    return torch.mm(b, a).view_as(base).add_(base)
+    product = torch.mm(b, a)  # under autocast, in another dtype; asking for autocast would take longer than this
+    if product.dtype is base.dtype and base.is_contiguous() and not base.is_meta:
+        return product.view_as(base).add_(base)
+    # The sum must keep the dtype and memory layout of the base, which add_ in place on the product would not.
+    return (base + product.view_as(base)).to(base.dtype)

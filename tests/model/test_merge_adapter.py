@@ -190,6 +190,17 @@ def test_each_weight_is_computed_once_in_a_forward_without_gradients(composed: l
     assert len(composed) == 9
 
 
+def test_a_weight_that_is_read_more_often_than_before_is_right(composed: list[LowRank]) -> None:
+    class Branches(ReadsTwice):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.sum() > 0 else x @ self.weight
+
+    lorun = lorun_adapt.convert(nn.Sequential(*[Branches() for _ in range(3)]), rank=2)
+    with torch.no_grad():
+        for x in (-torch.ones(4, 16), torch.ones(4, 16), -torch.ones(4, 16)):
+            assert relative(lorun(x), lorun.merge_and_unload()(x)) < 1e-6
+
+
 def test_a_looped_stage_does_not_see_the_call_before() -> None:
     case = ZOO["looped"]()
     lorun = convert_fully(case, rank=2)
