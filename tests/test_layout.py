@@ -31,6 +31,7 @@ FLOORS = (
     {"task"},
     {"model"},
     {"conversion"},
+    {"bench"},
     {"cli"},
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -14,6 +14,7 @@ import click
 
 from .._version import __version__
 from ..errors import LoRunError
+from .bench import bench
 from .hub import list_, pull, push
 from .memory import keep_freed_memory
 from .options import (
@@ -209,7 +210,7 @@ def demo(task: str, out: Path, device: torch.device, seed: int) -> None:
     click.echo(f"picture: {path}")
 
 
-for command in (convert_, recover, finetune, restore, push, pull, list_):
+for command in (convert_, recover, finetune, restore, bench, push, pull, list_):
     cli.add_command(command)
 
 

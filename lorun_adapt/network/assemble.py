@@ -7,7 +7,6 @@ running during a swap finishes on the network it started with.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -93,7 +92,7 @@ def _install(module: nn.Module, group: Group, adapter: StageAdapter, stage: int)
 def _beside(term: Term) -> Term:
     """Another module with the tensors of a term: torch.func restores a module wrongly that has two places."""
     result = term.__new__(type(term))
-    result.__dict__ = {key: copy.copy(item) if isinstance(item, dict) else item for key, item in vars(term).items()}
+    result.__dict__ = {key: item.copy() if isinstance(item, dict) else item for key, item in vars(term).items()}
     return result
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..network.adapted import original_class
 from ..stages.stage_map import TensorSpec
+from ..terms.term import LoraFactors
 
 PREFIX = "base_model.model."  # precedes the denoiser's names in a PeftModel
 WITHIN_PEFT = (  # the modules that PEFT's LoRA adds to a layer (PEFT 0.17 to 0.21)
@@ -92,3 +94,11 @@ def unsupported_reason(denoiser: nn.Module, name: str) -> str | None:
     if any(step != 1 for step in module.dilation):
         return f"PEFT's LoRA of a convolution ignores dilation={module.dilation}"
     return None
+
+
+@torch.no_grad()
+def fill_layer(layer: nn.Module, factors: LoraFactors, adapter_name: str = "default") -> None:
+    """Write a term's factors into a layer that PEFT has put in place; the scaling goes into B."""
+    for place, value in (("lora_A", factors.a), ("lora_B", factors.b * factors.scaling)):
+        weight = getattr(layer, place)[adapter_name].weight
+        weight.copy_(value.view(weight.shape))
