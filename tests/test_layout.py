@@ -31,7 +31,7 @@ FLOORS = (
     {"task"},
     {"model"},
     {"conversion"},
-    {"bench"},
+    {"bench", "export"},
     {"cli"},
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -15,6 +15,7 @@ import click
 from .._version import __version__
 from ..errors import LoRunError
 from .bench import bench
+from .export import export
 from .hub import list_, pull, push
 from .memory import keep_freed_memory
 from .options import (
@@ -210,7 +211,7 @@ def demo(task: str, out: Path, device: torch.device, seed: int) -> None:
     click.echo(f"picture: {path}")
 
 
-for command in (convert_, recover, finetune, restore, bench, push, pull, list_):
+for command in (convert_, recover, finetune, restore, bench, export, push, pull, list_):
     cli.add_command(command)
 
 
