@@ -108,6 +108,35 @@ def time_swaps(repeats: int) -> None:
     print(f"a set of nine stages from disk: {1000 * disk:.1f} ms, {disk / peft:.3f} times PEFT's load_adapter")
 
 
+def measured(size: int) -> tuple[Tensor, Tensor]:
+    """A masked image, and the mask."""
+    mask = (torch.rand(1, 1, size, size) > 0.5).float()
+    return mask * torch.rand(1, 1, size, size), mask
+
+
+def time_without_bases(width: int, rank: int, size: int, repeats: int) -> None:
+    """A network whose kernels have no base, as a budget chooses for stages that have nothing in common."""
+    net = Unfolded(width, 2).eval()
+    kernels = sum(p.numel() for p in net.parameters() if p.dim() == 4 and p.shape[0] == p.shape[1])
+    everything, stages = sum(p.numel() for p in net.parameters()), len(net.stages)
+    private = (everything - kernels) * (stages + 1) // stages  # the base has one of each, too
+    lorun = convert(net, budget=private + stages * 4 * rank * 10 * width).eval()
+    ranks = [rank for group in lorun.stage_map.ranks.values() for rank in group.values()]
+    y, mask = measured(size)
+
+    def step(model: nn.Module) -> None:
+        model(y, mask).square().mean().backward()
+
+    with torch.inference_mode():
+        plain, ours = medians([partial(net, y, mask), partial(lorun, y, mask)], repeats)
+    plain_step, our_step = medians([partial(step, net), partial(step, lorun)], repeats)
+    print(
+        f"no base in {lorun.report().num_without_base} of {len(ranks)} kernels, {width} channels, ranks "
+        f"{min(ranks)} to {max(ranks)}, {size}x{size}: inference {ours / plain:.3f}, training step "
+        f"{our_step / plain_step:.3f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20)
@@ -120,14 +149,17 @@ def main() -> None:
     print(f"conversion of {sum(p.numel() for p in net.parameters()):,} parameters: {seconds:.2f} s")
 
     net = Unfolded(64, 2).eval()
-    lorun = convert(net)
+    lorun, merged = convert(net), convert(net)
+    merged.merge_adapter()
     for size, repeats in ((128, args.repeats), (16, args.repeats * 10)):
-        mask = (torch.rand(1, 1, size, size) > 0.5).float()
-        y = mask * torch.rand(1, 1, size, size)
+        y, mask = measured(size)
         with torch.inference_mode():
-            plain, converted = medians([partial(net, y, mask), partial(lorun, y, mask)], repeats)
-        ratio = f"{converted / plain:.3f} times the original network ({1000 * plain:.1f} ms)"
-        print(f"inference at 64 channels, {size}x{size}, {torch.get_num_threads()} threads: {ratio}")
+            plain, *others = medians([partial(model, y, mask) for model in (net, lorun, merged)], repeats)
+        ratios = [f"{seconds / plain:.3f}" for seconds in others]
+        print(f"inference, 64 channels, {size}x{size}: {ratios[0]}; merged {ratios[1]} ({1000 * plain:.1f} ms)")
+
+    for width, rank, size in ((64, 8, 128), (128, 16, 64), (32, 8, 128), (16, 4, 128)):
+        time_without_bases(width, rank, size, args.repeats // 2)
 
 
 if __name__ == "__main__":

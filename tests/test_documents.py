@@ -52,7 +52,15 @@ def commands(document: Path) -> Iterator[list[str]]:
 
 def test_the_guides_are_there() -> None:
     guides = {path.name for path in DOCUMENTS if path.parent.name == "guides"}
-    assert guides == {"your_network.md", "recovery.md", "noise_levels.md", "peft.md", "deepinv.md", "files.md"}
+    assert guides == {
+        "your_network.md",
+        "recovery.md",
+        "noise_levels.md",
+        "speed.md",
+        "peft.md",
+        "deepinv.md",
+        "files.md",
+    }
 
 
 def test_readme_is_one_page() -> None:

@@ -168,7 +168,7 @@ def _training(
     networks: Mapping[str, nn.Module], arguments: tuple[Any, ...], device: torch.device, seconds: float
 ) -> Iterator[Row]:
     networks = {name: network for name, network in networks.items() if name != MERGED}
-    for title, everything in (("training step, all", True), ("training step, adapters only", False)):
+    for title, everything in (("training step, all", True), ("training step, low-rank factors only", False)):
         calls = {}
         for name, network in networks.items():
             if everything or name != PLAIN:
@@ -179,11 +179,13 @@ def _training(
 
 
 def _trained(name: str, network: nn.Module, everything: bool) -> list[nn.Parameter]:
-    """All parameters, or those of the adapters."""
+    """All parameters, or the low-rank factors alone."""
     if isinstance(network, LoRunModel):
-        adapters = [p for sets in (network.adapters, network.outside) for p in sets.parameters()]
-        running = {id(p) for p in network.network.parameters()}
-        return [p for p in (network.network.parameters() if everything else adapters) if id(p) in running]
+        if everything:
+            return list(network.network.parameters())
+        places = [(group, site) for group in network.stage_map.groups for site in group.sites]
+        terms = [term for place in places for term in terms_of(network.adapter_of(*place)).values()]
+        return [parameter for term in terms for parameter in term.parameters()]
     if everything:
         return list(network.parameters())
     marks = (".parametrizations.", "lora_")

@@ -71,7 +71,9 @@ def test_all_columns_and_rows_are_there(result: Result) -> None:
     timed = [row for row in result.rows if isinstance(row.cells[OURS], Times)]
     names = [row.name for row in timed]
     assert names[:3] == ["inference, batch 1, 12x12", "inference, batch 8, 12x12", "inference, batch 1, 12x12"]
-    assert {"training step, all", "training step, adapters only", "swap from memory", "swap from disk"} < set(names)
+    assert {"training step, all", "training step, low-rank factors only", "swap from memory", "swap from disk"} < set(
+        names
+    )
     assert all(len(times.seconds) >= MIN_ROUNDS for row in timed for times in row.cells.values())
     for name in ("swap from memory", "swap from disk"):
         assert cell(result, name, "PEFT set_adapter").median > 0
