@@ -55,10 +55,10 @@ def export(converted: Path, task: str, out: Path, adapter_name: str | None, size
         return spec.measure(torch.rand(images, spec.channels, pixels, pixels, generator=generator))
 
     with working("exporting"):
-        program = export_program(lorun.network, measure, side, dynamic)
+        exported = export_program(lorun.network, measure, side, dynamic)
         if out.suffix == ".onnx":
-            difference = save_onnx(program, out, measure(side, 2 if dynamic else 1))
+            difference = save_onnx(exported, out)
             click.echo(f"onnxruntime's output differs by {difference:.1e} of PyTorch's")
         else:
-            save_program(program, out)
+            save_program(exported, out)
     click.echo(f"file: {out} ({out.stat().st_size / 1000:,.1f} kB)")

@@ -7,30 +7,28 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 
 from ..disk.folder import write_file
 from ..errors import LoRunError
 from ..util.energy import relative_error
 from ..util.nested import tensors_in
 from ..util.text import shortened
+from .program import Exported
 
 CLOSE = 1e-4  # relative difference of outputs from those of PyTorch
 
 
-def save_onnx(program: ExportedProgram, path: Path, arguments: Sequence[Any]) -> float:
+def save_onnx(exported: Exported, path: Path) -> float:
     """Write a program to an ONNX file, and run the file in onnxruntime.
 
     Args:
-        program: from :func:`export_program`.
+        exported: the program, and arguments to compare the outputs on.
         path: the file; it appears whole or not at all.
-        arguments: of a forward, to compare the outputs on.
 
     Returns:
         The largest relative difference of an output from PyTorch's.
@@ -44,10 +42,11 @@ def save_onnx(program: ExportedProgram, path: Path, arguments: Sequence[Any]) ->
         import onnxscript  # noqa: F401  torch.onnx needs it
     except ImportError as error:
         raise LoRunError(f'{error.name} is missing: pip install "lorun-adapt[onnx]"') from error
+    program, arguments = exported
     try:
         with _quiet(), torch.no_grad():
             # Optimised, the file would have the weights of each stage, computed beforehand.
-            made = torch.onnx.export(program, tuple(arguments), dynamo=True, verbose=False, optimize=False)
+            made = torch.onnx.export(program, arguments, dynamo=True, verbose=False, optimize=False)
         assert made is not None
         passes.ClearMetadataAndDocStringPass()(made.model)  # stack traces: more bytes than the weights
     except Exception as error:  # torch.onnx raises many types

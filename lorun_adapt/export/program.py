@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,21 @@ from ..errors import LoRunError
 from ..util.modules import evaluating
 from ..util.text import shortened
 
+PLAIN = (Tensor, list, tuple, dict, int, float, bool, str, type(None))  # what a program takes
 Measure = Callable[[int, int], tuple[Any, ...]]  # pixels a side and images -> arguments of a forward
 
 
-def export_program(network: nn.Module, measure: Measure, size: int, dynamic: bool = False) -> ExportedProgram:
+class Exported(NamedTuple):
+    """A program of ``torch.export``, and arguments that it takes."""
+
+    program: ExportedProgram
+    arguments: tuple[Any, ...]
+
+
+def export_program(network: nn.Module, measure: Measure, size: int, dynamic: bool = False) -> Exported:
     """Return a network in evaluation mode as a program of ``torch.export``.
+
+    Arguments that are objects of other libraries, such as the physics of deepinv, become part of the program.
 
     Args:
         network: the network; of a :class:`LoRunModel`, its ``network``.
@@ -33,17 +43,47 @@ def export_program(network: nn.Module, measure: Measure, size: int, dynamic: boo
     Raises:
         LoRunError: ``torch.export`` cannot trace the network, or not for other sizes.
     """
-    arguments = measure(size, 2 if dynamic else 1)  # torch.export makes a program for one image if it sees one
-    shapes = _varying(arguments, measure(2 * size, 3)) if dynamic else None
+    given = measure(size, 2 if dynamic else 1)  # torch.export makes a program for one image if it sees one
+    fixed = {place: value for place, value in enumerate(given) if not isinstance(value, PLAIN)}
+    arguments = tuple(value for place, value in enumerate(given) if place not in fixed)
+    shapes: tuple[Any, ...] | None = None
+    if dynamic:
+        others = [value for place, value in enumerate(measure(2 * size, 3)) if place not in fixed]
+        shapes = _varying(arguments, others)
+    traced = _Fixed(network, fixed, len(given)) if fixed else network
     try:
         with torch.no_grad(), evaluating(network):
-            return torch.export.export(network, arguments, dynamic_shapes=shapes)
+            program = torch.export.export(traced, arguments, dynamic_shapes=(shapes,) if fixed and shapes else shapes)
     except Exception as error:  # torch.export raises many types
         hint = ": leave out dynamic sizes" if dynamic else ": have its forward use nothing but tensors"
         raise LoRunError(
             f"torch.export cannot trace {type(network).__name__} "
             f"({type(error).__name__}: {shortened(str(error))}){hint}"
         ) from error
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # names files of this computer, in more bytes than the weights take
+    return Exported(program, arguments)
+
+
+class _Fixed(nn.Module):
+    """A network some of whose arguments are always the same."""
+
+    def __init__(self, network: nn.Module, fixed: Mapping[int, Any], count: int) -> None:
+        super().__init__()
+        self.network, self.count = network, count
+        self.modules_fixed = nn.ModuleDict({str(k): v for k, v in fixed.items() if isinstance(v, nn.Module)})
+        self.fixed = {place: value for place, value in fixed.items() if not isinstance(value, nn.Module)}
+
+    def forward(self, *arguments: Any) -> Any:
+        left = iter(arguments)
+        every = []
+        for place in range(self.count):
+            if str(place) in self.modules_fixed:
+                every.append(self.modules_fixed[str(place)])
+            else:
+                every.append(self.fixed[place] if place in self.fixed else next(left))
+        return self.network(*every)
 
 
 def _varying(arguments: Sequence[Any], others: Sequence[Any]) -> tuple[Any, ...]:
@@ -57,9 +97,9 @@ def _varying(arguments: Sequence[Any], others: Sequence[Any]) -> tuple[Any, ...]
     return tuple(found)
 
 
-def save_program(program: ExportedProgram, path: Path) -> None:
+def save_program(exported: Exported, path: Path) -> None:
     """Write a program to a file that ``torch.export.load`` reads; it appears whole or not at all."""
-    program = copy.copy(program)
+    program = copy.copy(exported.program)
     program.example_inputs = None  # they would be pickled
     content = io.BytesIO()
     with warnings.catch_warnings():
