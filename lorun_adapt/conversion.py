@@ -22,7 +22,7 @@ from .factorise.plan import plan
 from .factorise.ranks import config_for_energy, config_for_rank
 from .model.lorun_model import DEFAULT_SET, LoRunModel
 from .network.adapter import StageAdapter
-from .network.assemble import share_base
+from .network.assemble import copy_for_base, share_base
 from .network.batches import Batches
 from .network.converted import AdapterSet, Converted
 from .network.divergence import warn_if_it_diverges
@@ -247,7 +247,7 @@ def collapse(
     # A tensor without a term is private to each stage, so dropping its base would save nothing.
     stage_map = stage_map.dropping_bases({name: set(without_base) & p.settings.keys() for name, p in plans.items()})
 
-    base = copy_network(dun)
+    base = copy_for_base(dun, stage_map) if share else copy_network(dun)
     check_separate(dun, base)
     residuals: dict[str, dict[str, list[tuple[float, float]]]] = {group.name: {} for group in stage_map.groups}
     if share:

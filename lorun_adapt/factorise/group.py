@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..network.adapter import StageAdapter, make_adapter
 from ..stages.stage_map import Group
-from ..stages.tensors import stage_stacks, stage_values
+from ..stages.tensors import stage_stack, stage_values
 from ..terms.term import Term
 from ..util.numbers import is_numeric
 from .plan import Plan
@@ -40,7 +40,6 @@ def factorise_group(dun: nn.Module, group: Group, planned: Plan, kind: type[Term
         kind: the class of the terms.
     """
     device = stage_values(dun, group, group.tensors[0])[0].device
-    stacks = stage_stacks(dun, group)
     base: dict[str, Tensor] = {}
     residuals: dict[str, list[tuple[float, float]]] = {}
     terms: list[dict[str, Term]] = [{} for _ in group.sites]
@@ -49,7 +48,7 @@ def factorise_group(dun: nn.Module, group: Group, planned: Plan, kind: type[Term
     for spec in group.tensors:
         if spec.common:
             continue
-        stack = stacks[spec.name]
+        stack = stage_stack(dun, group, spec)
         if spec.name not in planned.settings:
             base[spec.name] = _mean(stack)
             for own, value in zip(private, stack):

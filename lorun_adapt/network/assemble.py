@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import LoRunError
 from ..stages.stage_map import Group, StageMap, TensorSpec
 from ..terms.term import Term
-from ..util.copying import copy_network
+from ..util.copying import copy_network, tensors_beside_modules
 from ..util.modules import owner_of, tensor_of
 from .adapted import add_term
 from .adapter import StageAdapter, private_tensors, terms_of
@@ -23,6 +23,30 @@ from .calls import count_calls, tell_calls_apart
 from .converted import Choice
 from .dense import dense_tensors, weighted_sum_of_tensors
 from .separate import COPIES, separate_stages
+
+
+def copy_for_base(dun: nn.Module, stage_map: StageMap) -> nn.Module:
+    """Return a copy of ``dun`` for :func:`share_base`, whose stages hold the first stage's tensors already.
+
+    Only tensors that no module outside the stages holds are left out: the base takes the place of these.
+    """
+    inside = {id(m) for site in stage_map.sites for m in dun.get_submodule(site.module).modules()}
+    others = [tensor for _, module in dun.named_modules() if id(module) not in inside for tensor in _own(module)]
+    kept = {id(tensor) for tensor in (*others, *tensors_beside_modules(dun))}
+    replaced: dict[int, Tensor] = {}
+    for group in stage_map.groups:
+        for spec in group.tensors:
+            tensors = [tensor_of(dun.get_submodule(site.module), spec.name) for site in group.sites]
+            if spec.common or any(id(tensor) in kept for tensor in tensors):
+                continue
+            first = tensors[0].detach().clone()
+            copied = first if spec.buffer else nn.Parameter(first, tensors[0].requires_grad)
+            replaced.update({id(tensor): copied for tensor in tensors})
+    return copy_network(dun, replaced=replaced)
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
 
 
 def share_base(network: nn.Module, group: Group, values: Mapping[str, Tensor]) -> None:

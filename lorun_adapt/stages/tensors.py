@@ -46,15 +46,16 @@ def outside_parameters(base: nn.Module, stage_map: StageMap) -> dict[str, nn.Par
 
 
 def stage_stacks(dun: nn.Module, group: Group) -> dict[str, Tensor]:
-    """Return the values of all stages, (N, *shape), by the names of the tensors that are the stages' own.
+    """Return the values of all stages, as :func:`stage_stack`, by the names of the tensors that are the stages' own."""
+    return {spec.name: stage_stack(dun, group, spec) for spec in group.tensors if not spec.common}
+
+
+def stage_stack(dun: nn.Module, group: Group, spec: TensorSpec) -> Tensor:
+    """Return the values of a tensor in all stages, (N, *shape).
 
     They are on the CPU: the matrices are small, and not every accelerator supports float64.
     """
-    return {
-        spec.name: torch.stack([tensor.cpu() for tensor in stage_values(dun, group, spec)])
-        for spec in group.tensors
-        if not spec.common
-    }
+    return torch.stack([tensor.cpu() for tensor in stage_values(dun, group, spec)])
 
 
 def stage_values(dun: nn.Module, group: Group, spec: TensorSpec) -> list[Tensor]:

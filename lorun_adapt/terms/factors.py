@@ -78,8 +78,10 @@ def factorise(stages: Tensor, rank: int, without_base: bool = False) -> Factors:
     for _ in range(0 if without_base else MAX_ITERATIONS):
         if error.sum() <= ROUNDING * _energy(work).sum():
             break
-        base = base + (residual - basis @ coordinates).mean(0)
-        residual = work - base
+        # In one product, and in place: a network of many parameters would not fit into memory several times.
+        kept = basis.transpose(0, 1).flatten(1) @ coordinates.flatten(0, 1)
+        base = base + residual.mean(0) - kept / len(work)
+        torch.sub(work, base, out=residual)
         basis = torch.linalg.qr(residual @ (residual.mH @ basis))[0]
         coordinates = basis.mH @ residual
         before, error = error, _lost(residual, coordinates)
@@ -268,7 +270,7 @@ def rank_for_energy(stages: Tensor, fraction: float) -> int:
 
 
 def _energy(matrices: Tensor) -> Tensor:
-    return matrices.abs().square().sum((1, 2))
+    return torch.linalg.vector_norm(matrices, dim=(1, 2)).square()
 
 
 def _lost(residual: Tensor, coordinates: Tensor) -> Tensor:
