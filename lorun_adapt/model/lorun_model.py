@@ -1159,6 +1159,7 @@ class LoRunModel(nn.Module):
         """Return the network for the active sets, merged if it was."""
         return self._merged_network() if self._running.merged else self._network_for(self._running.active)
 
+    @in_own_modes
     def _merged_network(self) -> nn.Module:
         network = self._assembled(self._running.active)
         merge_terms(network)

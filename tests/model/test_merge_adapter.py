@@ -143,6 +143,19 @@ def test_the_base_runs_within_disable_adapter(lorun: lorun_adapt.LoRunModel, x: 
         assert torch.equal(lorun(x), expected)
 
 
+def test_weights_merged_in_inference_mode_still_take_part_in_gradients(
+    lorun: lorun_adapt.LoRunModel, x: Tensor
+) -> None:
+    lorun.merge_adapter()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), lorun.disable_adapter():
+        pass
+    expected = lorun.merge_and_unload()(x)
+    found = lorun(x.requires_grad_())
+    assert relative(found, expected) < 1e-6
+    found.sum().backward()
+    assert x.grad is not None
+
+
 def test_weights_that_are_not_finite_are_refused(lorun: lorun_adapt.LoRunModel, x: Tensor) -> None:
     with torch.no_grad():
         next(lorun.adapters["default"].parameters()).fill_(float("nan"))
