@@ -25,6 +25,7 @@ from ..network.adapted import merged_tensors
 from ..network.adapter import terms_of
 from ..network.calls import CountsCalls
 from ..peft_format.options import config_of_ranks
+from ..util.copying import copy_network
 from ..util.energy import relative_error
 from ..util.modules import distinct_tensors
 from ..util.nested import tensors_in
@@ -107,7 +108,7 @@ def bench(
     Raises:
         LoRunError: the network cannot run on images of this size.
     """
-    net, lorun = copy.deepcopy(net), copy.deepcopy(lorun).eval()
+    net, lorun = copy_network(net), copy.deepcopy(lorun).eval()
     if isinstance(lorun.network, CountsCalls):
         lorun.network.lorun_recomputes = False  # its hooks on saved tensors would hide them from ours
     networks: dict[str, nn.Module] = {PLAIN: net.eval(), OURS: lorun}
@@ -154,7 +155,7 @@ def _amount(cell: Times | int) -> float:
 def _inference(
     networks: Mapping[str, nn.Module], inputs: Inputs, size: int, device: torch.device, seconds: float
 ) -> Iterator[Row]:
-    for side, batch in ((size, 1), (size, 8), (min(SMALL, size), 1)):
+    for side, batch in ((size, 1), (size, 8), *([(SMALL, 1)] if size > SMALL else [])):
         try:
             arguments = inputs(side, batch)
             _outputs(networks[PLAIN], arguments)
@@ -260,7 +261,7 @@ def _swaps(net: nn.Module, lorun: LoRunModel, device: torch.device, seconds: flo
     lorun.copy_adapter(name, "bench_a")
     lorun.copy_adapter(name, "bench_b")
     sets = itertools.cycle(["bench_a", "bench_b"])
-    plain = copy.deepcopy(net)
+    plain = copy_network(net)
     states = itertools.cycle([copy.deepcopy(net.state_dict()), copy.deepcopy(net.state_dict())])
     lorun.set_adapter("bench_a")
     lorun.set_adapter("bench_b")

@@ -57,7 +57,7 @@ def inputs(side: int, batch: int) -> tuple[Tensor]:
 def result() -> Result:
     torch.manual_seed(0)
     net = Net()
-    return bench(net, lorun_adapt.convert(net, rank=2), inputs, size=12, device=CPU, seconds=0)
+    return bench(net, lorun_adapt.convert(net, rank=2), inputs, size=20, device=CPU, seconds=0)
 
 
 def cell(result: Result, name: str, column: str) -> Any:
@@ -70,7 +70,7 @@ def test_all_columns_and_rows_are_there(result: Result) -> None:
     assert [str(column.header) for column in shown.columns] == ["", PLAIN, OURS, MERGED, *ALTERNATIVES]
     timed = [row for row in result.rows if isinstance(row.cells[OURS], Times)]
     names = [row.name for row in timed]
-    assert names[:3] == ["inference, batch 1, 12x12", "inference, batch 8, 12x12", "inference, batch 1, 12x12"]
+    assert names[:3] == ["inference, batch 1, 20x20", "inference, batch 8, 20x20", "inference, batch 1, 16x16"]
     assert {"training step, all", "training step, low-rank factors only", "swap from memory", "swap from disk"} < set(
         names
     )
@@ -95,7 +95,7 @@ def test_sizes_are_those_of_the_tensors(result: Result) -> None:
 
 def test_json_has_all_numbers(result: Result) -> None:
     data = json.loads(json.dumps(result.as_dict()))
-    assert data["setting"].startswith("12x12 pixels, cpu")
+    assert data["setting"].startswith("20x20 pixels, cpu")
     assert data["rows"]["training step, all"][OURS]["median"] > 0
     assert data["rows"]["files: each further set"][OURS] > 0
 

@@ -143,9 +143,7 @@ def test_the_base_runs_within_disable_adapter(lorun: lorun_adapt.LoRunModel, x: 
         assert torch.equal(lorun(x), expected)
 
 
-def test_weights_merged_in_inference_mode_still_take_part_in_gradients(
-    lorun: lorun_adapt.LoRunModel, x: Tensor
-) -> None:
+def test_weights_merged_in_inference_mode_pass_gradients_on(lorun: lorun_adapt.LoRunModel, x: Tensor) -> None:
     lorun.merge_adapter()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), lorun.disable_adapter():
         pass
