@@ -270,7 +270,8 @@ def rank_for_energy(stages: Tensor, fraction: float) -> int:
 
 
 def _energy(matrices: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(matrices, dim=(1, 2)).square()
+    flat = matrices.flatten(1)
+    return torch.linalg.vecdot(flat, flat).real
 
 
 def _lost(residual: Tensor, coordinates: Tensor) -> Tensor:
