@@ -18,8 +18,9 @@ from ..errors import LoRunError
 from ..files.layout import ADAPTERS_FOLDER
 from ..model.lorun_model import LoRunModel
 from ..network.adapter import StageAdapter, private_tensors, terms_of
+from ..network.assemble import put_tensor
 from ..peft_format.lora import fill_layer, peft_layer
-from ..stages.stage_map import Group, Site, TensorSpec, stage_key
+from ..stages.stage_map import Group, Site, stage_key
 from ..util.copying import copy_network
 from ..util.modules import tensor_of
 
@@ -39,13 +40,13 @@ def peft_layers(lorun: LoRunModel) -> nn.Module:
         Unsuited: the stages are calls of one module, or none of the adapted tensors is one for a PEFT layer.
     """
     network, wrapped = _base_of(lorun), 0
-    for group, site in _sites(lorun):
+    for site, group in lorun.stage_map.sites.items():
         module, adapter = network.get_submodule(site.module), lorun.adapter_of(group, site)
         terms = terms_of(adapter)
         layers = {name.removesuffix(".weight"): term for name, term in terms.items() if peft_layer(module, name)}
         for spec in group.tensors:
             if spec.name in terms and spec.name.removesuffix(".weight") not in layers:
-                _put(module, spec, terms[spec.name](tensor_of(module, spec.name)).detach())
+                put_tensor(module, spec, terms[spec.name](tensor_of(module, spec.name)).detach())
         _put_private(module, group, adapter)
         if not layers:
             continue
@@ -86,7 +87,7 @@ def peft_set_adapter(lorun: LoRunModel) -> nn.Module:
     with tempfile.TemporaryDirectory() as scratch:
         lorun.save_pretrained(Path(scratch, "saved"), selected_adapters=[_set_of(lorun)])
         models = _peft_models(lorun, Path(scratch, "saved", ADAPTERS_FOLDER, _set_of(lorun)))
-    for group, site in _sites(lorun):
+    for site, group in lorun.stage_map.sites.items():
         parent, _, attribute = site.module.rpartition(".")
         switching = _Switching(models[group.name], stage_key(site.stage))
         setattr(network.get_submodule(parent), attribute, switching)
@@ -102,11 +103,11 @@ def peft_swaps(lorun: LoRunModel, folder: Path) -> tuple[Callable[[], object], C
     models = _peft_models(lorun, folder)
 
     def from_memory() -> None:
-        for group, site in _sites(lorun):
+        for site, group in lorun.stage_map.sites.items():
             models[group.name].set_adapter(stage_key(site.stage))
 
     def from_disk() -> None:
-        for group, site in _sites(lorun):
+        for site, group in lorun.stage_map.sites.items():
             models[group.name].load_adapter(_place(lorun, folder, group, site), stage_key(site.stage))
 
     return from_memory, from_disk
@@ -117,7 +118,7 @@ def _peft_models(lorun: LoRunModel, folder: Path) -> dict[str, PeftModel]:
     if not lorun.stage_map.shared:
         raise Unsuited("the stages share no base")
     models: dict[str, PeftModel] = {}
-    for group, site in _sites(lorun):
+    for site, group in lorun.stage_map.sites.items():
         place, name = _place(lorun, folder, group, site), stage_key(site.stage)
         try:
             with warnings.catch_warnings():
@@ -155,7 +156,7 @@ def parametrized(lorun: LoRunModel) -> nn.Module:
         Unsuited: the stages are calls of one module, or share modules.
     """
     network = _base_of(lorun)
-    for group, site in _sites(lorun):
+    for site, group in lorun.stage_map.sites.items():
         module, adapter = network.get_submodule(site.module), lorun.adapter_of(group, site)
         _put_private(module, group, adapter)
         for name, term in terms_of(adapter).items():
@@ -170,7 +171,7 @@ def parametrized(lorun: LoRunModel) -> nn.Module:
 
 def _base_of(lorun: LoRunModel) -> nn.Module:
     """A copy of the base that shares its tensors, if its stages are modules of their own."""
-    sites = [site for _, site in _sites(lorun)]
+    sites = list(lorun.stage_map.sites)
     if any(site.call is not None for site in sites):
         raise Unsuited("its stages are calls of one module")
     network = copy_network(lorun.base, share_tensors=True)
@@ -180,10 +181,6 @@ def _base_of(lorun: LoRunModel) -> nn.Module:
             if owned.setdefault(id(module), site.module) != site.module:
                 raise Unsuited("its stages share modules")
     return network
-
-
-def _sites(lorun: LoRunModel) -> list[tuple[Group, Site]]:
-    return [(group, site) for group in lorun.stage_map.groups for site in group.sites]
 
 
 def _set_of(lorun: LoRunModel) -> str:
@@ -197,15 +194,7 @@ def _put_private(module: nn.Module, group: Group, adapter: StageAdapter) -> None
     private = private_tensors(adapter)
     for spec in group.tensors:
         if spec.name in private:
-            _put(module, spec, private[spec.name].detach().clone())
-
-
-def _put(module: nn.Module, spec: TensorSpec, value: Tensor) -> None:
-    """Give a stage a tensor of its own in place of one that it shares."""
-    own = value if spec.buffer else nn.Parameter(value, requires_grad=value.is_floating_point())
-    for alias in spec.aliases:
-        path, _, attribute = alias.rpartition(".")
-        setattr(module.get_submodule(path), attribute, own)
+            put_tensor(module, spec, private[spec.name].detach().clone())
 
 
 ALTERNATIVES: dict[str, Callable[[LoRunModel], nn.Module]] = {

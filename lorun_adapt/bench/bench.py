@@ -184,8 +184,8 @@ def _trained(name: str, network: nn.Module, everything: bool) -> list[nn.Paramet
     if isinstance(network, LoRunModel):
         if everything:
             return list(network.network.parameters())
-        places = [(group, site) for group in network.stage_map.groups for site in group.sites]
-        terms = [term for place in places for term in terms_of(network.adapter_of(*place)).values()]
+        places = network.stage_map.sites.items()
+        terms = [term for site, group in places for term in terms_of(network.adapter_of(group, site)).values()]
         return [parameter for term in terms for parameter in term.parameters()]
     if everything:
         return list(network.parameters())
@@ -296,10 +296,9 @@ def _swaps(net: nn.Module, lorun: LoRunModel, device: torch.device, seconds: flo
 def _conversion(lorun: LoRunModel, net: nn.Module, device: torch.device, seconds: float) -> Row:
     """Conversion without data, at the ranks of ``lorun``."""
     ranks: dict[str, int] = {}
-    for group in lorun.stage_map.groups:
-        for site in group.sites:
-            for name, term in terms_of(lorun.adapter_of(group, site)).items():
-                ranks[name] = max(term.rank, ranks.get(name, 1))
+    for site, group in lorun.stage_map.sites.items():
+        for name, term in terms_of(lorun.adapter_of(group, site)).items():
+            ranks[name] = max(term.rank, ranks.get(name, 1))
     arguments = lorun.stage_map.as_arguments()
     call = partial(convert, net, config_of_ranks(ranks), share=lorun.stage_map.shared, **arguments)
     return Row("conversion without data", {OURS: interleaved({OURS: call}, seconds / 5, device)[OURS]})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import LoRunError
-from .options import DEVICE, FILE, RANK, SEED, TASK, show, trained_network, weights_options, working
+from .options import DEVICE, FILE, RANK, SEED, TASK, show, weights_options, working
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,9 @@ def bench(
     from ..bench.bench import bench as measure_all
     from ..conversion import convert
     from ..model.pretrained import from_pretrained
+    from ..task.task import load_task
     from ..util.nested import to_device
+    from ..util.seeds import set_seed
 
     printed = sys.stdout
     if as_json:  # alone on standard output, whatever the task prints
@@ -66,15 +68,11 @@ def bench(
         raise click.UsageError("--rank is for a conversion made here, and --converted has one: give one of them")
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
-        spec, net = trained_network(task, weights, weights_key, seed)
-    except LoRunError:
-        if weights is not None or weights_key is not None:
-            raise
-        from ..task.task import load_task  # times do not depend on the weights
-
-        spec = load_task(task)
-        net = spec.build()
+    set_seed(seed)
+    spec = load_task(task)
+    net = spec.build()
+    if weights or weights_key or spec.weights:  # times do not depend on them
+        spec.load_weights(net, weights, weights_key)
     net = net.to(device)
 
     def inputs(side: int, batch: int) -> tuple[Any, ...]:

@@ -59,7 +59,7 @@ def share_base(network: nn.Module, group: Group, values: Mapping[str, Tensor]) -
         value = values[spec.name].to(first).contiguous()  # the mean of transposed views is not contiguous
         base = value if spec.buffer else nn.Parameter(value, requires_grad=False)
         for module in modules:
-            _put(module, spec, base)
+            put_tensor(module, spec, base)
 
 
 def assemble(
@@ -110,7 +110,7 @@ def _install(module: nn.Module, group: Group, adapter: StageAdapter, stage: int)
                 owner, term = module.get_submodule(path), _beside(terms[spec.name])
                 add_term(owner, attribute, term, without_base=spec.without_base, stage=stage)
         elif spec.name in private:
-            _put(module, spec, private[spec.name])
+            put_tensor(module, spec, private[spec.name])
 
 
 def _beside(term: Term) -> Term:
@@ -157,12 +157,14 @@ def merge(
                         "after training; keep the LoRunModel and save it with save_pretrained"
                     )
                 written[place] = value
-                value = value.clone()
-                _put(module, spec, value if spec.buffer else nn.Parameter(value, requires_grad=False))
+                put_tensor(module, spec, value.clone())
     return network
 
 
-def _put(module: nn.Module, spec: TensorSpec, value: Tensor) -> None:
+def put_tensor(module: nn.Module, spec: TensorSpec, value: Tensor) -> None:
+    """Give a denoiser this tensor, under all names of ``spec``; what is no buffer becomes a frozen parameter."""
+    if not spec.buffer and not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
     for alias in spec.aliases:
         path, _, attribute = alias.rpartition(".")
         setattr(module.get_submodule(path), attribute, value)
