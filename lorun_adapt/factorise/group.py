@@ -11,8 +11,11 @@ from ..network.adapter import StageAdapter, make_adapter
 from ..stages.stage_map import Group
 from ..stages.tensors import stage_stack, stage_values
 from ..terms.term import Term
+from ..util.memory import release_freed_memory
 from ..util.numbers import is_numeric
 from .plan import Plan
+
+WORTH_RELEASING = 2**20  # bytes of a tensor's stack
 
 
 class FactorisedGroup(NamedTuple):
@@ -54,13 +57,15 @@ def factorise_group(dun: nn.Module, group: Group, planned: Plan, kind: type[Term
             for own, value in zip(private, stack):
                 own[spec.name] = value.clone()
             continue
+        exact = torch.complex128 if stack.is_complex() else torch.float64
+        norms = [float(torch.linalg.vector_norm(value, dtype=exact)) for value in stack]
         fitted = kind.fit(stack, spec, planned.settings[spec.name], generator=generator)
         base[spec.name] = fitted.base
-        matrices = stack.reshape(len(stack), *spec.matrix)
-        norms = torch.linalg.matrix_norm(matrices.to(torch.complex128 if stack.is_complex() else torch.float64))
-        residuals[spec.name] = list(zip(fitted.lost.sqrt().tolist(), norms.tolist()))
+        residuals[spec.name] = list(zip(fitted.lost.sqrt().tolist(), norms))
         for own_terms, term in zip(terms, fitted.terms):
             own_terms[spec.name] = term
+        if stack.nbytes > WORTH_RELEASING:
+            release_freed_memory()
     adapters = [make_adapter(group, *parts).to(device) for parts in zip(terms, private)]
     return FactorisedGroup(base, adapters, residuals)
 

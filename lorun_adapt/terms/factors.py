@@ -63,25 +63,28 @@ def factorise(stages: Tensor, rank: int, without_base: bool = False) -> Factors:
     Returns:
         Factors in float64, or complex128.
     """
-    work = stages.to(torch.complex128 if stages.is_complex() else torch.float64)
-    if work.shape[1] > work.shape[2]:
-        turned = factorise(work.mT, rank, without_base)
+    if stages.shape[1] > stages.shape[2]:
+        turned = factorise(stages.mT, rank, without_base)
         return Factors(turned.base.mT, turned.b.mT, turned.a.mT, turned.error)
-    rank = min(rank, work.shape[1])
-    base = torch.zeros_like(work[0]) if without_base else work.mean(0)
-    residual = work - base
+    exact = torch.complex128 if stages.is_complex() else torch.float64
+    rank = min(rank, stages.shape[1])
+    # The residual is the only copy of the stages: a network of many parameters would not fit into memory several times.
+    residual = stages.to(exact, copy=True)
+    base = torch.zeros_like(residual[0]) if without_base else residual.mean(0)
+    residual -= base
     # The pair is represented by an orthonormal basis (N, m, r) of its columns and the coordinates in it.
     basis = torch.linalg.eigh(residual @ residual.mH)[1][..., -rank:]
     coordinates = basis.mH @ residual
     error = _lost(residual, coordinates)
     enough = TOLERANCE * error.sum()
+    energy = _energy(stages).sum()
     for _ in range(0 if without_base else MAX_ITERATIONS):
-        if error.sum() <= ROUNDING * _energy(work).sum():
+        if error.sum() <= ROUNDING * energy:
             break
-        # In one product, and in place: a network of many parameters would not fit into memory several times.
+        # In one product: that of each stage would be a second copy.
         kept = basis.transpose(0, 1).flatten(1) @ coordinates.flatten(0, 1)
-        base = base + residual.mean(0) - kept / len(work)
-        torch.sub(work, base, out=residual)
+        base = base + residual.mean(0) - kept / len(stages)
+        residual.copy_(stages).sub_(base)
         basis = torch.linalg.qr(residual @ (residual.mH @ basis))[0]
         coordinates = basis.mH @ residual
         before, error = error, _lost(residual, coordinates)
@@ -270,8 +273,9 @@ def rank_for_energy(stages: Tensor, fraction: float) -> int:
 
 
 def _energy(matrices: Tensor) -> Tensor:
-    flat = matrices.flatten(1)
-    return torch.linalg.vecdot(flat, flat).real
+    exact = torch.complex128 if matrices.is_complex() else torch.float64
+    flat = (matrix.flatten().to(exact) for matrix in matrices)  # one at a time, to save memory
+    return torch.stack([torch.vdot(matrix, matrix).real for matrix in flat])
 
 
 def _lost(residual: Tensor, coordinates: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ def same(output: torch.Tensor, expected: torch.Tensor, case: Case) -> bool:
 @torch.no_grad()
 def test_nothing_is_lost_and_nothing_shared(case: Case) -> None:
     lorun, before = unshared(case), fingerprint_of(case.net.state_dict())
-    expected = case.net(*case.inputs)
+    # Frozen as the base is: torch multiplies a 3-D input by a weight that trains with another kernel.
+    expected = copy.deepcopy(case.net).requires_grad_(False)(*case.inputs)
     assert same(lorun(*case.inputs), expected, case)
     with lorun.disable_adapter():
         assert same(lorun(*case.inputs), expected, case)
