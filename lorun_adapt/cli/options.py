@@ -116,9 +116,9 @@ def _out(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
 OUT = click.option("--out", type=FILE, required=True, callback=_out, help="Folder to save to.")
 DTYPE = click.option(
     "--dtype",
-    type=click.Choice(("float32", "float16", "bfloat16")),
+    type=click.Choice(("float32", "float16", "bfloat16", "int8")),
     callback=_dtype,
-    help="Type of the numbers in the files.  [default: unchanged]",
+    help="Type of the numbers in the files; int8 has a scale for each channel.  [default: unchanged]",
 )
 
 

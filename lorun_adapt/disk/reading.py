@@ -19,6 +19,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ..errors import LoRunError
+from .eight_bits import SCALE, is_scale, unpack
 
 DTYPES = {
     "F64": torch.float64,
@@ -188,8 +189,8 @@ def _finite(text: str) -> float:
 
 
 def header_limit(slots: Mapping[str, Slot]) -> int:
-    """Return the most bytes that a safetensors header with these tensors may have."""
-    return METADATA + sum(6 * len(name) + 200 + 22 * len(slot.shape) for name, slot in slots.items())
+    """Return the most bytes that a safetensors header with these tensors, and scales of each, may have."""
+    return METADATA + 2 * sum(6 * (len(name) + len(SCALE)) + 200 + 22 * len(slot.shape) for name, slot in slots.items())
 
 
 def file_limit(slots: Mapping[str, Slot], highest_rank: int = 1) -> int:
@@ -201,7 +202,7 @@ def file_limit(slots: Mapping[str, Slot], highest_rank: int = 1) -> int:
 def parse_tensors(
     content: bytes, slots: Mapping[str, Slot], where: str, highest_rank: int = 1
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file.
+    """Return the tensors and the metadata of a safetensors file; tensors in eight bits are returned as float32.
 
     Args:
         content: the file's bytes.
@@ -241,20 +242,28 @@ def parse_tensors(
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise error_of("metadata of strings", "other values")
+    entries: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, entry in header.items():
-        if name not in slots:
+        if name not in slots and not (name.removesuffix(SCALE) in slots and name.removesuffix(SCALE) in header):
             raise error_of("only the network's tensors", repr(name[:200]))
         kind, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
         dtype = DTYPES.get(kind) if isinstance(kind, str) else None
         if dtype is None or not isinstance(shape, list) or not all(type(side) is int for side in shape):
             raise error_of(f"a shape and a dtype for {name!r}", repr(entry)[:100])
-        if not slots[name].fits(tuple(shape), dtype, highest_rank):
-            sides = tuple("rank" if side is None else side for side in slots[name].shape)
-            raise error_of(
-                f"{name!r} of shape {_as_text(sides)} and {slots[name].dtype}", f"{_as_text(shape)} and {dtype}"
-            )
+        entries[name] = tuple(shape), dtype
+    for name, (shape, dtype) in entries.items():
+        if name in slots:
+            slot, packed = slots[name], dtype == torch.int8 and name + SCALE in entries
+            fits = slot.fits(shape, torch.float32 if packed else dtype, highest_rank)
+        else:
+            values, of = entries[name.removesuffix(SCALE)]
+            slot = Slot(values, torch.bfloat16)
+            fits = of == torch.int8 and dtype == slot.dtype and is_scale(shape, values)
+        if not fits:
+            sides = tuple("rank" if side is None else side for side in slot.shape)
+            raise error_of(f"{name!r} of shape {_as_text(sides)} and {slot.dtype}", f"{_as_text(shape)} and {dtype}")
     try:
-        return load(content), metadata
+        return unpack(load(content)), metadata
     except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError, OverflowError, AssertionError) as error:
         raise error_of("a safetensors file", f"damage ({str(error).splitlines()[0][:200]})") from error
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from ..disk.eight_bits import SCALE
 from ..disk.reading import DTYPES, Slot, file_limit, parse_tensors
 from ..errors import LoRunError
 from ..network.adapter import terms_of
@@ -89,7 +90,10 @@ def check_has_base(description: Mapping[str, Any], where: object) -> None:
 
 
 def stored_dtype(converted: Converted, path: Path) -> torch.dtype | None:
-    """Return the floating-point dtype of a folder's tensors; None if there are several, or it equals the loaded dtype.
+    """Return the dtype to save with, to get the same dtypes as in a folder; None if that needs none.
+
+    It is the floating-point dtype of the folder's tensors, unless there are several, or it is that of the loaded ones;
+    or ``torch.int8`` if the folder is in eight bits.
 
     Args:
         converted: the network loaded from ``path``.
@@ -99,6 +103,8 @@ def stored_dtype(converted: Converted, path: Path) -> torch.dtype | None:
     for name in read_description(path, converted.stage_map.num_tensors)["files"]:
         if name.endswith(Path(BASE_FILE).suffix):
             with safe_open(path / name, "pt") as file:
+                if any(key.endswith(SCALE) for key in file.keys()):
+                    return torch.int8
                 dtypes |= {DTYPES[file.get_slice(key).get_dtype()] for key in file.keys()}
     stored = {dtype for dtype in dtypes if dtype.is_floating_point}
     modules = [converted.base]

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from ..disk import eight_bits
 from ..disk.folder import replace_folder, sha256
 from ..disk.reading import DTYPES
 from ..errors import LoRunError
@@ -19,7 +20,7 @@ from ..network.converted import AdapterInfo, AdapterSet, Converted
 from ..peft_format import writer
 from ..peft_format.limits import peft_view
 from ..stages.stage_map import Group, StageMap
-from ..stages.tensors import base_denoiser, base_tensors
+from ..stages.tensors import base_denoiser, base_tensors, outside_parameters
 from ..util.modules import buffer_names, has_valid_values
 from .adapter_info import adapter_info_text
 from .card import model_card, set_card
@@ -34,15 +35,19 @@ from .layout import (
     TENSORS_FILE,
     TOP_LEVEL,
 )
+from .load import stored_dtype
 from .saved import BASE_KEY, SavedFolder, stage_folder
 
+EIGHT_BITS = "the tensors are stored in eight bits, which PEFT does not read"
 MAX_BYTES = 1 << 40  # of a file that was loaded before, and so passed its own limit
 
 
 def save(converted: Converted, path: Path, dtype: torch.dtype | None = None, adapters_only: bool = False) -> None:
     """Save a conversion; see :meth:`LoRunModel.save_pretrained`."""
-    if dtype is not None and (dtype not in DTYPES.values() or not dtype.is_floating_point):
-        raise LoRunError(f"expected a floating-point dtype to save as, found {dtype}: use torch.float16, for example")
+    if dtype not in (None, torch.int8) and (dtype not in DTYPES.values() or not dtype.is_floating_point):
+        raise LoRunError(
+            f"expected a floating-point dtype or torch.int8 to save as, found {dtype}: use torch.float16, for example"
+        )
     if adapters_only:
         check_keeps_base(path)
     metadata = {BASE_KEY: converted.fingerprint}  # a single entry, since safetensors does not keep the order of several
@@ -51,12 +56,13 @@ def save(converted: Converted, path: Path, dtype: torch.dtype | None = None, ada
     def fill(folder: Path) -> None:
         if not adapters_only:
             tensors = base_tensors(base, converted.stage_map)
-            _write_tensors(folder / BASE_FILE, tensors, dtype, metadata, buffer_names(base))
+            outside = outside_parameters(base, converted.stage_map) if dtype == torch.int8 else ()
+            _write_tensors(folder / BASE_FILE, tensors, dtype, metadata, buffer_names(base), outside)
         problems: dict[str, str] = {}
         for name, held in converted.sets.items():
             for part, group, adapter, denoisers in _adapters(converted, held):
                 part = f"{ADAPTERS_FOLDER}/{name}/{part}"
-                written = writer.write(*denoisers, group, adapter, dtype)
+                written = writer.write(*denoisers, group, adapter, dtype, EIGHT_BITS if dtype == torch.int8 else None)
                 if written.problem:
                     problems.setdefault(written.problem, part)
                 (folder / part).mkdir(parents=True)
@@ -64,7 +70,8 @@ def save(converted: Converted, path: Path, dtype: torch.dtype | None = None, ada
                 _write_tensors(folder / part / TENSORS_FILE, written.tensors, dtype, metadata, buffers, written.exact)
                 written.config.save_pretrained(str(folder / part))
             if held.outside:
-                _write_tensors(folder / ADAPTERS_FOLDER / name / OUTSIDE_FILE, held.outside, dtype, metadata, ())
+                exact = held.outside if dtype == torch.int8 else ()
+                _write_tensors(folder / ADAPTERS_FOLDER / name / OUTSIDE_FILE, held.outside, dtype, metadata, (), exact)
         _write_cards(converted, folder, problems)
 
     replace_folder(path, foreign_entries, CONFIG_FILE, fill)
@@ -96,10 +103,11 @@ def update_cards(converted: Converted, path: Path) -> None:
 
     def fill(folder: Path) -> None:
         saved = SavedFolder(path, description)
+        refused = EIGHT_BITS if stored_dtype(converted, path) == torch.int8 else None
         problems: dict[str, str] = {}
         for name, held in converted.sets.items():
             for part, group, adapter, denoisers in _adapters(converted, held):
-                if problem := peft_view(*denoisers, group, adapter).problem:
+                if problem := peft_view(*denoisers, group, adapter, refused).problem:
                     problems.setdefault(problem, f"{ADAPTERS_FOLDER}/{name}/{part}")
         for file in description["files"]:
             if os.path.basename(file) not in (CARD_FILE, SET_CONFIG_FILE):
@@ -166,15 +174,15 @@ def _write_tensors(
     Args:
         file: the file to write.
         tensors: by name.
-        dtype: converts floating-point tensors to this dtype.
+        dtype: converts floating-point tensors to this dtype; ``torch.int8`` packs the parameters in eight bits.
         metadata: of the file.
         buffers: names of the tensors that are buffers.
         exact: names of the tensors that keep their dtype.
     """
-    stored = {}
+    stored: dict[str, Tensor] = {}
     for name, held in tensors.items():
         tensor = held.detach().cpu()
-        if dtype is not None and tensor.is_floating_point() and name not in exact:
+        if dtype is not None and dtype.is_floating_point and tensor.is_floating_point() and name not in exact:
             tensor = tensor.to(dtype)
         if tensor.dtype not in DTYPES.values():
             advice = "torch.complex64" if tensor.is_complex() else "another dtype"
@@ -189,6 +197,9 @@ def _write_tensors(
             )
         if name == "__metadata__":
             raise LoRunError("safetensors cannot store a tensor named '__metadata__': rename the buffer")
-        stored[name] = tensor.contiguous().clone()  # safetensors refuses tensors that share storage
+        packed = dtype == torch.int8 and name not in exact and name not in buffers
+        parts = eight_bits.pack(name, tensor) if packed else {name: tensor}
+        # Copies, as safetensors refuses tensors that share storage.
+        stored |= {part: value.contiguous().clone() for part, value in parts.items()}
     # Not save_file, which does not raise an OSError when the disk is full.
     file.write_bytes(to_safetensors(stored, metadata))

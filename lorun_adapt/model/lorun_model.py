@@ -880,6 +880,8 @@ class LoRunModel(nn.Module):
         Args:
             path: a new or empty folder, or a saved folder, which is replaced with all its sets.
             dtype: store floating-point tensors in this dtype, such as ``torch.float16`` for smaller files.
+                ``torch.int8`` stores the stages' matrices and kernels in eight bits, with a scale for each channel;
+                other tensors keep their dtype, and PEFT cannot read such adapters.
             adapters_only: save no base. The files name its fingerprint; :meth:`load_adapter` loads them.
             selected_adapters: names of the sets to save; by default all except ``interpolated``.
 
@@ -919,7 +921,7 @@ class LoRunModel(nn.Module):
             private: whether a new repository is private; by default, the account's setting.
             revision: the branch; it is created if it does not exist.
             token: by default, the token that ``hf auth login`` stored, or ``HF_TOKEN``.
-            dtype: store floating-point tensors in this dtype.
+            dtype: store floating-point tensors in this dtype, as in :meth:`save_pretrained`.
             commit_message: by default, a message with the names of the sets.
             create_pr: open a pull request instead of committing.
 

@@ -34,18 +34,20 @@ class PeftView:
     problem: str | None = None
 
 
-def peft_view(denoiser: nn.Module, first: nn.Module, group: Group, adapter: StageAdapter) -> PeftView:
+def peft_view(
+    denoiser: nn.Module, first: nn.Module, group: Group, adapter: StageAdapter, refused: str | None = None
+) -> PeftView:
     """Return how PEFT can represent the stage of ``denoiser`` on the base denoiser ``first``, or why it cannot.
 
     PEFT's ``modules_to_save`` matches the ends of names: ``0`` also matches ``10``. If it would match an adapted layer
     as well, the private layer is stored as factors of full rank; if it is a norm, which has no factors, the adapted
-    layer is stored as full weights instead.
+    layer is stored as full weights instead. With ``refused``, a reason of the caller's, it cannot represent any.
     """
     terms, private = terms_of(adapter), private_tensors(adapter)
     supported = [name for name, term in terms.items() if term.as_lora() and unsupported_reason(denoiser, name) is None]
     layers = {name.rpartition(".")[0] for name in supported}
     owners = {name.rpartition(".")[0] for name in private} - layers
-    problem = _problem(denoiser, group, adapter, layers, owners)
+    problem = refused or _problem(denoiser, group, adapter, layers, owners)
     if problem is not None:
         return PeftView(frozenset(layers), frozenset(), frozenset(), (), problem)
     names = {name for name, _ in denoiser.named_modules(remove_duplicate=False) if name}

@@ -45,7 +45,12 @@ class StageFiles:
 
 
 def write(
-    denoiser: nn.Module, first: nn.Module, group: Group, adapter: StageAdapter, dtype: torch.dtype | None
+    denoiser: nn.Module,
+    first: nn.Module,
+    group: Group,
+    adapter: StageAdapter,
+    dtype: torch.dtype | None,
+    refused: str | None = None,
 ) -> StageFiles:
     """Return the adapter in PEFT's format.
 
@@ -55,9 +60,11 @@ def write(
         group: the denoiser's group.
         adapter: the adapter to write.
         dtype: the dtype in which floating-point tensors will be stored. Tensors that the file holds in two forms are
-            computed from the values rounded to it.
+            computed from the values rounded to it. Not so with ``torch.int8``, as PEFT does not read such files.
+        refused: a reason for PEFT to refuse the files, whatever the stage is.
     """
-    view = peft_view(denoiser, first, group, adapter)
+    view = peft_view(denoiser, first, group, adapter, refused)
+    dtype = dtype if dtype is not None and dtype.is_floating_point else None
 
     def rounded(tensor: Tensor) -> Tensor:
         tensor = tensor.detach()

@@ -269,6 +269,10 @@ def test_a_folder_keeps_its_dtype(made, capsys, monkeypatch) -> None:
     given = (made / "my_task.py", "--weights", made / "net.pth", "--converted", made / "net")
     given = (*given, "--calibration", made / "images", "--steps", 3, "--out", made / "again")
     assert call(capsys, monkeypatch, "recover", *given)[0] == 0 and stored(made / "again") == {torch.float16}
+    before.save_pretrained(made / "net", dtype=torch.int8)
+    assert finetune(made, capsys, monkeypatch, "--steps", 3)[0] == 0 and torch.int8 in stored(made / "out")
+    for file in (made / "net").rglob("*.safetensors"):
+        assert same(load_file(file), load_file(made / "out" / file.relative_to(made / "net")))
 
 
 def stored(folder: Path) -> set[torch.dtype]:
