@@ -1,68 +1,78 @@
 """Tensors in eight bits: whole numbers from -127 to 127, and a scale for each channel.
 
-A file holds them as two tensors: ``name``, int8, and ``name:scale``, bfloat16. A number times its scale is the value.
-The scale has so few digits that this product is exact in float32. So what was loaded is saved as the same bytes again.
+A file holds the numbers as int8 under the tensors' names, and the scales of all these tensors as one of bfloat16, in
+the order of the names: one for each row of a tensor, or for each column if it has fewer columns than rows. So a factor
+B has a scale for each rank, as A has. A number times its scale is the value. The scale has so few digits that this
+product is exact in float32, and what was loaded is saved as the same bytes again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
-SCALE = ":scale"  # no parameter has this in its name
+SCALES = ":scales"  # the name of the scales in a file; no parameter has a colon in its name
 LARGEST = 127
-ENTRY = 128  # bytes that the scales of a tensor take in the header of a file
 
 
-def pack(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return the tensors to store for ``tensor``: it and its scales, or the unchanged tensor where that is smaller.
+def pack(tensors: Mapping[str, Tensor], exact: Collection[str] = ()) -> dict[str, Tensor]:
+    """Return what to store for the tensors of a file.
 
-    There is one scale for each output channel (row) of a weight, or for each column if it has fewer columns than rows:
-    a factor B then has one for each rank, as A has.
-
-    >>> stored = pack("weight", torch.tensor([[4.0, -1.0], [0.5, 0.25]]).repeat(4, 8))
+    >>> stored = pack({"weight": torch.randn(8, 16), "bias": torch.zeros(8)})
     >>> {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()}
-    {'weight': (torch.int8, (8, 16)), 'weight:scale': (torch.bfloat16, (8, 1))}
+    {'weight': (torch.int8, (8, 16)), 'bias': (torch.float32, (8,)), ':scales': (torch.bfloat16, (8,))}
 
     Args:
-        name: of the tensor.
-        tensor: any tensor with finite values. Only real floating-point tensors with two or more dimensions are packed.
+        tensors: by name, with finite values. Real floating-point tensors with two or more dimensions are packed if that
+            makes them smaller.
+        exact: names of the tensors that stay as they are.
     """
-    if not tensor.is_floating_point() or tensor.ndim < 2:
-        return {name: tensor}
-    side = 1 if 1 < tensor.shape[1] < tensor.shape[0] else 0
-    if tensor.numel() + 2 * tensor.shape[side] + ENTRY >= tensor.nbytes:
-        return {name: tensor}
-    exact = tensor.double()
-    largest = exact.abs().amax([d for d in range(tensor.ndim) if d != side], keepdim=True)
-    scale = (largest / LARGEST).to(torch.bfloat16)
-    values = torch.where(scale > 0, exact / scale.double(), 0).round().clamp(-LARGEST, LARGEST)
-    return {name: values.to(torch.int8), name + SCALE: scale}
+    result, scales = dict(tensors), []
+    for name in sorted(tensors.keys() - exact):
+        tensor = tensors[name]
+        if not tensor.is_floating_point() or tensor.ndim < 2 or not tensor.numel():
+            continue
+        side = _side(tensor.shape)
+        if tensor.numel() + 2 * tensor.shape[side] >= tensor.nbytes:
+            continue
+        value = tensor.double()
+        largest = value.abs().amax([d for d in range(tensor.ndim) if d != side], keepdim=True)
+        scale = (largest / LARGEST).to(torch.bfloat16)
+        numbers = torch.where(scale > 0, value / scale.double(), 0).round().clamp(-LARGEST, LARGEST)
+        result[name] = numbers.to(torch.int8)
+        scales.append(scale.flatten())
+    return {**result, SCALES: torch.cat(scales)} if scales else result
 
 
-def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a file with the packed ones as float32.
+def unpack(tensors: Mapping[str, Tensor], packed: Collection[str]) -> dict[str, Tensor]:
+    """Return the tensors of a file, with those of the names ``packed`` as float32.
 
-    >>> weight = torch.tensor([[4.0, -1.0], [0.5, 0.25]]).repeat(4, 8)
-    >>> again = unpack(pack("weight", weight))["weight"]
+    >>> weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    >>> again = unpack(pack({"weight": weight}), ["weight"])["weight"]
     >>> bool((again - weight).abs().max() < 0.02)
     True
     """
-    result = {}
-    for name, tensor in tensors.items():
-        if (scale := tensors.get(name + SCALE)) is not None:
-            result[name] = tensor.float() * scale.float()
-        elif name.removesuffix(SCALE) not in tensors or not name.endswith(SCALE):
-            result[name] = tensor
+    result = {name: tensor for name, tensor in tensors.items() if name != SCALES}
+    names = sorted(packed)
+    lengths = [number_of_scales({name: tensors[name].shape}) for name in names]
+    for name, scale in zip(names, tensors[SCALES].split(lengths) if names else ()):
+        shape = [1] * tensors[name].ndim
+        shape[_side(tensors[name].shape)] = -1
+        result[name] = tensors[name].float() * scale.float().view(shape)
     return result
 
 
-def is_scale(shape: tuple[int, ...], of: tuple[int, ...]) -> bool:
-    """Whether a tensor of ``shape`` can be the scales of a tensor of the shape ``of``.
+def number_of_scales(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return how many scales packed tensors of these shapes have together.
 
-    >>> is_scale((8, 1, 1), (8, 4, 3)), is_scale((4,), (8, 4, 3))
-    (True, False)
+    >>> number_of_scales({"a": (4, 16, 3, 3), "b": (16, 4)})
+    8
     """
-    return len(shape) == len(of) and all(side in (1, whole) for side, whole in zip(shape, of))
+    return sum(shape[_side(shape)] for shape in shapes.values())
+
+
+def _side(shape: tuple[int, ...]) -> int:
+    """The dimension along which a tensor of two or more dimensions has scales."""
+    return 1 if 1 < shape[1] < shape[0] else 0

@@ -19,7 +19,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ..errors import LoRunError
-from .eight_bits import SCALE, is_scale, unpack
+from .eight_bits import SCALES, number_of_scales, unpack
 
 DTYPES = {
     "F64": torch.float64,
@@ -189,8 +189,8 @@ def _finite(text: str) -> float:
 
 
 def header_limit(slots: Mapping[str, Slot]) -> int:
-    """Return the most bytes that a safetensors header with these tensors, and scales of each, may have."""
-    return METADATA + 2 * sum(6 * (len(name) + len(SCALE)) + 200 + 22 * len(slot.shape) for name, slot in slots.items())
+    """Return the most bytes that a safetensors header with these tensors may have."""
+    return METADATA + sum(6 * len(name) + 200 + 22 * len(slot.shape) for name, slot in slots.items())
 
 
 def file_limit(slots: Mapping[str, Slot], highest_rank: int = 1) -> int:
@@ -244,26 +244,28 @@ def parse_tensors(
         raise error_of("metadata of strings", "other values")
     entries: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, entry in header.items():
-        if name not in slots and not (name.removesuffix(SCALE) in slots and name.removesuffix(SCALE) in header):
+        if name not in slots and name != SCALES:
             raise error_of("only the network's tensors", repr(name[:200]))
         kind, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
         dtype = DTYPES.get(kind) if isinstance(kind, str) else None
         if dtype is None or not isinstance(shape, list) or not all(type(side) is int for side in shape):
             raise error_of(f"a shape and a dtype for {name!r}", repr(entry)[:100])
         entries[name] = tuple(shape), dtype
+    packed = {
+        name: shape
+        for name, (shape, dtype) in entries.items()
+        if name in slots and dtype == torch.int8 and slots[name].dtype.is_floating_point and len(shape) > 1
+    }
+    allowed = {**slots, SCALES: Slot((number_of_scales(packed),), torch.bfloat16)} if packed else slots
     for name, (shape, dtype) in entries.items():
-        if name in slots:
-            slot, packed = slots[name], dtype == torch.int8 and name + SCALE in entries
-            fits = slot.fits(shape, torch.float32 if packed else dtype, highest_rank)
-        else:
-            values, of = entries[name.removesuffix(SCALE)]
-            slot = Slot(values, torch.bfloat16)
-            fits = of == torch.int8 and dtype == slot.dtype and is_scale(shape, values)
-        if not fits:
+        slot = allowed.get(name)
+        if slot is None or (name in packed and SCALES not in entries):
+            raise error_of("tensors in eight bits and their scales", repr(name))
+        if not slot.fits(shape, torch.float32 if name in packed else dtype, highest_rank):
             sides = tuple("rank" if side is None else side for side in slot.shape)
             raise error_of(f"{name!r} of shape {_as_text(sides)} and {slot.dtype}", f"{_as_text(shape)} and {dtype}")
     try:
-        return unpack(load(content)), metadata
+        return unpack(load(content), packed), metadata
     except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError, OverflowError, AssertionError) as error:
         raise error_of("a safetensors file", f"damage ({str(error).splitlines()[0][:200]})") from error
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ..disk.eight_bits import SCALE
+from ..disk.eight_bits import SCALES
 from ..disk.reading import DTYPES, Slot, file_limit, parse_tensors
 from ..errors import LoRunError
 from ..network.adapter import terms_of
@@ -103,7 +103,7 @@ def stored_dtype(converted: Converted, path: Path) -> torch.dtype | None:
     for name in read_description(path, converted.stage_map.num_tensors)["files"]:
         if name.endswith(Path(BASE_FILE).suffix):
             with safe_open(path / name, "pt") as file:
-                if any(key.endswith(SCALE) for key in file.keys()):
+                if SCALES in file.keys():
                     return torch.int8
                 dtypes |= {DTYPES[file.get_slice(key).get_dtype()] for key in file.keys()}
     stored = {dtype for dtype in dtypes if dtype.is_floating_point}

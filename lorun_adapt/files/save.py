@@ -197,9 +197,8 @@ def _write_tensors(
             )
         if name == "__metadata__":
             raise LoRunError("safetensors cannot store a tensor named '__metadata__': rename the buffer")
-        packed = dtype == torch.int8 and name not in exact and name not in buffers
-        parts = eight_bits.pack(name, tensor) if packed else {name: tensor}
-        # Copies, as safetensors refuses tensors that share storage.
-        stored |= {part: value.contiguous().clone() for part, value in parts.items()}
+        stored[name] = tensor.contiguous().clone()  # safetensors refuses tensors that share storage
+    if dtype == torch.int8:
+        stored = eight_bits.pack(stored, {*exact, *buffers})
     # Not save_file, which does not raise an OSError when the disk is full.
     file.write_bytes(to_safetensors(stored, metadata))
