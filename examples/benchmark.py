@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lorun_adapt import convert
+from lorun_adapt import LoRunModel, convert
 
 
 class Stage(nn.Module):
@@ -51,9 +51,9 @@ def _transform(width: int, layers: int) -> nn.Module:
 
 
 class Unfolded(nn.Module):
-    def __init__(self, width: int, layers: int) -> None:
+    def __init__(self, width: int, layers: int, stages: int = 9) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(Stage(width, layers) for _ in range(9))
+        self.stages = nn.ModuleList(Stage(width, layers) for _ in range(stages))
 
     def forward(self, y: Tensor, mask: Tensor) -> Tensor:
         x = y
@@ -114,13 +114,18 @@ def measured(size: int) -> tuple[Tensor, Tensor]:
     return mask * torch.rand(1, 1, size, size), mask
 
 
-def time_without_bases(width: int, rank: int, size: int, repeats: int) -> None:
-    """A network whose kernels have no base, as a budget chooses for stages that have nothing in common."""
-    net = Unfolded(width, 2).eval()
+def without_bases(net: Unfolded, width: int, rank: int) -> LoRunModel:
+    """The network in the parameters that low-rank kernels of this rank have, which leave none for bases."""
     kernels = sum(p.numel() for p in net.parameters() if p.dim() == 4 and p.shape[0] == p.shape[1])
     everything, stages = sum(p.numel() for p in net.parameters()), len(net.stages)
     private = (everything - kernels) * (stages + 1) // stages  # the base has one of each, too
-    lorun = convert(net, budget=private + stages * 4 * rank * 10 * width).eval()
+    return convert(net, budget=private + stages * 4 * rank * 10 * width).eval()
+
+
+def time_without_bases(width: int, rank: int, size: int, repeats: int) -> None:
+    """A network whose kernels have no base, as a budget chooses for stages that have nothing in common."""
+    net = Unfolded(width, 2).eval()
+    lorun = without_bases(net, width, rank)
     ranks = [rank for group in lorun.stage_map.ranks.values() for rank in group.values()]
     y, mask = measured(size)
 

@@ -247,6 +247,46 @@ def test_comparison_of_methods(small, monkeypatch, capsys) -> None:
     assert sizes[1] <= sizes[0] and sizes[4] < sizes[0] and all(0 < float(row[2]) < 100 for row in rows[2:])
 
 
+def test_bytes_and_quality(small, monkeypatch, capsys) -> None:
+    """On a small network and for no time: rows of each way and number of bits, and a picture of them."""
+    task = load_task(str(small / "task.py"))
+    net = task.build()
+    task.load_weights(net, small / "net.pth")
+    lorun_adapt.convert(net, rank=2).save_pretrained(small / "converted")
+    results, picture = small / "sizes.jsonl", small / "sizes.png"
+    out = run_example(
+        "bytes_and_quality.py", monkeypatch, capsys, small / "task.py", "--weights", small / "net.pth", "--judge",
+        small / "images", "--converted", small / "converted", "--prune", small / "images", "--shares", 0.5,
+        "--minutes", 0.01, "--results", results, "--plot", picture,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [row["bits"] for row in rows] == 3 * [32, 16, 8] and len({row["way"] for row in rows}) == 3
+    assert len([line for line in out.splitlines() if line.startswith("| task |")]) == len(rows)
+    for way in (rows[:3], rows[3:6], rows[6:]):
+        assert way[0]["bytes"] > way[1]["bytes"] > way[2]["bytes"] and abs(way[0]["psnr"] - way[2]["psnr"]) < 1
+    assert rows[0]["psnr"] == rows[0]["original"] and rows[0]["bytes"] == rows[0]["whole"] > rows[6]["bytes"]
+    with Image.open(picture) as drawn:
+        colours = {colour for _, colour in drawn.convert("RGB").getcolors(drawn.width * drawn.height)}
+    assert {(31, 119, 180), (255, 127, 14), (44, 160, 44)} <= colours  # a line for each way
+
+
+def test_curves(small, monkeypatch, capsys) -> None:
+    """A point on each axis, and recovery of one process; what is done is not measured again."""
+    results, picture = small / "curves.jsonl", small / "curves.png"
+    arguments = (
+        "curves.py", monkeypatch, capsys, "--results", results, "--plot", picture, "--repeats", 1, "--stages", 3,
+        "--channels", 16, "--rank", 4, "--size", 16, "--processes", 1,
+    )  # fmt: skip
+    out = run_example(*arguments)
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert rows == [json.loads(line) for line in out.splitlines()] and len(rows) == 6
+    assert all(value > 0 for row in rows for value in row["values"].values())
+    assert 0.2 < rows[0]["values"]["bytes"] < 0.3  # 9 stages of rank 8 and a base
+    with Image.open(picture) as drawn:
+        assert (31, 119, 180) in {colour for _, colour in drawn.convert("RGB").getcolors(drawn.width * drawn.height)}
+    assert run_example(*arguments) == ""
+
+
 def test_study_of_the_base(small, monkeypatch, capsys) -> None:
     """Of all ways, on a small network and for no time: budgets are kept, and what is done is not done again."""
     monkeypatch.setitem(TERMS, "SCALED", None)  # the script's own kind of term, which goes with this test
