@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import nn
 
 from .errors import LoRunError
 from .factorise.aligned import aligned
-from .factorise.allocate import allocate
+from .factorise.allocate import Allocation, allocate, allocate_for_speed
 from .factorise.fresh import untrained_set
 from .factorise.group import factorise_group
 from .factorise.plan import plan
@@ -28,6 +28,7 @@ from .network.converted import AdapterSet, Converted
 from .network.divergence import warn_if_it_diverges
 from .network.kept import check_nothing_is_kept
 from .network.observe import forward_arguments
+from .network.operations import count_operations
 from .network.report import make_report
 from .network.sharing import ties_of
 from .network.unseen import check_adapters_are_seen
@@ -61,6 +62,7 @@ def convert(
     rank: int | None = None,
     energy: float | None = None,
     budget: int | float | None = None,
+    faster: float | None = None,
     stages: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
     example_inputs: Sequence[object] | None = None,
     calls: Mapping[str, int] | None = None,
@@ -95,6 +97,9 @@ def convert(
         budget: instead of ``config``, the number of parameters of the converted network, or, between 0 and 1, its
             share of the original number. The ranks, and which tensors get no base, are chosen to keep as much energy
             of the weights as possible, weighted, with ``calibration``, by their effect on the output.
+        faster: instead of ``config``, how many times fewer operations the converted network may need at most, above 1:
+            the largest budget with which its convolutions and matrix products take 1 / ``faster`` of the original's on
+            the example inputs, which it needs. Tensors without a base save operations, see ``guides/speed.md``.
         stages, example_inputs, calls: as in :func:`find_stages`. The first batch of ``calibration`` serves as example
             inputs, unless others are given.
         beyond: what runs if a module is called in a loop more often than there are stages; see
@@ -111,10 +116,10 @@ def convert(
         The converted network with one adapter set, ``default``, in the train/eval mode of ``dun``.
 
     Raises:
-        LoRunError: as :func:`find_stages` and :meth:`LoRunModel.recover`; more than one of config, rank, energy and
-            budget; energy, budget or calibration with ``share=False``; a network that gets at its stages' weights in a
-            way that adapters do not see (with ``example_inputs`` or ``calibration``); a config field that is not
-            supported; NaN or Inf in the weights; a parametrised or lazy module in a stage.
+        LoRunError: as :func:`find_stages` and :meth:`LoRunModel.recover`; more than one of config, rank, energy, budget
+            and faster; energy, budget, faster or calibration with ``share=False``; a network that gets at its stages'
+            weights in a way that adapters do not see (with ``example_inputs`` or ``calibration``); a config field that
+            is not supported; NaN or Inf in the weights; a parametrised or lazy module in a stage.
 
     >>> import lorun_adapt, torch
     >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -140,6 +145,7 @@ def convert(
         rank=rank,
         energy=energy,
         budget=budget,
+        faster=faster,
         stages=stages,
         example_inputs=example_inputs,
         calls=calls,
@@ -179,6 +185,7 @@ def collapse(
     rank: int | None = None,
     energy: float | None = None,
     budget: int | float | None = None,
+    faster: float | None = None,
     stages: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
     example_inputs: Sequence[object] | None = None,
     calls: Mapping[str, int] | None = None,
@@ -201,19 +208,22 @@ def collapse(
         align_channels: bring the hidden channels of the stages into one order, where ``example_inputs`` prove that
             nothing else changes. Recovery factorises the original anew, in its own order.
     """
-    energy, budget = (value.item() if isinstance(value, np.generic) else value for value in (energy, budget))
-    named = {"config": config, "rank": rank, "energy": energy, "budget": budget}
+    given_numbers = energy, budget, faster
+    energy, budget, faster = (value.item() if isinstance(value, np.generic) else value for value in given_numbers)
+    named = {"config": config, "rank": rank, "energy": energy, "budget": budget, "faster": faster}
     given = [name for name, value in named.items() if value is not None]
     if len(given) > 1:
-        raise LoRunError(f"{' and '.join(given)} exclude each other: give only one of config, rank, energy and budget")
+        raise LoRunError(f"{' and '.join(given)} exclude each other: give only one of {', '.join(named)}")
     if not isinstance(share, bool):
         raise LoRunError(
             f"expected True or False for share, found {share!r}: pass share=False to keep every stage's weights"
         )
-    if not share and (energy is not None or budget is not None or calibration is not None):
+    if faster is not None and example_inputs is None:
+        raise LoRunError("faster counts the operations of a forward: pass example_inputs or calibration as well")
+    if not share and not (energy is budget is faster is calibration is None):
         raise LoRunError(
             "share=False keeps every stage's weights, so nothing is lost that could be recovered or traded for size: "
-            "give rank or config, and leave energy, budget and calibration out"
+            "give rank or config, and leave energy, budget, faster and calibration out"
         )
     stage_map = dataclasses.replace(
         find_stages(dun, stages=stages, example_inputs=example_inputs, calls=calls), shared=share
@@ -223,7 +233,7 @@ def collapse(
     check_reachable(dun, modules)
     check_dense(dun)
     check_finite(dun)
-    if budget is not None:
+    if budget is not None or faster is not None:
         sensitivity = None
         if calibration is not None:
             from .factorise.weigh import measure_sensitivity
@@ -233,7 +243,14 @@ def collapse(
             if minutes is not None:
                 limits = {"probes": PROBES_TO_REPEAT} if repeatable else {"seconds": 60 * minutes * WEIGHING}
             sensitivity = measure_sensitivity(dun, stage_map, calibration, seed, **limits)
-        allocation = allocate(dun, stage_map, budget, sensitivity)
+        if faster is None:
+            assert budget is not None
+            allocation = allocate(dun, stage_map, budget, sensitivity)
+        else:
+            assert example_inputs is not None
+            allocation = allocate_for_speed(
+                dun, stage_map, faster, _counting_operations(dun, stage_map, example_inputs), sensitivity
+            )
         if calibration is not None:
             from .training.processes import broadcast  # imported here: training needs more libraries than conversion
 
@@ -280,6 +297,29 @@ def collapse(
         if share:
             check_adapters_are_seen(converted, example_inputs)
     return converted
+
+
+def _counting_operations(
+    dun: nn.Module, stage_map: StageMap, inputs: Sequence[object]
+) -> Callable[[Allocation], float]:
+    """Return a function that counts the operations of a conversion, as a share of the original's.
+
+    They depend on the ranks and on which tensors have a base, so the terms need not be fitted.
+    """
+    whole = count_operations(dun, inputs)
+
+    def operations(allocation: Allocation) -> float:
+        config = config_of_ranks(allocation.ranks)
+        plans = plan(dun, stage_map, config)
+        dropped = {name: set(allocation.without_base) & p.settings.keys() for name, p in plans.items()}
+        dropping = stage_map.dropping_bases(dropped)
+        base = copy_network(dun)
+        default = untrained_set(base, dropping, config, plans, torch.Generator().manual_seed(0))
+        active = dict.fromkeys(default.adapters, DEFAULT_SET)
+        candidate = LoRunModel(Converted(base, dropping, {DEFAULT_SET: default}, active, {}, trainable_names(dun)))
+        return count_operations(candidate, inputs) / whole
+
+    return operations
 
 
 def _warn_if_it_is_large(held: AdapterSet, stage_map: StageMap) -> None:

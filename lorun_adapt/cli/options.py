@@ -97,6 +97,12 @@ BUDGET = click.option(
     metavar="N|SHARE",
     help="Instead of a rank: parameters of the converted network, or a share (0 to 1) of the original's.",
 )
+FASTER = click.option(
+    "--faster",
+    type=click.FloatRange(1, min_open=True),
+    metavar="TIMES",
+    help="Instead of a rank: how many times fewer operations the converted network may need at most, such as 2.",
+)
 NO_SHARE = click.option(
     "--no-share",
     is_flag=True,

@@ -19,6 +19,7 @@ from .options import (
     DEVICE,
     DTYPE,
     ENERGY,
+    FASTER,
     FILE,
     MINUTES,
     NO_SHARE,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 @RANK
 @ENERGY
 @BUDGET
+@FASTER
 @NO_SHARE
 @STAGES
 @OUT
@@ -70,6 +72,7 @@ def convert_(
     rank: int | None,
     energy: float | None,
     budget: int | float | None,
+    faster: float | None,
     no_share: bool,
     stages: tuple[str, ...],
     out: Path,
@@ -100,7 +103,7 @@ def convert_(
     check_none_is_lost(out, [DEFAULT_SET])
     spec, net = trained_network(task, weights, weights_key, seed)
     crops = None if calibration is None else _crops(spec, calibration, seed, training)
-    weighed = None if crops is None or budget is None else Batches(crops)
+    weighed = None if crops is None or budget is faster is None else Batches(crops)
     inputs = example_inputs(spec, device)
     with working("converting") if weighed is None else contextlib.nullcontext():  # weighing shows its own progress bar
         converted = collapse(
@@ -108,6 +111,7 @@ def convert_(
             rank=rank,
             energy=energy,
             budget=budget,
+            faster=faster,
             stages=stages or None,
             example_inputs=inputs,
             share=not no_share,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -21,6 +21,7 @@ from ..util.numbers import is_number
 from .ranks import adaptable, matrices_of
 from .sensitivity import Sensitivity
 
+SEARCHES = 8  # conversions to try for a speed; the budget found is within 1/256 of the parameters of the best one
 DAMPING = 0.1  # of the sensitivities; the losses at the ranks of a budget are neither small nor large
 
 
@@ -91,10 +92,18 @@ def allocate(
             f"expected a budget of at least {least:,} parameters, which the network takes at rank 1, found {limit:,}: "
             f"raise it{hint}"
         )
-    candidates = (without_base, with_base) if base is None else (cheapest,)
-    chosen = max(candidates, key=lambda choice: _fill(choice, left)[0])
+    return _best(options, left, (without_base, with_base) if base is None else (cheapest,))
+
+
+def _best(
+    options: Mapping[str, list[_Option]], left: int, starts: Sequence[Mapping[str, _Option]] | None = None
+) -> Allocation:
+    """The best allocation of ``left`` parameters; with one start, the bases are as they are there."""
+    if starts is None:
+        starts = [{name: found[index] for name, found in options.items()} for index in (1, 0)]
+    chosen = max(starts, key=lambda choice: _fill(choice, left)[0])
     kept, ranks = _fill(chosen, left)
-    better = base is None
+    better = len(starts) > 1
     while better:
         better = False
         for name, alternatives in options.items():
@@ -103,6 +112,46 @@ def allocate(
             if filled[0] > kept:
                 chosen, (kept, ranks), better = other, filled, True
     return Allocation(ranks, frozenset(name for name, option in chosen.items() if option.without_base))
+
+
+def allocate_for_speed(
+    dun: nn.Module,
+    stage_map: StageMap,
+    faster: float,
+    operations: Callable[[Allocation], float],
+    sensitivity: Mapping[tuple[str, str], Sensitivity] | None = None,
+) -> Allocation:
+    """The ranks and bases of the largest budget whose network needs at most 1 / ``faster`` of the operations.
+
+    A base saves no operations. A tensor without one is not multiplied out, so its ranks are what it costs to run.
+
+    Args:
+        faster: a number above 1.
+        operations: returns the operations of the network with an allocation, as a share of the original's.
+        sensitivity: as in :func:`allocate`.
+
+    Raises:
+        LoRunError: ``faster`` is no such number, or more than rank 1 in every tensor can give.
+    """
+    if not is_number(faster) or not 1 < faster < math.inf:
+        raise LoRunError(f"expected a number above 1 for faster, found {faster!r}: give 2, for example")
+    options = _options(dun, stage_map, sensitivity)
+    low = sum(option.rank_cost for _, option in options.values())
+    high = max(low, sum(p.numel() for p in dun.parameters()) - _num_private(dun, stage_map, set(options)))
+    found = _best(options, low)
+    if (share := operations(found)) > 1 / faster:
+        raise LoRunError(
+            f"the network cannot need {faster:g} times fewer operations, as it takes {share:.2f} of the original's at "
+            "rank 1: ask for less, or give a budget"
+        )
+    for _ in range(SEARCHES):
+        middle = (low + high) // 2
+        candidate = _best(options, middle)
+        if operations(candidate) <= 1 / faster:
+            low, found = middle, candidate
+        else:
+            high = middle
+    return found
 
 
 def _fill(options: Mapping[str, _Option], left: int) -> tuple[float, dict[str, int]]:
