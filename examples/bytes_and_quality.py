@@ -142,7 +142,7 @@ def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
         panel.minorticks_off()
         panel.invert_yaxis()
         panel.margins(y=0.12)
-        panel.legend(fontsize=7, loc="center left")
+        panel.legend(fontsize=7, loc="best")
     panels[0][0].set_ylabel("dB below the original")
     figure.tight_layout()
     figure.savefig(out, dpi=110)
