@@ -253,13 +253,13 @@ def parse_tensors(
         entries[name] = tuple(shape), dtype
     packed = {
         name: shape
-        for name, (shape, dtype) in entries.items()
+        for name, (shape, dtype) in (entries.items() if SCALES in entries else ())
         if name in slots and dtype == torch.int8 and slots[name].dtype.is_floating_point and len(shape) > 1
     }
     allowed = {**slots, SCALES: Slot((number_of_scales(packed),), torch.bfloat16)} if packed else slots
     for name, (shape, dtype) in entries.items():
         slot = allowed.get(name)
-        if slot is None or (name in packed and SCALES not in entries):
+        if slot is None:
             raise error_of("tensors in eight bits and their scales", repr(name))
         if not slot.fits(shape, torch.float32 if name in packed else dtype, highest_rank):
             sides = tuple("rank" if side is None else side for side in slot.shape)

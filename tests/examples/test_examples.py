@@ -271,20 +271,29 @@ def test_bytes_and_quality(small, monkeypatch, capsys) -> None:
 
 
 def test_curves(small, monkeypatch, capsys) -> None:
-    """A point on each axis, and recovery of one process; what is done is not measured again."""
+    """A few points; what is done is not measured again."""
     results, picture = small / "curves.jsonl", small / "curves.png"
     arguments = (
-        "curves.py", monkeypatch, capsys, "--results", results, "--plot", picture, "--repeats", 1, "--stages", 3,
-        "--channels", 16, "--rank", 4, "--size", 16, "--processes", 1,
+        "curves.py", monkeypatch, capsys, "--results", results, "--plot", picture, "--repeats", 1, "--stages",
+        "--channels", 16, "--rank", "--size", 16, "--processes",
     )  # fmt: skip
     out = run_example(*arguments)
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    assert rows == [json.loads(line) for line in out.splitlines()] and len(rows) == 6
+    assert rows == [json.loads(line) for line in out.splitlines()] and len(rows) == 3
     assert all(value > 0 for row in rows for value in row["values"].values())
     assert 0.2 < rows[0]["values"]["bytes"] < 0.3  # 9 stages of rank 8 and a base
     with Image.open(picture) as drawn:
         assert (31, 119, 180) in {colour for _, colour in drawn.convert("RGB").getcolors(drawn.width * drawn.height)}
     assert run_example(*arguments) == ""
+
+
+@pytest.mark.slow
+def test_throughput_of_recovery(small, monkeypatch, capsys) -> None:
+    arguments = ("--stages", "--channels", "--rank", "--size", "--repeats", 1, "--processes", 1, 2)
+    run_example("curves.py", monkeypatch, capsys, "--results", small / "curves.jsonl", *arguments)
+    rows = [json.loads(line) for line in (small / "curves.jsonl").read_text().splitlines()]
+    one, two = (row["values"]["images"] for row in rows if "processes" in row["setting"])
+    assert 0 < one and 0.7 * one < two  # other tests may run beside this one
 
 
 def test_study_of_the_base(small, monkeypatch, capsys) -> None:
