@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from compare_methods import Pruning, owner_of, places, rates_of
-from comparing import bytes_in, file_bytes, scores, stored
+from comparing import bytes_in, file_bytes, rows_of, scores, stored
 from torch import Tensor, nn
 
-from lorun_adapt import Crops, StageMap, Task, find_stages, fit, from_pretrained, load_task
+from lorun_adapt import Crops, StageMap, find_stages, fit, from_pretrained, load_task
 
 DTYPES = {32: torch.float32, 16: torch.float16, 8: torch.int8}
 
@@ -54,18 +54,16 @@ def with_tensors(net: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
 class Ways:
     """The ways to store ``net``. Each returns a network and the bytes of its file, for a number of bits."""
 
-    def __init__(self, task: Task, net: nn.Module, stage_map: StageMap) -> None:
-        self.task, self.net = task, net
+    def __init__(self, net: nn.Module, stage_map: StageMap) -> None:
+        self.net, self.stage_map = net, stage_map
         names = [name for _, names in places(stage_map) for name in names]
         self.kernels = [name for name in names if net.get_parameter(name).ndim > 1]
-        self.stage_map = stage_map
 
     def plain(self, bits: int) -> tuple[nn.Module, int]:
-        return self._stored(bits, {})
+        return self._stored(bits, self.net, {})
 
     def pruned(self, bits: int, pruning: Pruning) -> tuple[nn.Module, int]:
-        masks = dict(zip(self.kernels, pruning.masks))
-        return self._stored(bits, masks, pruning.net)
+        return self._stored(bits, pruning.net, dict(zip(self.kernels, pruning.masks)))
 
     def converted(self, bits: int, folder: Path) -> tuple[nn.Module, int]:
         lorun = from_pretrained(folder, self.net)
@@ -73,11 +71,11 @@ class Ways:
             lorun.save_pretrained(place, DTYPES[bits], selected_adapters=["default"])
             return from_pretrained(place, self.net), bytes_in(place)
 
-    def _stored(self, bits: int, masks: dict[str, Tensor], trained: nn.Module | None = None) -> tuple[nn.Module, int]:
+    def _stored(self, bits: int, trained: nn.Module, masks: dict[str, Tensor]) -> tuple[nn.Module, int]:
+        """The network with the values of ``trained``, which may compute its tensors from others."""
         values, file = {}, {}
-        whole = self.net if trained is None else trained
-        for name, tensor in stored(self.net).items():
-            module, attribute = owner_of(whole, name)
+        for name in stored(self.net):
+            module, attribute = owner_of(trained, name)
             tensor = getattr(module, attribute).detach()
             is_rounded = tensor.is_floating_point() and (bits > 8 or name in self.kernels)
             values[name], parts = rounded(tensor, bits) if is_rounded else (tensor, {"": tensor})
@@ -95,15 +93,11 @@ def prune(ways: Ways, crops: Crops, share: float, minutes: float) -> Pruning:
     if not fit(pruning.net, crops, rates, teacher=ways.net, stage_map=ways.stage_map, minutes=minutes):
         raise KeyboardInterrupt
     with torch.no_grad():
-        pruning.net(*(tensor for tensor in next(iter(crops))))  # masks as many as in the end
+        pruning.net(*next(iter(crops)))  # masks as many as in the end
     return pruning
 
 
 # --- results -------------------------------------------------------------------------------------
-
-
-def rows_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -165,7 +159,7 @@ def main() -> None:
     net = task.build()
     task.load_weights(net, args.weights)
     judged = task.images(args.judge)
-    ways = Ways(task, net, find_stages(net, example_inputs=task.example_inputs()))
+    ways = Ways(net, find_stages(net, example_inputs=task.example_inputs()))
     original, whole = scores(task, judged, net)["psnr"], ways.plain(32)[1]
 
     def add(way: str, stored_in: Callable[[int], tuple[nn.Module, int]]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -30,6 +32,11 @@ def scores(
     """The mean over images of PSNR, SSIM and further metrics, by name; each call draws the same masks and noise."""
     torch.manual_seed(0)
     return evaluate(task, files, net.eval(), None, sigma=sigma, metrics=metrics).mean()
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines; none if there is no file yet."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def bytes_in(folder: str | Path) -> int:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from benchmark import Unfolded, measured, medians, without_bases
+from comparing import rows_of
 
 from lorun_adapt import convert, load_task
 
@@ -94,10 +95,6 @@ def add(file: Path, setting: dict[str, int], values: Callable[[], dict[str, floa
     with file.open("a") as handle:
         print(row, file=handle, flush=True)
     print(row, flush=True)
-
-
-def rows_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def plot(rows: list[dict[str, Any]], out: Path) -> None:

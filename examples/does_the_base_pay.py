@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparing import scores
+from comparing import rows_of, scores
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -285,10 +285,6 @@ WAYS: dict[str, Callable[[Study], LoRunModel]] = {
 # --- the command ---------------------------------------------------------------------------------
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def run(args: argparse.Namespace) -> None:
     task = load_task(args.task)
     net = task.build()
@@ -299,7 +295,7 @@ def run(args: argparse.Namespace) -> None:
         for share in args.shares:
             for way in args.ways:
                 key = {"network": network, "way": way, "share": share, "steps": steps}
-                if any(key.items() <= row.items() for row in read_results(args.results)):
+                if any(key.items() <= row.items() for row in rows_of(args.results)):
                     continue
                 folder = args.results.with_suffix("") / "-".join(map(str, key.values())).replace(" ", "_")
                 folder.mkdir(parents=True, exist_ok=True)
@@ -324,7 +320,7 @@ def run(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     """Print a table for each network and share: how far below the original, in dB, by steps."""
-    rows = read_results(args.results)
+    rows = rows_of(args.results)
     for network, share in sorted({(row["network"], row["share"]) for row in rows}, key=str):
         part = [row for row in rows if (row["network"], row["share"]) == (network, share)]
         lengths = sorted({row["steps"] for row in part})

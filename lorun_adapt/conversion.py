@@ -18,7 +18,7 @@ from .factorise.aligned import aligned
 from .factorise.allocate import Allocation, allocate, allocate_for_speed
 from .factorise.fresh import untrained_set
 from .factorise.group import factorise_group
-from .factorise.plan import plan
+from .factorise.plan import Plan, plan
 from .factorise.ranks import config_for_energy, config_for_rank
 from .model.lorun_model import DEFAULT_SET, LoRunModel
 from .network.adapter import StageAdapter
@@ -208,8 +208,7 @@ def collapse(
         align_channels: bring the hidden channels of the stages into one order, where ``example_inputs`` prove that
             nothing else changes. Recovery factorises the original anew, in its own order.
     """
-    given_numbers = energy, budget, faster
-    energy, budget, faster = (value.item() if isinstance(value, np.generic) else value for value in given_numbers)
+    energy, budget, faster = (n.item() if isinstance(n, np.generic) else n for n in (energy, budget, faster))
     named = {"config": config, "rank": rank, "energy": energy, "budget": budget, "faster": faster}
     given = [name for name, value in named.items() if value is not None]
     if len(given) > 1:
@@ -220,7 +219,7 @@ def collapse(
         )
     if faster is not None and example_inputs is None:
         raise LoRunError("faster counts the operations of a forward: pass example_inputs or calibration as well")
-    if not share and not (energy is budget is faster is calibration is None):
+    if not share and any(value is not None for value in (energy, budget, faster, calibration)):
         raise LoRunError(
             "share=False keeps every stage's weights, so nothing is lost that could be recovered or traded for size: "
             "give rank or config, and leave energy, budget, faster and calibration out"
@@ -261,9 +260,7 @@ def collapse(
     elif config is None:
         config = config_for_rank(DEFAULT_RANK if rank is None else rank)
     plans, kind = plan(dun, stage_map, config), kind_of(config.peft_type)
-    # A tensor without a term is private to each stage, so dropping its base would save nothing.
-    stage_map = stage_map.dropping_bases({name: set(without_base) & p.settings.keys() for name, p in plans.items()})
-
+    stage_map = _dropping_bases(stage_map, plans, without_base)
     base = copy_for_base(dun, stage_map) if share else copy_network(dun)
     check_separate(dun, base)
     residuals: dict[str, dict[str, list[tuple[float, float]]]] = {group.name: {} for group in stage_map.groups}
@@ -299,6 +296,11 @@ def collapse(
     return converted
 
 
+def _dropping_bases(stage_map: StageMap, plans: Mapping[str, Plan], names: Collection[str]) -> StageMap:
+    """Drop the bases of tensors that get a term; another is private to each stage, so that would save nothing."""
+    return stage_map.dropping_bases({group: set(names) & planned.settings.keys() for group, planned in plans.items()})
+
+
 def _counting_operations(
     dun: nn.Module, stage_map: StageMap, inputs: Sequence[object]
 ) -> Callable[[Allocation], float]:
@@ -306,14 +308,12 @@ def _counting_operations(
 
     They depend on the ranks and on which tensors have a base, so the terms need not be fitted.
     """
-    whole = count_operations(dun, inputs)
+    whole, base = count_operations(dun, inputs), copy_network(dun)
 
     def operations(allocation: Allocation) -> float:
         config = config_of_ranks(allocation.ranks)
         plans = plan(dun, stage_map, config)
-        dropped = {name: set(allocation.without_base) & p.settings.keys() for name, p in plans.items()}
-        dropping = stage_map.dropping_bases(dropped)
-        base = copy_network(dun)
+        dropping = _dropping_bases(stage_map, plans, allocation.without_base)
         default = untrained_set(base, dropping, config, plans, torch.Generator().manual_seed(0))
         active = dict.fromkeys(default.adapters, DEFAULT_SET)
         candidate = LoRunModel(Converted(base, dropping, {DEFAULT_SET: default}, active, {}, trainable_names(dun)))

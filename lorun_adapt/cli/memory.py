@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+from ..util.memory import c_function
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
 LIMIT, OLD_LIMIT = 1 << 30, 1 << 25  # bytes; older versions accept no more for MMAP_THRESHOLD
@@ -16,8 +15,7 @@ def keep_freed_memory() -> None:
     the next one, which takes nearly half of the time of a network's forward on a CPU. The setting is for the whole
     process, so only commands change it.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # no mallopt, or Windows
-        mallopt = ctypes.CDLL(None).mallopt
-        if mallopt(MMAP_THRESHOLD, LIMIT) or mallopt(MMAP_THRESHOLD, OLD_LIMIT):
-            # By itself, this would be slower than the defaults.
-            mallopt(TRIM_THRESHOLD, LIMIT)
+    mallopt = c_function("mallopt")
+    if mallopt is not None and (mallopt(MMAP_THRESHOLD, LIMIT) or mallopt(MMAP_THRESHOLD, OLD_LIMIT)):
+        # By itself, this would be slower than the defaults.
+        mallopt(TRIM_THRESHOLD, LIMIT)

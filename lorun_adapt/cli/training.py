@@ -103,7 +103,7 @@ def convert_(
     check_none_is_lost(out, [DEFAULT_SET])
     spec, net = trained_network(task, weights, weights_key, seed)
     crops = None if calibration is None else _crops(spec, calibration, seed, training)
-    weighed = None if crops is None or budget is faster is None else Batches(crops)
+    weighed = None if crops is None or (budget is None and faster is None) else Batches(crops)
     inputs = example_inputs(spec, device)
     with working("converting") if weighed is None else contextlib.nullcontext():  # weighing shows its own progress bar
         converted = collapse(

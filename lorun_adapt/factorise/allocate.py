@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -82,28 +82,27 @@ def allocate(
     options = _options(dun, stage_map, sensitivity)
     private = _num_private(dun, stage_map, set(options))
     left = limit - private
-    with_base = {name: option for name, (option, _) in options.items()}
-    without_base = {name: option for name, (_, option) in options.items()}
-    cheapest = with_base if base else without_base
-    least = private + sum(option.base_cost + option.rank_cost for option in cheapest.values())
+    least = private + sum(option.base_cost + option.rank_cost for option in _alike(options, bool(base)).values())
     if limit < least:
         hint = ", or give a share below 1: numbers of 1 and more are parameters" if 1 <= budget <= 100 else ""
         raise LoRunError(
             f"expected a budget of at least {least:,} parameters, which the network takes at rank 1, found {limit:,}: "
             f"raise it{hint}"
         )
-    return _best(options, left, (without_base, with_base) if base is None else (cheapest,))
+    return _best(options, left, base)
 
 
-def _best(
-    options: Mapping[str, list[_Option]], left: int, starts: Sequence[Mapping[str, _Option]] | None = None
-) -> Allocation:
-    """The best allocation of ``left`` parameters; with one start, the bases are as they are there."""
-    if starts is None:
-        starts = [{name: found[index] for name, found in options.items()} for index in (1, 0)]
+def _alike(options: Mapping[str, list[_Option]], base: bool) -> dict[str, _Option]:
+    """The options that give every tensor a base, or none."""
+    return {name: next(option for option in found if option.without_base != base) for name, found in options.items()}
+
+
+def _best(options: Mapping[str, list[_Option]], left: int, base: bool | None = None) -> Allocation:
+    """The best allocation of ``left`` parameters; ``base`` as in :func:`allocate`."""
+    starts = [_alike(options, kind) for kind in ((False, True) if base is None else (base,))]
     chosen = max(starts, key=lambda choice: _fill(choice, left)[0])
     kept, ranks = _fill(chosen, left)
-    better = len(starts) > 1
+    better = base is None
     while better:
         better = False
         for name, alternatives in options.items():
@@ -136,7 +135,7 @@ def allocate_for_speed(
     if not is_number(faster) or not 1 < faster < math.inf:
         raise LoRunError(f"expected a number above 1 for faster, found {faster!r}: give 2, for example")
     options = _options(dun, stage_map, sensitivity)
-    low = sum(option.rank_cost for _, option in options.values())
+    low = sum(option.rank_cost for option in _alike(options, False).values())
     high = max(low, sum(p.numel() for p in dun.parameters()) - _num_private(dun, stage_map, set(options)))
     found = _best(options, low)
     if (share := operations(found)) > 1 / faster:

@@ -12,7 +12,7 @@ from ..stages.stage_map import Group
 from ..stages.tensors import stage_stack, stage_values
 from ..terms.term import Term
 from ..util.memory import release_freed_memory
-from ..util.numbers import is_numeric
+from ..util.numbers import double_of, is_numeric
 from .plan import Plan
 
 WORTH_RELEASING = 2**20  # bytes of a tensor's stack
@@ -57,8 +57,7 @@ def factorise_group(dun: nn.Module, group: Group, planned: Plan, kind: type[Term
             for own, value in zip(private, stack):
                 own[spec.name] = value.clone()
             continue
-        exact = torch.complex128 if stack.is_complex() else torch.float64
-        norms = [float(torch.linalg.vector_norm(value, dtype=exact)) for value in stack]
+        norms = [float(torch.linalg.vector_norm(value, dtype=double_of(stack))) for value in stack]
         fitted = kind.fit(stack, spec, planned.settings[spec.name], generator=generator)
         base[spec.name] = fitted.base
         residuals[spec.name] = list(zip(fitted.lost.sqrt().tolist(), norms))
@@ -73,4 +72,4 @@ def factorise_group(dun: nn.Module, group: Group, planned: Plan, kind: type[Term
 def _mean(stack: Tensor) -> Tensor:
     if not is_numeric(stack):
         return stack[0].clone()
-    return stack.to(torch.complex128 if stack.is_complex() else torch.float64).mean(0).to(stack.dtype)
+    return stack.to(double_of(stack)).mean(0).to(stack.dtype)

@@ -51,18 +51,19 @@ def save(converted: Converted, path: Path, dtype: torch.dtype | None = None, ada
     if adapters_only:
         check_keeps_base(path)
     metadata = {BASE_KEY: converted.fingerprint}  # a single entry, since safetensors does not keep the order of several
-    base = converted.base
+    base, eight = converted.base, dtype == torch.int8
+    refused, floats = (EIGHT_BITS, None) if eight else (None, dtype)  # floats: what all floating-point numbers become
 
     def fill(folder: Path) -> None:
         if not adapters_only:
             tensors = base_tensors(base, converted.stage_map)
-            outside = outside_parameters(base, converted.stage_map) if dtype == torch.int8 else ()
+            outside = outside_parameters(base, converted.stage_map) if eight else ()
             _write_tensors(folder / BASE_FILE, tensors, dtype, metadata, buffer_names(base), outside)
         problems: dict[str, str] = {}
         for name, held in converted.sets.items():
             for part, group, adapter, denoisers in _adapters(converted, held):
                 part = f"{ADAPTERS_FOLDER}/{name}/{part}"
-                written = writer.write(*denoisers, group, adapter, dtype, EIGHT_BITS if dtype == torch.int8 else None)
+                written = writer.write(*denoisers, group, adapter, floats, refused)
                 if written.problem:
                     problems.setdefault(written.problem, part)
                 (folder / part).mkdir(parents=True)
@@ -70,8 +71,7 @@ def save(converted: Converted, path: Path, dtype: torch.dtype | None = None, ada
                 _write_tensors(folder / part / TENSORS_FILE, written.tensors, dtype, metadata, buffers, written.exact)
                 written.config.save_pretrained(str(folder / part))
             if held.outside:
-                exact = held.outside if dtype == torch.int8 else ()
-                _write_tensors(folder / ADAPTERS_FOLDER / name / OUTSIDE_FILE, held.outside, dtype, metadata, (), exact)
+                _write_tensors(folder / ADAPTERS_FOLDER / name / OUTSIDE_FILE, held.outside, floats, metadata, ())
         _write_cards(converted, folder, problems)
 
     replace_folder(path, foreign_entries, CONFIG_FILE, fill)

@@ -22,6 +22,7 @@ from ..stages.tensors import base_denoiser
 from ..terms.registry import LORA, TERMS, other_kinds
 from ..terms.term import LoraFactors, Term
 from ..util.modules import has_valid_values
+from ..util.numbers import double_of
 from .limits import layer_problem
 from .lora import PREFIX, FactorNames, bias_name, bias_of, factor_name
 from .options import REFUSED, config_from_json
@@ -259,7 +260,7 @@ def _term(spec: TensorSpec, pair: Sequence[Tensor], scaling: float, base: Tensor
             f"rank {len(a)} is above the limit of {spec.name!r} in {where}: {limit} is used, with the same product",
             stacklevel=2,
         )
-        exact = torch.complex128 if base.is_complex() else torch.float64
+        exact = double_of(base)
         product = b.to(exact) @ a.to(exact)
         a, b = (product, torch.eye(rows)) if rows <= columns else (torch.eye(columns), product)
     return TERMS[LORA].from_lora(LoraFactors(a.to(base), b.to(base), scaling))

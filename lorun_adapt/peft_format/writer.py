@@ -60,11 +60,10 @@ def write(
         group: the denoiser's group.
         adapter: the adapter to write.
         dtype: the dtype in which floating-point tensors will be stored. Tensors that the file holds in two forms are
-            computed from the values rounded to it. Not so with ``torch.int8``, as PEFT does not read such files.
+            computed from the values rounded to it.
         refused: a reason for PEFT to refuse the files, whatever the stage is.
     """
     view = peft_view(denoiser, first, group, adapter, refused)
-    dtype = dtype if dtype is not None and dtype.is_floating_point else None
 
     def rounded(tensor: Tensor) -> Tensor:
         tensor = tensor.detach()

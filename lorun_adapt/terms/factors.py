@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..util.numbers import double_of
+
 MAX_ITERATIONS = 30
 TOLERANCE = 1e-3  # stop when an iteration lowers the error by less than this fraction of the initial error
 WEIGHTED_ITERATIONS = 12
@@ -66,7 +68,7 @@ def factorise(stages: Tensor, rank: int, without_base: bool = False) -> Factors:
     if stages.shape[1] > stages.shape[2]:
         turned = factorise(stages.mT, rank, without_base)
         return Factors(turned.base.mT, turned.b.mT, turned.a.mT, turned.error)
-    exact = torch.complex128 if stages.is_complex() else torch.float64
+    exact = double_of(stages)
     rank = min(rank, stages.shape[1])
     # The residual is the only copy of the stages: a network of many parameters would not fit into memory several times.
     residual = stages.to(exact, copy=True)
@@ -225,7 +227,7 @@ def energies(stages: Tensor) -> Energies:
     >>> kept.base, kept.ranks.tolist(), kept.without_base.tolist()
     (10.0, [2.0, 0.0], [10.0, 2.0])
     """
-    work = stages.detach().to(torch.complex128 if stages.is_complex() else torch.float64)
+    work = stages.detach().to(double_of(stages))
     return _energies(work, work - work.mean(0))
 
 
@@ -255,7 +257,7 @@ def sum_of_products(products: Sequence[tuple[float, Tensor, Tensor]], rank: int)
         products: a weight, ``b`` (m, r_i) and ``a`` (r_i, n) each. Computed on the CPU in float64 (complex128).
     """
     # On the CPU: the matrices are small, and not every accelerator has float64.
-    exact = torch.complex128 if products[0][1].is_complex() else torch.float64
+    exact = double_of(products[0][1])
     left = torch.cat([weight * b.detach().cpu().to(exact) for weight, b, _ in products], dim=1)
     right = torch.cat([a.detach().cpu().to(exact) for _, _, a in products], dim=0)
     rank = min(rank, left.shape[0], right.shape[1])
@@ -273,7 +275,7 @@ def rank_for_energy(stages: Tensor, fraction: float) -> int:
 
 
 def _energy(matrices: Tensor) -> Tensor:
-    exact = torch.complex128 if matrices.is_complex() else torch.float64
+    exact = double_of(matrices)
     flat = (matrix.flatten().to(exact) for matrix in matrices)  # one at a time, to save memory
     return torch.stack([torch.vdot(matrix, matrix).real for matrix in flat])
 

@@ -1,4 +1,4 @@
-"""Hand memory that was freed back to the system."""
+"""The C library's memory: hand what was freed back to the system."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ def release_freed_memory() -> None:
 
     >>> release_freed_memory()
     """
-    trim = _malloc_trim()
+    trim = c_function("malloc_trim")
     if trim is not None:
         trim(0)
 
 
 @functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
+def c_function(name: str) -> Callable[..., int] | None:
+    """Return a function of the C library that takes and returns numbers; None if it has none of this name.
+
+    >>> c_function("abs")(-3), c_function("no_such_function")
+    (3, None)
+    """
     try:
-        return ctypes.CDLL(None).malloc_trim
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):  # another C library, or Windows
         return None

@@ -9,6 +9,15 @@ import torch
 from torch import Tensor
 
 
+def double_of(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of double precision for a tensor: float64, or complex128 for complex numbers.
+
+    >>> double_of(torch.zeros(2, dtype=torch.bfloat16)), double_of(torch.zeros(2, dtype=torch.complex64))
+    (torch.float64, torch.complex128)
+    """
+    return torch.complex128 if tensor.is_complex() else torch.float64
+
+
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether ``value`` is an int or a float, and no bool.
 
