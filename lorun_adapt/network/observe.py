@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from ..errors import LoRunError
 from ..stages.stage_map import StageMap
@@ -94,21 +94,22 @@ class Observer:
         For a stage, these are the tensors from which later stages compute their outputs; for the final output, those
         computed from the last of these.
         """
-        probe = copy_network(teacher)  # a copy, since every parameter must have a gradient to be traced
-        for parameter in probe.parameters():
-            parameter.requires_grad_(is_numeric(parameter))
-        with torch.enable_grad(), capturing(probe, self._groups) as captured, seeded(0):
+        try:
+            # The graph is read, and no backward pass needs tensors, so that memory of the whole forward is saved.
+            with saved_tensors_hooks(lambda tensor: None, _no_backward):
+                captured, final = self._traced(teacher, batch)
+        except Exception:  # some forwards have a backward pass inside, such as the gradient of a learnt energy
             try:
-                final = tensors_in(probe(*to_device(_arguments_in(batch, self._names), device_of(probe))))
+                captured, final = self._traced(teacher, batch)
             except Exception as error:
                 raise LoRunError(
-                    f"{type(probe).__name__} cannot run on the first batch of calibration ({type(error).__name__}: "
-                    f"{error}): each batch must hold the arguments of its forward{hint_on_arguments(probe, batch)}"
+                    f"{type(teacher).__name__} cannot run on the first batch of calibration ({type(error).__name__}: "
+                    f"{error}): each batch must hold the arguments of its forward{hint_on_arguments(teacher, batch)}"
                 ) from error
         if not final:
             raise LoRunError(
-                f"{type(probe).__name__} returns no floating-point tensors, so there is nothing to train on: have its "
-                "forward return the restored images, in a tensor, list, tuple, dict or dataclass"
+                f"{type(teacher).__name__} returns no floating-point tensors, so there is nothing to train on: have "
+                "its forward return the restored images, in a tensor, list, tuple, dict or dataclass"
             )
         seen = [_ancestors(call.edges) for call in captured]  # in the order of execution
         passed_on: list[list[int]] = []
@@ -124,6 +125,14 @@ class Observer:
         last = {captured[-1].edges[i] for i in passed_on[-1]} if captured else set()
         relevant = [i for i, tensor in enumerate(final) if last & _ancestors([_edge(tensor)])]
         return relevant or list(range(len(final))), passed_on
+
+    def _traced(self, teacher: nn.Module, batch: tuple[Any, ...]) -> tuple[list[StageOutput], list[Tensor]]:
+        """Return the outputs of the stages and of the network in a forward that records autograd's graph."""
+        probe = copy_network(teacher)  # a copy, since every parameter must have a gradient to be traced
+        for parameter in probe.parameters():
+            parameter.requires_grad_(is_numeric(parameter))
+        with torch.enable_grad(), capturing(probe, self._groups) as captured, seeded(0):
+            return captured, tensors_in(probe(*to_device(_arguments_in(batch, self._names), device_of(probe))))
 
 
 @contextmanager
@@ -184,6 +193,10 @@ def _arguments_in(batch: tuple[Any, ...], names: list[str] | None) -> tuple[Any,
         if measured == [True, False, True]:
             return batch[:2]
     return batch[: len(names)]
+
+
+def _no_backward(nothing: None) -> Tensor:
+    raise RuntimeError("no tensors are saved for a backward pass")
 
 
 def _lost_gradients(network: nn.Module, output: Any) -> bool:

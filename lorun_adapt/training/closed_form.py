@@ -24,6 +24,7 @@ from .distill import Distillation, Example
 from .duration import Duration
 from .processes import broadcast
 from .stagewise import TeacherForcing
+from .stopping import stopped_by_interrupt
 
 DAMPINGS = (0.1, 0.01, 1.0)  # small: many batches, small residuals; large: few batches, large residuals
 MAX_PROBES = 40  # batches to measure sensitivities on
@@ -68,21 +69,17 @@ def fit_in_closed_form(
     time_left = _clock(duration, stop)
     best, least = [tensor.clone() for tensor in tensors], error()
     try:
-        known = _measure(converted, teacher, objective, forcing, batches, duration, seed, time_left)
-        for damping in DAMPINGS if duration.steps is None or duration.steps >= FEW_STEPS else DAMPINGS[:1]:
-            until = FITTING_ONCE if damping == DAMPINGS[0] else FITTING
-            if not known or not time_left(until):
-                break
-            complete = refit(converted, teacher, known, damping, functools.partial(time_left, until))
-            if (found := broadcast(error())) < least:
-                best, least = [tensor.clone() for tensor in tensors], found
-            if not complete:
-                break
-    except KeyboardInterrupt:
-        stop.set()
-    except Exception:  # Ctrl-C also ends the workers of a loader, which then raises
-        if not stop.is_set():
-            raise
+        with stopped_by_interrupt(stop):
+            known = _measure(converted, teacher, objective, forcing, batches, duration, seed, time_left)
+            for damping in DAMPINGS if duration.steps is None or duration.steps >= FEW_STEPS else DAMPINGS[:1]:
+                until = FITTING_ONCE if damping == DAMPINGS[0] else FITTING
+                if not known or not time_left(until):
+                    break
+                complete = refit(converted, teacher, known, damping, functools.partial(time_left, until))
+                if (found := broadcast(error())) < least:
+                    best, least = [tensor.clone() for tensor in tensors], found
+                if not complete:
+                    break
     finally:
         with torch.no_grad():
             for tensor, value in zip(tensors, best):

@@ -76,9 +76,10 @@ def finetune(
     parameters = [parameter for module in networks for parameter in module.parameters()]  # no step changes the frozen
     with (
         unchanged(networks, but=parameters),
-        ready_to_train(network, converted.stage_map, training.first, loss, teacher, seed, recompute) as ready,
+        ready_to_train(
+            network, converted.stage_map, training.first, loss, teacher, seed, duration, started, recompute
+        ) as (objective, stop),
     ):
-        objective, stop = ready
         trainer = Trainer(
             objective,
             trained,

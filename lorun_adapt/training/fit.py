@@ -24,6 +24,7 @@ from ..util.seeds import seeded
 from ..util.torch_modes import in_own_modes
 from .distill import Distillation, Loss
 from .duration import Duration
+from .processes import broadcast
 from .run import Phase
 from .speed import channels_last
 from .stopping import interruptible
@@ -32,6 +33,7 @@ from .trained import TrainedTensor
 from .trainer import Trainer
 
 RATE = 0.02  # learning rate relative to the size of a tensor's values, unless the caller gives others
+SLOW_START = 0.1  # the fraction of the minutes after which the start saves time
 
 
 @in_own_modes
@@ -95,7 +97,10 @@ def fit(
         stream = Batches(batches)
         judged = [] if held_out is None else finite_batches(held_out)
     stages = stage_map or StageMap(type(network).__name__, ())
-    with _frozen_but(network, tensors), ready_to_train(network, stages, stream.first, loss, teacher, seed) as ready:
+    with (
+        _frozen_but(network, tensors),
+        ready_to_train(network, stages, stream.first, loss, teacher, seed, duration, started) as ready,
+    ):
         objective, stop = ready
         trainer = Trainer(
             objective,
@@ -123,6 +128,8 @@ def ready_to_train(
     loss: Loss | None,
     teacher: nn.Module | None,
     seed: int,
+    duration: Duration,
+    started: float,
     recompute: bool = False,
 ) -> Iterator[tuple[Distillation | Supervised, threading.Event]]:
     """Within the block, the networks are as they train: in ``eval()``, as fast as they run, seeded, interruptible.
@@ -132,6 +139,8 @@ def ready_to_train(
         stage_map: where the stages of both are.
         batch: the first batch.
         loss: as for :func:`fit`; it or a teacher must be given.
+        duration: how long they train. If the start took a tenth of its minutes, no faster format is tried out.
+        started: when it began, by ``time.monotonic()``.
         recompute: run the stages again in the backward pass, to save memory.
 
     Yields:
@@ -148,9 +157,16 @@ def ready_to_train(
             assert loss is not None
             objective = Supervised(network, Observer(network, stage_map, batch), loss, recomputed)
         stop = stack.enter_context(interruptible())
-        stack.enter_context(channels_last(objective, batch, seed))
+        if not is_later(duration, started, SLOW_START):
+            stack.enter_context(channels_last(objective, batch, seed))
         stack.enter_context(seeded(seed))
         yield objective, stop
+
+
+def is_later(duration: Duration, started: float, fraction: float) -> bool:
+    """Whether this fraction of the minutes is over; the main process decides for all."""
+    over = duration.minutes is not None and time.monotonic() - started > fraction * 60 * duration.minutes
+    return broadcast(over)
 
 
 def check_target(loss: Loss | None, teacher: nn.Module | None) -> None:

@@ -29,7 +29,7 @@ from ..util.modules import distinct_tensors, unchanged
 from .closed_form import fit_in_closed_form
 from .distill import Distillation, Example, Loss, check_teacher
 from .duration import Duration
-from .fit import ready_to_train
+from .fit import SLOW_START, is_later, ready_to_train
 from .processes import broadcast, broadcast_tensors, num_processes
 from .replay import STEPS_PER_BATCH, Replay
 from .run import Phase
@@ -38,8 +38,7 @@ from .trained import TrainedTensor, trainable_base
 from .trainer import Trainer
 
 ENOUGH_STEPS = 500  # of teacher forcing
-SLOW_START = 0.1  # the fraction of the minutes after which there is time to judge on one batch only,
-TOO_LATE = 0.5  # and after which there is none left for the closed form
+TOO_LATE = 0.5  # the fraction of the minutes after which there is no time for the closed form
 FORCING_UNTIL = 0.6  # the fraction of the budget at which it ends at the latest,
 FORCING_UNTIL_IF_SLOW = 0.85  # where it ends if there is no time for many end-to-end steps,
 FORCING_UNTIL_WITH_LOSS = 0.3  # and where it ends if there is a loss other than the distance to the teacher
@@ -91,7 +90,10 @@ def recover(
     with (
         trainable_base(converted, network, also) as trained,
         unchanged((network, teacher), [item.parameter for item in trained]),
-        ready_to_train(network, converted.stage_map, first, loss, teacher, seed, recompute) as (objective, stop),
+        ready_to_train(network, converted.stage_map, first, loss, teacher, seed, duration, started, recompute) as (
+            objective,
+            stop,
+        ),
     ):
         assert isinstance(objective, Distillation)  # there is a teacher
         held_out = finite_batches_of(calibration)
@@ -113,19 +115,20 @@ def recover(
             started=started,
             held_out=held_out,
         )
-        if resume_from is None or not resume_from.exists():
-            if _is_later(duration, started, SLOW_START):
+        resumes = resume_from is not None and resume_from.exists()
+        if not resumes and not is_later(duration, started, 1.0):
+            if is_later(duration, started, SLOW_START):
                 trainer.run.judged = 1
             trainer.judge()
             examples = trainer.examples
             seconds = broadcast(trainer.seconds_per_check) / math.ceil(len(examples) / num_processes())
             trainer.run.slow = _is_slow(duration, seconds)
-            if closed_form and _terms_train(converted, trained) and not _is_later(duration, started, TOO_LATE):
+            if closed_form and _terms_train(converted, trained) and not is_later(duration, started, TOO_LATE):
                 fit_in_closed_form(converted, teacher, objective, forcing, examples, batches, duration, seed, stop)
                 broadcast_tensors(item.parameter for item in trained)
                 trainer.judge()
         finished = trainer.train(stop)
-        for example in trainer.examples[:1]:  # there is none if it was stopped at once
+        for example in trainer.examples[:1]:  # there is none if there was no time
             _warn_if_it_diverges(objective, example, teacher)
     if not finished:
         warnings.warn("recovery was stopped: the best weights so far are kept", stacklevel=4)
@@ -159,12 +162,6 @@ def _warn_if_it_diverges(objective: Distillation, example: Example, teacher: nn.
     outputs = objective.observer.run(objective.student, example.batch, example.seed).final
     advice = "train for longer, or choose a higher rank"
     warn_if_far(factor_between(outputs, example.target.final), teacher, advice)
-
-
-def _is_later(duration: Duration, started: float, fraction: float) -> bool:
-    """Whether so much of the minutes is over."""
-    over = duration.minutes is not None and time.monotonic() - started > fraction * 60 * duration.minutes
-    return broadcast(over)
 
 
 def _is_slow(duration: Duration, seconds: float) -> bool:

@@ -26,3 +26,15 @@ def interruptible() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def stopped_by_interrupt(stop: threading.Event) -> Iterator[None]:
+    """Within the block, Ctrl-C sets ``stop`` and ends the block, and so does an error that follows from it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        stop.set()
+    except Exception:  # Ctrl-C also ends the workers of a loader, which then raises
+        if not stop.is_set():
+            raise

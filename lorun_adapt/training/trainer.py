@@ -31,6 +31,7 @@ from .replay import STEPS_PER_BATCH, Replay
 from .run import EXACT, Phase, Run, end_of, guidance, is_above, peak
 from .speed import MARGIN, bfloat16, rounding_psnr, runs_in_bfloat16
 from .state_file import read_state, write_state
+from .stopping import stopped_by_interrupt
 from .supervised import Supervised
 from .trained import TrainedTensor
 
@@ -41,6 +42,8 @@ CHECKING = 0.05  # the fraction of the time that checks may take
 SPIKE = 30.0  # a step whose loss is this many times that of the steps before it is left out
 WORSE = 4.0  # training returns to the best weights if the loss on held-out batches is this many times the best
 STUCK = 3, 6, 9  # and in a phase with patience after so many checks in a row without a better one
+FORWARDS_OF_FIRST_STEP = 6  # whether the original repeats itself, its output, the step, the check
+TOO_LATE = 0.5  # the fraction of the duration after which other precisions are not tried out
 LEAST_GAIN = 0.01  # of the loss between two checks: less than this does not count while single stages train
 
 
@@ -143,11 +146,16 @@ class Trainer:
         if self._stopped(stop):
             return
         run = self.run
-        self._hold_out()
         run.seconds = run.seconds or broadcast(time.monotonic() - self.started)
+        if self._done() >= 1:
+            return
         started = time.monotonic() - run.seconds
-        with self._bar() as bar:
-            if not run.step:
+        self._hold_out()
+        label, unit = self.phases[run.phase].label, "step" if self.duration.steps else "s"
+        total, initial = self.duration.total, self.duration.position(run.seconds, run.step)
+        hidden = not self.accelerator.is_main_process
+        with progress(None, label, unit, total=total, initial=initial, disable=hidden) as bar:
+            if not run.step and self._done() < TOO_LATE:
                 run.bfloat16 = runs_in_bfloat16(self.objective, self.held_out[0], self.seed)
             if run.bfloat16:
                 self._rounding = rounding_psnr(self.objective, self.examples[0])
@@ -176,16 +184,20 @@ class Trainer:
     def _train(self, phase: Phase, stop: threading.Event, started: float, bar: tqdm) -> bool:
         """Train in one phase, from where it stands; return False if it was stopped."""
         run, forcing = self.run, phase.forcing
+        if not run.phase_step and self._done() + self._first_step() >= end_of(phase, run, self.duration):
+            return not self._stopped(stop)
         bar.set_description(phase.label, refresh=False)
         replay: Replay[Any] = self._replay() if forcing is None else forcing.recordings
         for_step: Callable[[int], Drawn] = replay.for_step if forcing is None else forcing.for_step
         replay.left_out = run.left_out
-        while (done := self.duration.fraction_done(run.seconds, run.step)) < end_of(phase, run, self.duration):
+        while (done := self._done()) < end_of(phase, run, self.duration):
             if self._is_over(phase):
                 break
             if self._stopped(stop):
                 return False
-            drawn = self._drawn(for_step, stop)
+            drawn: Drawn | None = None
+            with stopped_by_interrupt(stop):
+                drawn = for_step(run.phase_step)
             if self._stopped(stop) or drawn is None:
                 return False
             began = run.began(self.duration)
@@ -197,10 +209,9 @@ class Trainer:
             run.seconds = broadcast(time.monotonic() - started)
             bar.update(self.duration.position(run.seconds, run.step) - bar.n)
             self._show(bar, step=str(run.step), loss=f"{loss:.3g}")
-            after = self.duration.fraction_done(run.seconds, run.step)
             if forcing is not None:
                 run.drawn = max(run.drawn, self.calibration.drawn)
-            if self._is_due(done, after, phase):
+            if self._is_due(done, phase):
                 self._check(bar, phase)
                 self._save()
         if run.rollbacks > IN_A_ROW:
@@ -225,14 +236,23 @@ class Trainer:
         # All processes choose alike; only the random numbers within a batch differ.
         return Replay(batches, lambda batch, seed: objective.example(batch, seed + index), self.seed, processes, often)
 
+    def _done(self) -> float:
+        """The fraction of the duration that is over."""
+        return self.duration.fraction_done(self.run.seconds, self.run.step)
+
+    def _first_step(self) -> float:
+        """The fraction of the minutes that a first step takes at least, with the check after it."""
+        seconds = FORWARDS_OF_FIRST_STEP * self.seconds_per_check / max(1, len(self.examples))
+        return broadcast(self.duration.fraction_done(seconds, 0))
+
     def _is_over(self, phase: Phase) -> bool:
         """Whether a phase ends early: it no longer improves the network, or keeps returning to the best weights."""
         impatient = phase.patience is not None and self.run.worse >= phase.patience
         return impatient or self.run.rollbacks > IN_A_ROW
 
-    def _is_due(self, done: float, after: float, phase: Phase) -> bool:
+    def _is_due(self, done: float, phase: Phase) -> bool:
         """Whether to check now: 25 times in a run and at the end of each phase, but rarely enough on a clock."""
-        if after >= end_of(phase, self.run, self.duration):
+        if (after := self._done()) >= end_of(phase, self.run, self.duration):
             return True
         if self.duration.minutes and self.seconds_per_check > CHECKING * (time.monotonic() - self._checked):
             return broadcast(False)
@@ -345,17 +365,6 @@ class Trainer:
             stop.set()
         return stopped
 
-    def _drawn(self, for_step: Callable[[int], Drawn], stop: threading.Event) -> Drawn | None:
-        """What to train on in this step, or None if Ctrl-C interrupted it."""
-        try:
-            return for_step(self.run.phase_step)
-        except KeyboardInterrupt:
-            stop.set()
-        except Exception:  # Ctrl-C also ends the workers of a loader, which then raises
-            if not stop.is_set():
-                raise
-        return None
-
     # --- resuming --------------------------------------------------------------------------------
 
     def _save(self) -> None:
@@ -381,18 +390,8 @@ class Trainer:
         self.optimised.restore(state["weights"])
         for tensor, value in zip(self._restored_tensors(), state["others"]):
             tensor.copy_(value)
-        if self.duration.fraction_done(self.run.seconds, self.run.step) >= 1:
+        if self._done() >= 1:
             warnings.warn(f"the run in {path} was over already: remove the file to train anew", stacklevel=2)
-
-    def _bar(self) -> tqdm:
-        return progress(
-            None,
-            self.phases[self.run.phase].label,
-            "step" if self.duration.steps else "s",
-            total=self.duration.total,
-            initial=self.duration.position(self.run.seconds, self.run.step),
-            disable=not self.accelerator.is_main_process,
-        )
 
     def _show(self, bar: tqdm | None, **values: str) -> None:
         self._shown |= values

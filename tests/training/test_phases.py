@@ -89,6 +89,32 @@ def test_what_is_outside_the_stages_stays() -> None:
     )
 
 
+class Variational(nn.Module):
+    """Each stage descends the gradient of a learnt energy, which the forward itself computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.denoisers = nn.ModuleList(Denoiser() for _ in range(3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images
+        for denoiser in self.denoisers:
+            with torch.enable_grad():
+                z = x if x.requires_grad else x.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad((z - images).square().sum(), z, create_graph=True)
+            x = denoiser(x - 0.3 * gradient)
+        return x
+
+
+def test_a_forward_may_have_a_backward_pass_of_its_own() -> None:
+    _, batches = sampling()
+    net = Variational().eval()
+    lorun = lorun_adapt.convert(net, rank=1)
+    before = relative(lorun(batches[0]), net(batches[0]))
+    assert lorun.recover(net, batches, steps=20)
+    assert relative(lorun(batches[0]), net(batches[0])) < 0.9 * before
+
+
 def test_what_is_named_trains() -> None:
     net, batches = sampling()
     lorun = lorun_adapt.convert(net, rank=1, calibration=batches, steps=20, also="ste*")
@@ -126,29 +152,45 @@ def test_minutes_are_kept_and_steps_are_done(monkeypatch: pytest.MonkeyPatch) ->
 
 
 class Slow(nn.Module):
-    """A network whose forward takes a tenth of a second."""
+    """A network whose forward takes a tenth of a second, or longer."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = 0.1) -> None:
         super().__init__()
         self.net = teacher()
+        self.seconds = seconds
 
     def forward(self, y: Tensor, mask: Tensor) -> Tensor:
-        time.sleep(0.1)
+        time.sleep(self.seconds)
         return self.net(y, mask)
 
 
-@pytest.mark.parametrize("seconds, judged, fits", [(1, 1, False), (40, 2, True)])
-def test_a_slow_start_leaves_out_what_there_is_no_time_for(seconds, judged, fits, monkeypatch) -> None:
+@pytest.mark.parametrize("seconds, forward, judged, fits", [(3, 0.3, 1, False), (40, 0.1, 2, True)])
+def test_a_slow_start_leaves_out_what_there_is_no_time_for(seconds, forward, judged, fits, monkeypatch) -> None:
     ran, held_out = [], []
     monkeypatch.setattr(recovery, "fit_in_closed_form", lambda *_: ran.append(1))
     monkeypatch.setattr(Trainer, "train", lambda self, stop: held_out.append(len(self.examples)) or True)
-    net = Slow().eval()
+    net = Slow(forward).eval()
     started = time.monotonic()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nothing gets better
         lorun_adapt.convert(net, rank=1, calibration=measurements(), minutes=seconds / 60)
     assert held_out == [judged] and bool(ran) is fits
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < (3 if fits else seconds + 2)
+
+
+def test_no_step_begins_for_which_there_is_no_time(monkeypatch) -> None:
+    """A second is over before anything can train: nothing changes, and what was begun ends soon."""
+    forwards, steps = [], []
+    monkeypatch.setattr(Trainer, "_step", lambda self, *_: steps.append(1) or 0.0)
+    net = Slow(0.3).eval()
+    net.register_forward_hook(lambda *_: forwards.append(1))
+    lorun = lorun_adapt.convert(net, rank=1, example_inputs=measurements()[0])
+    before = values(lorun)
+    forwards.clear()
+    with pytest.warns(UserWarning, match="recovery found nothing closer"):
+        lorun.recover(net, measurements(), minutes=1 / 60)
+    assert not steps and same(values(lorun), before)
+    assert len(forwards) <= 5  # of the original: what stages pass on, what runs alone, its output on a batch, the end
 
 
 def test_few_steps_need_few_probes(monkeypatch: pytest.MonkeyPatch) -> None:
