@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lorun_adapt import Crops, LoRunError, LoRunModel, StageMap, find_stages, load_task
-from lorun_adapt.conversion import collapse
+from lorun_adapt.conversion import conversions
 from lorun_adapt.factorise.allocate import Allocation, allocate
 from lorun_adapt.factorise.ranks import adaptable, matrices_of
 from lorun_adapt.factorise.weigh import measure_sensitivity
@@ -179,7 +179,8 @@ class Study:
                 rank_pattern=config.rank_pattern,
                 alpha_pattern=config.alpha_pattern,
             )
-        return LoRunModel(collapse(net, config, stages=stages, without_base=allocation.without_base))
+        (converted,) = conversions(net, config, stages=stages, without_base=allocation.without_base)
+        return LoRunModel(converted)
 
     def _allocated(self, stages: list[list[str]] | None = None, base: bool = True) -> Allocation:
         stage_map = find_stages(self.net, stages=stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 import warnings
@@ -13,6 +14,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from .disk.folder import as_path
 from .errors import LoRunError
 from .factorise.aligned import aligned
 from .factorise.allocate import Allocation, allocate, allocate_for_speed
@@ -38,7 +40,7 @@ from .stages.find import find_stages
 from .stages.fold import DEFAULT_RANK
 from .stages.stage_map import StageMap
 from .terms.registry import kind_of
-from .training.duration import Duration
+from .training.duration import Duration, has_time_for_trials
 from .util.copying import check_separate, copy_network
 from .util.modules import trainable_names
 from .util.nested import device_of, to_device
@@ -139,7 +141,7 @@ def convert(
         raise LoRunError(
             "minutes, steps, loss, also, recompute and resume_from need calibration: pass it as well, or leave them out"
         )
-    converted = collapse(
+    found = conversions(
         dun,
         config,
         rank=rank,
@@ -156,20 +158,24 @@ def convert(
         seed=seed,
         align_channels=batches is None,
     )
-    lorun = LoRunModel(converted)
-    lorun.beyond = beyond
+    candidates = [LoRunModel(converted) for converted in found]
+    for lorun in candidates:
+        lorun.beyond = beyond
     if batches is not None:
+        from .model.trials import recover_best  # imported here: training needs more libraries than conversion
+
         assert duration is not None
         left = duration.after(time.monotonic() - started)
-        lorun.recover(
+        path = None if resume_from is None else as_path(resume_from)
+        lorun, _ = recover_best(
+            candidates,
             dun,
             batches,
-            minutes=left.minutes,
-            steps=left.steps,
+            left,
             loss=loss,
             also=also,
             recompute=recompute,
-            resume_from=resume_from,
+            resume_from=path,
             seed=seed,
         )
     elif example_inputs is not None:
@@ -178,7 +184,7 @@ def convert(
 
 
 @in_own_modes
-def collapse(
+def conversions(
     dun: nn.Module,
     config: LoraConfig | None = None,
     *,
@@ -196,8 +202,12 @@ def collapse(
     seed: int = 0,
     without_base: Collection[str] = (),
     align_channels: bool = True,
-) -> Converted:
+) -> list[Converted]:
     """Convert without recovery; see :func:`convert` for the arguments not listed here.
+
+    Returns:
+        The conversion. With a budget and a recovery that is long enough to try both, a second one that has a base for
+        every tensor, if there is room and the first one has not.
 
     Args:
         calibration: batches to measure the sensitivity of the output on, which decides how a budget is divided.
@@ -232,6 +242,7 @@ def collapse(
     check_reachable(dun, modules)
     check_dense(dun)
     check_finite(dun)
+    choices: list[tuple[LoraConfig, Collection[str]]] = []  # ranks, and tensors without a base
     if budget is not None or faster is not None:
         sensitivity = None
         if calibration is not None:
@@ -250,15 +261,33 @@ def collapse(
             allocation = allocate_for_speed(
                 dun, stage_map, faster, _counting_operations(dun, stage_map, example_inputs), sensitivity
             )
+        allocations = [allocation]
+        if budget is not None and duration is not None and allocation.without_base and has_time_for_trials(duration):
+            with contextlib.suppress(LoRunError):  # there is no room
+                allocations.append(allocate(dun, stage_map, budget, sensitivity, base=True))
         if calibration is not None:
             from .training.processes import broadcast  # imported here: training needs more libraries than conversion
 
-            allocation = broadcast(allocation)
-        config, without_base = config_of_ranks(allocation.ranks), allocation.without_base
+            allocations = broadcast(allocations)
+        choices += [(config_of_ranks(chosen.ranks), chosen.without_base) for chosen in allocations]
     elif energy is not None:
-        config = config_for_energy(dun, stage_map, energy)
-    elif config is None:
-        config = config_for_rank(DEFAULT_RANK if rank is None else rank)
+        choices.append((config_for_energy(dun, stage_map, energy), without_base))
+    else:
+        choices.append((config or config_for_rank(DEFAULT_RANK if rank is None else rank), without_base))
+    first = _convert_to(*choices[0], dun, stage_map, example_inputs, align_channels)
+    return [first, *(_convert_to(*choice, dun, stage_map, None, align_channels) for choice in choices[1:])]
+
+
+def _convert_to(
+    config: LoraConfig,
+    without_base: Collection[str],
+    dun: nn.Module,
+    stage_map: StageMap,
+    example_inputs: Sequence[object] | None,
+    align_channels: bool,
+) -> Converted:
+    """Convert at the ranks of ``config``; the arguments are as in :func:`conversions`."""
+    share = stage_map.shared
     plans, kind = plan(dun, stage_map, config), kind_of(config.peft_type)
     stage_map = _dropping_bases(stage_map, plans, without_base)
     base = copy_for_base(dun, stage_map) if share else copy_network(dun)
@@ -330,7 +359,7 @@ def _warn_if_it_is_large(held: AdapterSet, stage_map: StageMap) -> None:
         warnings.warn(
             f"a set of adapters has {of_set:,} parameters, and the stages of {stage_map.network} have {of_stages:,}: "
             "choose a lower rank, at which terms are smaller than the tensors",
-            stacklevel=6,
+            stacklevel=7,
         )
 
 
@@ -354,5 +383,5 @@ def _warn_if_it_grows(converted: Converted) -> None:
     warnings.warn(
         f"the conversion of {converted.stage_map.network} grows from {before:,} to {after:,} parameters, "
         f"{after / before:.2f} times as many: {advice}",
-        stacklevel=6,
+        stacklevel=7,
     )

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from ..model.lorun_model import LoRunModel
     from ..task.crops import Crops
     from ..task.task import Task
+    from ..training.duration import Duration
 
 
 @click.command("convert", cls=Command)
@@ -88,7 +89,7 @@ def convert_(
     --steps. Ctrl-C saves the best weights so far. `accelerate launch -m lorun_adapt convert …` runs it
     on several processes and GPUs.
     """
-    from ..conversion import collapse
+    from ..conversion import conversions
     from ..model.lorun_model import DEFAULT_SET, LoRunModel
     from ..network.batches import Batches
     from ..network.divergence import warn_if_it_diverges
@@ -106,7 +107,7 @@ def convert_(
     weighed = None if crops is None or (budget is None and faster is None) else Batches(crops)
     inputs = example_inputs(spec, device)
     with working("converting") if weighed is None else contextlib.nullcontext():  # weighing shows its own progress bar
-        converted = collapse(
+        found = conversions(
             net.to(device),
             rank=rank,
             energy=energy,
@@ -121,13 +122,13 @@ def convert_(
             seed=seed,
             align_channels=crops is None,
         )
-    lorun = LoRunModel(converted)
+    candidates = [LoRunModel(converted) for converted in found]
+    lorun, finished = candidates[0], True
     if crops is None:
         warn_if_it_diverges(lorun.network, net, lorun.stage_map, inputs, "recover it with --calibration")
     else:
         left = Duration(training["minutes"], training["steps"]).after(time.monotonic() - started)
-        training |= {"minutes": left.minutes, "steps": left.steps}
-    finished = crops is None or _recover(lorun, spec, net, crops, seed, training)
+        lorun, finished = _recover(candidates, spec, net, crops, seed, left, training)
     _save(lorun, spec, out, dtype, finished, training["resume_from"])
 
 
@@ -159,6 +160,7 @@ def recover(
     """
     from ..files.load import stored_dtype
     from ..model.pretrained import from_pretrained
+    from ..training.duration import Duration
 
     spec, net = trained_network(task, weights, weights_key, seed)
     lorun = from_pretrained(converted, net.to(device))
@@ -167,7 +169,8 @@ def recover(
         training["sigma"] = lorun.adapter_info[lorun.adapter_names[0]].sigma
     crops = _crops(spec, calibration, seed, training)
     stored = stored_dtype(lorun.converted(), converted)
-    finished = _recover(lorun, spec, net, crops, seed, training)
+    duration = Duration(training["minutes"], training["steps"])
+    _, finished = _recover([lorun], spec, net, crops, seed, duration, training)
     _save(lorun, spec, out, dtype or stored, finished, training["resume_from"])
 
 
@@ -297,22 +300,33 @@ def _crops(spec: Task, folder: Path, seed: int, training: dict[str, Any]) -> Cro
     )
 
 
-def _recover(lorun: LoRunModel, spec: Task, net: nn.Module, crops: Crops, seed: int, training: dict[str, Any]) -> bool:
-    """Recover; first set the noise schedule in both networks if the task has ``schedule`` and the noise is known."""
+def _recover(
+    candidates: list[LoRunModel],
+    spec: Task,
+    net: nn.Module,
+    crops: Crops,
+    seed: int,
+    duration: Duration,
+    training: dict[str, Any],
+) -> tuple[LoRunModel, bool]:
+    """Recover the best; first set the noise schedule in all networks if the task has one and the noise is known."""
+    from ..model.trials import recover_best
     from ..network.noise import at_stage
 
-    lorun.task = spec
-    if training["sigma"] is not None or spec.schedule is None:
-        for name in lorun.adapter_names:
-            lorun.set_noise(name, sigma=training["sigma"] or 0.0)
+    for lorun in candidates:
+        lorun.task = spec
+        if training["sigma"] is not None or spec.schedule is None:
+            for name in lorun.adapter_names:
+                lorun.set_noise(name, sigma=training["sigma"] or 0.0)
+    lorun = candidates[0]
     noise = lorun.adapter_info[lorun.adapter_names[0]].noise
     if spec.schedule is not None and noise is not None:
         spec.schedule(net, [at_stage(noise, stage) for stage in range(len(lorun.stage_map))])
-    return lorun.recover(
+    return recover_best(
+        candidates,
         net,
         crops,
-        minutes=training["minutes"],
-        steps=training["steps"],
+        duration,
         loss=crops.loss if training["truth"] else None,
         also=training["also"],
         recompute=training["recompute"],

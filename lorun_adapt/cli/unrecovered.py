@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from peft import LoraConfig
 from torch import nn
 
-from ..conversion import collapse
+from ..conversion import conversions
 from ..model.lorun_model import LoRunModel
 from ..network.adapter import terms_of
 from ..peft_format.options import config_of_ranks
@@ -22,7 +22,7 @@ def unrecovered(lorun: LoRunModel, original: nn.Module, inputs: Sequence[object]
         inputs: the arguments of one forward.
     """
     without_base = {spec.name for group in lorun.stage_map.groups for spec in group.tensors if spec.without_base}
-    converted = collapse(
+    (converted,) = conversions(
         original,
         _same_ranks(lorun),
         without_base=without_base,

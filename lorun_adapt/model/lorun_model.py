@@ -111,6 +111,7 @@ class LoRunModel(nn.Module):
         self.trainable_names = converted.trainable_names
         self.card = converted.card
         self._ties = converted.ties
+        self._recovered = converted.recovered
         self.loading: Loading | None = None
         self._running = Running(len(converted.stage_map))
         self._beyond = "error"
@@ -150,6 +151,7 @@ class LoRunModel(nn.Module):
             self.card,
             self._ties,
             self.fingerprint,
+            self._recovered,
         )
 
     @property
@@ -754,9 +756,21 @@ class LoRunModel(nn.Module):
         before = self._hashes()
         self.unmerge_adapter()
         try:
-            return recover(
-                self.converted(), self.network, teacher, batches, duration, loss, also, recompute, path, seed
+            finished = recover(
+                self.converted(),
+                self.network,
+                teacher,
+                batches,
+                duration,
+                loss,
+                also,
+                recompute,
+                path,
+                seed,
+                closed_form=not self._recovered,
             )
+            self._recovered = True
+            return finished
         finally:
             self._drop_outdated(before)
 

@@ -155,6 +155,7 @@ class Converted:
         card: the text of the model card.
         ties: names of parameters that the original network ties, those of one parameter together.
         known_fingerprint: the fingerprint of the base, if it has been computed.
+        recovered: whether recovery has trained it since it was converted or loaded.
 
     Raises:
         LoRunError: the active set of a stage is missing or has no adapter for the stage.
@@ -169,6 +170,7 @@ class Converted:
     card: Card = Card()
     ties: tuple[tuple[str, ...], ...] = ()
     known_fingerprint: str | None = None
+    recovered: bool = False
 
     def __post_init__(self) -> None:
         for stage in range(len(self.stage_map)):

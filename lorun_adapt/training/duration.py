@@ -10,6 +10,7 @@ from ..util.numbers import is_number, is_whole_number
 
 WARM_UP = 0.03  # fraction of the duration
 LONGEST = 1e9  # minutes or steps
+LEAST_MINUTES, LEAST_STEPS = 10, 1000  # of a run that begins with trials
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,16 @@ class Duration:
         """
         return Duration(max(1 / 60, self.minutes - seconds / 60)) if self.minutes else self
 
+    def part(self, share: float) -> Duration:
+        """A share, 0 to 1, of the duration; of steps, one at least.
+
+        >>> Duration(steps=1000).part(0.1).steps
+        100
+        """
+        if self.steps:
+            return Duration(steps=max(1, round(share * self.steps)))
+        return Duration(minutes=share * (self.minutes or 0))
+
     @property
     def total(self) -> int:
         """The duration in steps or, if it is in minutes, in seconds: the length of a progress bar."""
@@ -66,6 +77,15 @@ class Duration:
     def fraction_done(self, seconds: float, steps: int) -> float:
         """The fraction of the duration, 0 to 1, that is over after so many seconds and steps."""
         return min(1.0, seconds / (60 * self.minutes) if self.minutes else steps / (self.steps or 1))
+
+
+def has_time_for_trials(duration: Duration) -> bool:
+    """Whether a part of the duration is enough to see which conversion will be the better one.
+
+    >>> has_time_for_trials(Duration(minutes=20)), has_time_for_trials(Duration(steps=300))
+    (True, False)
+    """
+    return (duration.minutes or 0) >= LEAST_MINUTES or (duration.steps or 0) >= LEAST_STEPS
 
 
 def learning_rate_schedule(done: float) -> float:

@@ -47,6 +47,15 @@ def _to_json(tensors: dict[str, Tensor], value: Any) -> Any:
     return {"value": value}
 
 
+def run_id_of(path: Path) -> str:
+    """The run that a state file belongs to; empty if it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return str((file.metadata() or {}).get("kind", ""))
+    except (SafetensorError, OSError):
+        return ""
+
+
 def read_state(path: Path, run_id: str) -> dict[str, Any]:
     """Read the state that :func:`write_state` wrote for the run ``run_id``.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lorun_adapt
 from lorun_adapt.cli.main import cli
-from lorun_adapt.conversion import collapse
+from lorun_adapt.conversion import conversions
 from lorun_adapt.export.onnx import save_onnx
 from lorun_adapt.export.program import export_program, save_program
 from lorun_adapt.peft_format.options import config_of_ranks
@@ -83,7 +83,7 @@ def network(request: pytest.FixtureRequest) -> nn.Module:
     if request.param == "no base":
         names = ["kernel", "body.weight"]
         config = config_of_ranks(dict.fromkeys(names, 4))
-        return lorun_adapt.LoRunModel(collapse(net, config, without_base=names)).network
+        return lorun_adapt.LoRunModel(*conversions(net, config, without_base=names)).network
     lorun = lorun_adapt.convert(net, rank=4)
     if request.param == "merged":
         lorun.merge_adapter()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lorun_adapt
 from lorun_adapt import LoRunError
-from lorun_adapt.conversion import collapse
+from lorun_adapt.conversion import conversions
 from lorun_adapt.factorise.allocate import allocate
 from lorun_adapt.network.batches import Batch, Batches
 from lorun_adapt.network.report import make_report
@@ -103,7 +103,7 @@ def test_weighing_keeps_to_its_time_unless_a_run_is_to_resume(repeatable, drawn)
 
     batches = Batches(slow())
     duration = Duration(minutes=1e-4)
-    collapse(teacher(), budget=0.9, calibration=batches, duration=duration, repeatable=repeatable)
+    conversions(teacher(), budget=0.9, calibration=batches, duration=duration, repeatable=repeatable)
     assert batches.drawn == drawn
 
 
@@ -115,7 +115,7 @@ def test_all_tensors_can_be_given_a_base_or_none(base) -> None:
     for budget in (0.8, 0.95):
         found = allocate(net, stage_map, budget, base=base)
         assert found.without_base == (frozenset() if base else names) and found.ranks.keys() == names
-        converted = collapse(net, config_of_ranks(found.ranks), without_base=found.without_base)
+        (converted,) = conversions(net, config_of_ranks(found.ranks), without_base=found.without_base)
         assert make_report(converted).network_after.num_parameters <= budget * before
     with pytest.raises(LoRunError, match="at least [0-9,]+ parameters"):
         allocate(net, stage_map, 10, base=base)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorun_adapt
-from lorun_adapt.conversion import collapse
+from lorun_adapt.conversion import conversions
 from lorun_adapt.network import factored
 
 RANK = 4
@@ -183,7 +183,7 @@ def without_bases(net: nn.Module, rank: int = RANK, **find: Any) -> lorun_adapt.
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_parameters=names)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return lorun_adapt.LoRunModel(collapse(net, config, without_base=names, **find))
+        return lorun_adapt.LoRunModel(*conversions(net, config, without_base=names, **find))
 
 
 def test_every_network_computes_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
