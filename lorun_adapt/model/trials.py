@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..network.batches import HELD_OUT, Batch, Batches, is_finite
+from ..network.batches import Batch, Batches, is_finite
 from ..network.observe import Observer
 from ..training.distill import Distillation, Loss
 from ..training.duration import Duration
@@ -24,7 +24,8 @@ from ..util.seeds import seeded
 from .lorun_model import LoRunModel
 
 SHARE = 0.1  # of the duration, for each trial
-BATCHES = 32  # to try on, and to compare
+BATCHES, JUDGED = 32, 4  # to try on, and of these, to compare on
+MARGIN = 0.03  # of the error: by so much another one must be better than the first, which runs faster
 
 
 def recover_best(
@@ -41,11 +42,13 @@ def recover_best(
 ) -> tuple[LoRunModel, bool]:
     """Recover one of several conversions of ``dun``: the one that is the closest to it after a tenth of the duration.
 
-    What a conversion keeps of the weights says little about how good it becomes; the first steps say more. A run of
-    steps takes so many for the one that is chosen. With a state file, the choice is the one that was made before.
+    What a conversion keeps of the weights says little about how good it becomes; the first steps say more. Of two that
+    are about as close, it is the first one. A run of steps takes so many for the one that is chosen. With a state file,
+    the choice is the one that was made before.
 
     Args:
-        candidates: the conversions. They are changed in place; a single one is recovered at once.
+        candidates: the conversions, those that run faster first. They are changed in place; a single one is recovered
+            at once.
         dun: the original network.
         calibration, loss, also, recompute, resume_from, seed: as in :meth:`LoRunModel.recover`.
         duration: of everything together.
@@ -76,17 +79,20 @@ def _best(
     candidates: Sequence[LoRunModel], dun: nn.Module, batches: list[Batch], trial: Duration, settings: dict[str, Any]
 ) -> tuple[LoRunModel, bool]:
     """The best one after a trial of each, and False if Ctrl-C stopped a trial."""
-    judged = [batch for batch in batches if is_finite(batch)][:HELD_OUT]
-    training = batches[HELD_OUT:] or batches
+    judged = [batch for batch in batches if is_finite(batch)][:JUDGED]
+    training = batches[JUDGED:] or batches
     found: list[tuple[float, LoRunModel]] = []
     for number, lorun in enumerate(candidates, 1):
         _say(f"trial {number} of {len(candidates)}: {_bases(lorun)}")
         finished = lorun.recover(dun, training, minutes=trial.minutes, steps=trial.steps, **settings)
         if not finished:
-            return (min(found, key=lambda item: item[0])[1] if found else lorun), False
+            return (found[0][1] if found else lorun), False
         error = _error(lorun, dun, judged, settings["loss"], settings["seed"])
         found.append((broadcast(error), lorun))
-    least, chosen = min(found, key=lambda item: item[0])
+    (least, chosen), *rest = found
+    for error, lorun in rest:
+        if least - error > MARGIN * abs(least):
+            least, chosen = error, lorun
     others = " and ".join(f"{error:.4g}" for error, lorun in found if lorun is not chosen)
     _say(f"going on {_bases(chosen)}: its error is {least:.4g}, against {others}")
     return chosen, True

@@ -10,6 +10,7 @@ from recovery_runs import Stopping, measurements, same, teacher, values
 from tasks import call
 
 import lorun_adapt
+from lorun_adapt import conversion
 from lorun_adapt.model import trials
 from lorun_adapt.model.trials import recover_best
 from lorun_adapt.training import duration, recovery
@@ -23,6 +24,7 @@ BUDGET = 0.8
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of 40 steps are long enough for trials, each of 4 steps."""
     monkeypatch.setattr(duration, "LEAST_STEPS", 40)
+    monkeypatch.setattr(conversion, "TRIED_BELOW", 1.0)
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def test_the_closest_one_goes_on(steps, capsys) -> None:
     assert "trial 1 of 2: with a base for every tensor" in found and "going on with a base for every tensor" in found
 
 
-def test_a_budget_tries_bases_where_there_is_time(short, steps, capsys) -> None:
+def test_a_budget_tries_bases_where_there_is_time(short, steps, monkeypatch, capsys) -> None:
     """It keeps to the steps and to the budget, and begins in closed form once for each."""
     net, fitted = teacher(), []
     with pytest.MonkeyPatch.context() as patch:
@@ -60,9 +62,11 @@ def test_a_budget_tries_bases_where_there_is_time(short, steps, capsys) -> None:
     assert "trial 2 of 2: with a base for every tensor" in capsys.readouterr().err
     assert len(steps) == 44 and len(set(steps)) == 2 and len(fitted) == 2
     assert lorun.num_parameters() <= BUDGET * sum(p.numel() for p in net.parameters())
-    steps.clear()
-    lorun_adapt.convert(net, budget=BUDGET, calibration=measurements(), steps=39)
-    assert len(steps) == 39 and "trial" not in capsys.readouterr().err
+    for below, length in ((1.0, 39), (0.5, 40)):
+        monkeypatch.setattr(conversion, "TRIED_BELOW", below)
+        steps.clear()
+        lorun_adapt.convert(net, budget=BUDGET, calibration=measurements(), steps=length)
+        assert len(steps) == length and "trial" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bases", [True, False])
