@@ -63,6 +63,7 @@ from lorun_adapt.training.trained import TrainedTensor
 from lorun_adapt.util.seeds import seeded
 
 FIRST = 0.2  # the fraction of the steps of the first part, in the ways that have two
+ACROSS = 4  # panels of the picture, side by side
 EVERY = 2  # steps between two pulls
 RATE = 0.02  # learning rate while the kernels are pulled together, relative to the size of a tensor's values
 
@@ -349,8 +350,11 @@ def plot(rows: list[dict[str, Any]], path: Path, pace: float | None) -> None:
     from matplotlib import pyplot
 
     panels = sorted({(row["network"], -row["share"]) for row in rows})
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False)
-    for axis, (network, share) in zip(axes[0], panels):
+    grid = math.ceil(len(panels) / ACROSS), min(ACROSS, len(panels))
+    figure, axes = pyplot.subplots(*grid, figsize=(4.2 * grid[1], 3.6 * grid[0]), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (network, share) in zip(axes.flat, panels):
         part = [row for row in rows if (row["network"], -row["share"]) == (network, share)]
         for number, way in enumerate(WAYS):
             points = sorted((row["steps"] / (pace or 1), row["psnr"]) for row in part if row["way"] == way)
