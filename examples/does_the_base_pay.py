@@ -368,7 +368,7 @@ def plot(rows: list[dict[str, Any]], path: Path, pace: float | None) -> None:
         axis.set_xlabel(f"minutes, at {pace:g} steps each" if pace else "steps")
         axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
 
 
 def main() -> None:
