@@ -216,6 +216,7 @@ def test_its_trainer_trains_step_sizes_too(name: str, share: bool, tmp_path: Pat
     assert name == "MoDL" or scores["PSNR"] == pytest.approx(float(psnr), abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_guide_runs() -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text(), re.MULTILINE | re.DOTALL)

@@ -53,6 +53,7 @@ def scores_of_demo(field: str, first: str, rows: tuple[str, ...], folder: Path, 
     return [scores[row] for row in (first, *rows)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:deepinv")
 @pytest.mark.parametrize(
     "field, first, gain", [("spectral_imaging", "smoothed projections", 0.5), ("mri", "zero-filled", 4)]
@@ -234,6 +235,7 @@ def test_table_of_noise_levels(small, monkeypatch, capsys) -> None:
     assert lorun_adapt.from_pretrained(tmp_path / "out", net).adapter_names[1:] == ["low", "middle", "high"]
 
 
+@pytest.mark.slow
 def test_comparison_of_methods(small, monkeypatch, capsys) -> None:
     """On a small network and for no time: each way keeps to the bytes of the first."""
     out = run_example(
@@ -351,6 +353,7 @@ def test_noise_that_the_reference_network_estimates() -> None:
         assert task.noise_level(task.measure(image, sigma)) == pytest.approx(sigma, rel=0.1, abs=3)
 
 
+@pytest.mark.slow
 @needs_data
 def test_published_network(tmp_path, capsys, monkeypatch) -> None:
     images = tmp_path / "images"

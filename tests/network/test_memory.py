@@ -33,6 +33,7 @@ print((memory("VmHWM") - before) / size)
 """
 
 
+@pytest.mark.slow
 def test_at_most_one_and_a_half_times_the_networks_memory() -> None:
     found = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, timeout=120)
     assert float(found.stdout) < 1.5

@@ -391,6 +391,7 @@ if process_state().is_main_process:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch) -> None:
     found = launch(LAUNCHED, tmp_path)
     monkeypatch.setattr(distill, "relative_error", mean_squared_error)
