@@ -100,8 +100,8 @@ def convert(
         budget: instead of ``config``, the number of parameters of the converted network, or, between 0 and 1, its
             share of the original number. The ranks, and which tensors get no base, are chosen to keep as much energy
             of the weights as possible, weighted, with ``calibration``, by their effect on the output. Where
-            the denoisers are to become five times smaller, a recovery of ten minutes or 1,000 steps begins with trials,
-            which show whether a base for every tensor is better.
+            the denoisers are to become five times smaller, a recovery of at least ten minutes or 1,000 steps begins
+            with trials, which show whether a base for every tensor is better.
         faster: instead of ``config``, how many times fewer operations the converted network may need at most, above 1:
             the largest budget with which its convolutions and matrix products take 1 / ``faster`` of the original's on
             the example inputs, which it needs. Tensors without a base save operations, see ``guides/speed.md``.

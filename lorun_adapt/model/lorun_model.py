@@ -756,7 +756,7 @@ class LoRunModel(nn.Module):
         before = self._hashes()
         self.unmerge_adapter()
         try:
-            finished = recover(
+            return recover(
                 self.converted(),
                 self.network,
                 teacher,
@@ -769,10 +769,8 @@ class LoRunModel(nn.Module):
                 seed,
                 closed_form=not self._recovered,
             )
-            self._recovered = True
-            return finished
         finally:
-            self._drop_outdated(before)
+            self._recovered |= self._drop_outdated(before)
 
     @in_own_modes
     def finetune(
@@ -1291,14 +1289,15 @@ class LoRunModel(nn.Module):
         """Return the hashes of the base in memory and of all tensors."""
         return fingerprint_of(distinct_tensors(self.base)), fingerprint_of(tensors_in_state(self))
 
-    def _drop_outdated(self, before: tuple[str, str]) -> None:
-        """Drop the fingerprint and the measured qualities if training has changed the tensors they describe."""
+    def _drop_outdated(self, before: tuple[str, str]) -> bool:
+        """Drop the fingerprint and the measured qualities if training has changed what they describe; tell if so."""
         now = self._hashes()
         if now[0] != before[0]:
             self._fingerprint = None
         if now != before:
             for name, info in self.adapter_info.items():
                 self.adapter_info[name] = dataclasses.replace(info, quality=())
+        return now != before
 
 
 def _check_holds(name: str, stage: int, stages: Collection[int]) -> None:

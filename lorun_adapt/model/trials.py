@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 import time
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..errors import LoRunError
 from ..network.batches import Batch, Batches, is_finite
-from ..network.observe import Observer
+from ..network.observe import Observer, forward_arguments
 from ..training.distill import Distillation, Loss
 from ..training.duration import Duration
+from ..training.fit import is_later
 from ..training.processes import broadcast, num_processes, process_state
+from ..training.recovery import FORWARDS_PER_STEP
+from ..training.replay import owned
 from ..training.state_file import run_id_of
 from ..training.trained import trainable_base
 from ..util.modules import evaluating
+from ..util.nested import device_of, num_bytes, to_device
 from ..util.progress import announce
 from ..util.seeds import seeded
 from .lorun_model import LoRunModel
 
 SHARE = 0.1  # of the duration, for each trial
 BATCHES, JUDGED = 32, 4  # to try on, and of these, to compare on
+MAX_BYTES = 1 << 30  # of these batches
+DRAWING = 0.02  # the fraction of the minutes in which they are drawn
+LEAST_STEPS = 40  # of a trial that is to tell anything
 MARGIN = 0.03  # of the error: by so much another one must be better than the first, which runs faster
 
 
@@ -43,8 +54,9 @@ def recover_best(
     """Recover one of several conversions of ``dun``: the one that is the closest to it after a tenth of the duration.
 
     What a conversion keeps of the weights says little about how good it becomes; the first steps say more. Of two that
-    are about as close, it is the first one. A run of steps takes so many for the one that is chosen. With a state file,
-    the choice is the one that was made before.
+    are about as close, it is the first one, and also where a tenth of the minutes has no time for 40 steps. A run of
+    steps takes so many for the one that is chosen. With a state file, trials have files of their own beside it until
+    the run has ended, and a run that goes on from it keeps to the choice that was made.
 
     Args:
         candidates: the conversions, those that run faster first. They are changed in place; a single one is recovered
@@ -55,47 +67,117 @@ def recover_best(
 
     Returns:
         The conversion that was chosen, and False if Ctrl-C stopped its training.
+
+    Raises:
+        LoRunError: as :meth:`LoRunModel.recover`; of trials, only if each of them failed.
     """
     started, stream = time.monotonic(), calibration
     settings: dict[str, Any] = {"loss": loss, "also": also, "recompute": recompute, "seed": seed}
     chosen, finished = candidates[0], True
+    files = [] if resume_from is None else [_file_of_trial(resume_from, i) for i in range(len(candidates))]
     if len(candidates) > 1:
         with seeded(seed):
             stream = Batches(calibration)
-            batches = list(itertools.islice(stream, BATCHES))  # as many if the trials are over already
+            # Drawn on resume too: so the stream goes on from the same batch.
+            batches = _first_batches(stream, duration, started)
         if resume_from is not None and resume_from.exists():
             chosen = _tried_before(candidates, also, resume_from)
-        else:
-            chosen, finished = _best(candidates, dun, batches, duration.part(SHARE), settings)
+        elif _tells_something(duration.part(SHARE), dun, batches[0]):
+            chosen, finished = _best(candidates, dun, batches, duration.part(SHARE), files, settings)
+        del batches
         duration = _rest(duration, time.monotonic() - started, len(candidates))
+    del candidates
     if finished:
         finished = chosen.recover(
             dun, stream, minutes=duration.minutes, steps=duration.steps, resume_from=resume_from, **settings
         )
+        for file in files if finished else ():
+            file.unlink(missing_ok=True)
     return chosen, finished
 
 
+def _first_batches(stream: Batches, duration: Duration, started: float) -> list[Batch]:
+    """The batches for the trials: fewer if they are large, or take long to make."""
+    batches: list[Batch] = []
+    size = 0
+    for batch in itertools.islice(stream, BATCHES):
+        batches.append(owned(batch))
+        size += num_bytes(batch)
+        if size >= MAX_BYTES or is_later(duration, started, DRAWING):
+            break
+    return batches
+
+
+@torch.no_grad()
+def _tells_something(trial: Duration, dun: nn.Module, batch: Batch) -> bool:
+    """Whether a trial has time for enough steps."""
+    if trial.minutes is None:
+        return True
+    with evaluating(dun):
+        inputs = to_device(forward_arguments(dun, batch), device_of(dun))
+        started = time.monotonic()
+        dun(*inputs)
+        return broadcast(60 * trial.minutes > LEAST_STEPS * FORWARDS_PER_STEP * (time.monotonic() - started))
+
+
 def _best(
-    candidates: Sequence[LoRunModel], dun: nn.Module, batches: list[Batch], trial: Duration, settings: dict[str, Any]
+    candidates: Sequence[LoRunModel],
+    dun: nn.Module,
+    batches: Sequence[Batch],
+    trial: Duration,
+    files: Sequence[Path],
+    settings: dict[str, Any],
 ) -> tuple[LoRunModel, bool]:
     """The best one after a trial of each, and False if Ctrl-C stopped a trial."""
     judged = [batch for batch in batches if is_finite(batch)][:JUDGED]
     training = batches[JUDGED:] or batches
     found: list[tuple[float, LoRunModel]] = []
-    for number, lorun in enumerate(candidates, 1):
+    failures: list[LoRunError] = []
+    for number, (lorun, file) in enumerate(itertools.zip_longest(candidates, files), 1):
         _say(f"trial {number} of {len(candidates)}: {_bases(lorun)}")
-        finished = lorun.recover(dun, training, minutes=trial.minutes, steps=trial.steps, **settings)
+        try:
+            with _without_advice():
+                finished = lorun.recover(
+                    dun, training, minutes=trial.minutes, steps=trial.steps, resume_from=file, **settings
+                )
+            error = _error(lorun, dun, judged, settings["loss"], settings["seed"]) if finished else math.inf
+        except KeyboardInterrupt:  # outside of training
+            finished = False
+        except LoRunError as failure:
+            failures.append(failure)
+            _say(f"trial {number} failed: {failure}")
+            continue
         if not finished:
-            return (found[0][1] if found else lorun), False
-        error = _error(lorun, dun, judged, settings["loss"], settings["seed"])
+            return (_closest(found)[1] if found else lorun), False
         found.append((broadcast(error), lorun))
+    if not found:
+        raise failures[0]
+    least, chosen = _closest(found)
+    others = " and ".join(f"{error:.4g}" for error, lorun in found if lorun is not chosen)
+    _say(f"going on {_bases(chosen)}" + (f": its error is {least:.4g}, against {others}" if others else ""))
+    return chosen, True
+
+
+def _closest(found: Sequence[tuple[float, LoRunModel]]) -> tuple[float, LoRunModel]:
+    """The first one, unless another has a clearly smaller error."""
     (least, chosen), *rest = found
     for error, lorun in rest:
-        if least - error > MARGIN * abs(least):
+        if math.isfinite(error) and (not math.isfinite(least) or least - error > MARGIN * abs(least)):
             least, chosen = error, lorun
-    others = " and ".join(f"{error:.4g}" for error, lorun in found if lorun is not chosen)
-    _say(f"going on {_bases(chosen)}: its error is {least:.4g}, against {others}")
-    return chosen, True
+    return least, chosen
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Within the block, no warning says that a run was short, as a trial is."""
+    with warnings.catch_warnings():
+        for message in ("recovery found nothing closer", ".*choose a higher rank", "the run in .* was over already"):
+            warnings.filterwarnings("ignore", message)
+        yield
+
+
+def _file_of_trial(path: Path, index: int) -> Path:
+    return path.with_name(f"{path.name}.trial{index + 1}")
 
 
 def _rest(duration: Duration, seconds: float, trials: int) -> Duration:
@@ -107,7 +189,7 @@ def _rest(duration: Duration, seconds: float, trials: int) -> Duration:
 
 @torch.no_grad()
 def _error(lorun: LoRunModel, dun: nn.Module, batches: Sequence[Batch], loss: Loss | None, seed: int) -> float:
-    """The mean of what recovery minimises, on batches that it did not train on."""
+    """The mean of what recovery minimises, on the same batches for each conversion."""
     with evaluating(lorun), evaluating(dun):
         objective = Distillation(lorun.network, dun, Observer(dun, lorun.stage_map, batches[0]), loss)
         examples = [objective.example(batch, seed) for batch in batches]

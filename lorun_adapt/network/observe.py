@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -94,18 +94,18 @@ class Observer:
         For a stage, these are the tensors from which later stages compute their outputs; for the final output, those
         computed from the last of these.
         """
+        traced = None
+        # Only the shape of the graph is read, so the tensors for a backward pass are not kept. That fails where a
+        # forward has a backward pass inside, such as the gradient of a learnt energy.
+        with suppress(Exception), saved_tensors_hooks(lambda tensor: None, _no_backward):
+            traced = self._traced(teacher, batch)
         try:
-            # The graph is read, and no backward pass needs tensors, so that memory of the whole forward is saved.
-            with saved_tensors_hooks(lambda tensor: None, _no_backward):
-                captured, final = self._traced(teacher, batch)
-        except Exception:  # some forwards have a backward pass inside, such as the gradient of a learnt energy
-            try:
-                captured, final = self._traced(teacher, batch)
-            except Exception as error:
-                raise LoRunError(
-                    f"{type(teacher).__name__} cannot run on the first batch of calibration ({type(error).__name__}: "
-                    f"{error}): each batch must hold the arguments of its forward{hint_on_arguments(teacher, batch)}"
-                ) from error
+            captured, final = traced or self._traced(teacher, batch)
+        except Exception as error:
+            raise LoRunError(
+                f"{type(teacher).__name__} cannot run on the first batch of calibration ({type(error).__name__}: "
+                f"{error}): each batch must hold the arguments of its forward{hint_on_arguments(teacher, batch)}"
+            ) from error
         if not final:
             raise LoRunError(
                 f"{type(teacher).__name__} returns no floating-point tensors, so there is nothing to train on: have "

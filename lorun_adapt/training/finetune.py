@@ -97,6 +97,8 @@ def finetune(
         finished = trainer.train(stop)
     if not finished:
         warnings.warn("fine-tuning was stopped: the best weights so far are kept", stacklevel=4)
+    elif not trainer.run.step:
+        warnings.warn("there was no time for a step: the set is as it began; give more minutes", stacklevel=4)
     return finished
 
 

@@ -33,7 +33,7 @@ from .trained import TrainedTensor
 from .trainer import Trainer
 
 RATE = 0.02  # learning rate relative to the size of a tensor's values, unless the caller gives others
-SLOW_START = 0.1  # the fraction of the minutes after which the start saves time
+SLOW_START = 0.1  # if the start has taken this fraction of the minutes, the rest of it leaves out what it can
 
 
 @in_own_modes
@@ -117,6 +117,8 @@ def fit(
         finished = trainer.train(stop)
     if not finished:
         warnings.warn("training was stopped: the network has the best weights so far", stacklevel=3)
+    elif not trainer.run.step:
+        warnings.warn("there was no time for a step: the network is as it was; give more minutes", stacklevel=3)
     return finished
 
 

@@ -85,6 +85,7 @@ def recover(
             "before you add others"
         )
     started = time.monotonic()
+    duration = broadcast(duration)  # what is left of some minutes is not the same in each process
     check_teacher(teacher, converted.base)
     first = calibration.first
     with (

@@ -88,7 +88,7 @@ class Replay(Generic[T]):
         self._computed.clear()
 
     def _draw(self) -> None:
-        self._kept[self._drawn] = batch = _own(next(self._batches))
+        self._kept[self._drawn] = batch = owned(next(self._batches))
         self._bytes[self._drawn] = num_bytes(batch)
         self._drawn += 1
 
@@ -116,7 +116,7 @@ class Replay(Generic[T]):
         return item
 
 
-def _own(batch: Batch) -> Batch:
+def owned(batch: Batch) -> Batch:
     """The batch, copied if it is in shared memory, of which workers of a ``DataLoader`` need little at a time."""
     shared = any(tensor.device.type == "cpu" and tensor.is_shared() for tensor in tensors_in(batch))
     return to_device(batch, torch.device("cpu")) if shared else batch

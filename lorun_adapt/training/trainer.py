@@ -241,8 +241,9 @@ class Trainer:
         return self.duration.fraction_done(self.run.seconds, self.run.step)
 
     def _first_step(self) -> float:
-        """The fraction of the minutes that a first step takes at least, with the check after it."""
-        seconds = FORWARDS_OF_FIRST_STEP * self.seconds_per_check / max(1, len(self.examples))
+        """About the fraction of the minutes that the first step of a phase takes, with the check after it."""
+        examples = math.ceil(len(self.examples) / self.accelerator.num_processes)  # of one process, in a check
+        seconds = FORWARDS_OF_FIRST_STEP * self.seconds_per_check / max(1, examples)
         return broadcast(self.duration.fraction_done(seconds, 0))
 
     def _is_over(self, phase: Phase) -> bool:

@@ -94,6 +94,7 @@ def launch(script: str, tmp_path: Path, processes: int = 2) -> dict[str, Tensor]
         capture_output=True,
         text=True,
         env=environment,
+        timeout=300,  # processes that disagree wait for each other forever
     )
     assert done.returncode == 0, done.stderr
     return load_file(tmp_path / "out.safetensors")

@@ -178,7 +178,36 @@ def test_a_slow_start_leaves_out_what_there_is_no_time_for(seconds, forward, jud
     assert time.monotonic() - started < (3 if fits else seconds + 2)
 
 
-def test_no_step_begins_for_which_there_is_no_time(monkeypatch) -> None:
+@pytest.mark.parametrize("seconds, trains", [(0.7, False), (0.01, True)])
+def test_no_phase_begins_without_time_for_its_first_step(seconds, trains, monkeypatch) -> None:
+    """A step with its check takes six forwards, and the check of two batches took so many seconds."""
+    judge = Trainer.judge
+
+    def judged(self: Trainer) -> None:
+        judge(self)
+        self.seconds_per_check = seconds
+
+    monkeypatch.setattr(Trainer, "judge", judged)
+    net, student = teacher(), teacher()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(0.9)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert lorun_adapt.fit(student, measurements(), teacher=net, minutes=2 / 60)
+    assert same(student.state_dict(), before) is not trains
+    assert any("there was no time for a step" in str(warning.message) for warning in caught) is not trains
+
+
+def test_a_set_without_a_step_is_said_to_be_as_it_began(monkeypatch) -> None:
+    monkeypatch.setattr(Trainer, "_first_step", lambda self: 1.0)
+    lorun = lorun_adapt.convert(teacher(), rank=1)
+    with pytest.warns(UserWarning, match="there was no time for a step: the set is as it began"):
+        lorun.finetune(measurements(), "noisy", loss=lambda output, batch: output.square().mean(), minutes=0.05)
+
+
+def test_nothing_trains_if_the_start_takes_all_the_minutes(monkeypatch) -> None:
     """A second is over before anything can train: nothing changes, and what was begun ends soon."""
     forwards, steps = [], []
     monkeypatch.setattr(Trainer, "_step", lambda self, *_: steps.append(1) or 0.0)
