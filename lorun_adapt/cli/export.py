@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from .options import FILE, working
-
-if TYPE_CHECKING:
-    pass
 
 SUFFIXES = (".onnx", ".pt2")
 
@@ -30,7 +27,20 @@ def _out(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
 @click.option("--adapter-name", metavar="NAME", help="The set to export.  [default: the active set]")
 @click.option("--size", type=click.IntRange(min=1), help="Pixels a side.  [default: the task's patch]")
 @click.option("--dynamic", is_flag=True, help="Let the file take any number of images, of any size.")
-def export(converted: Path, task: str, out: Path, adapter_name: str | None, size: int | None, dynamic: bool) -> None:
+@click.option(
+    "--adapters-as-inputs",
+    is_flag=True,
+    help="Let the .onnx file take the tensors of a set as inputs, and write each set to a file beside it.",
+)
+def export(
+    converted: Path,
+    task: str,
+    out: Path,
+    adapter_name: str | None,
+    size: int | None,
+    dynamic: bool,
+    adapters_as_inputs: bool,
+) -> None:
     """Write the conversion in DIR to a file that runs without lorun-adapt.
 
     The file holds the base once; the weights of the stages are computed as it runs. An ONNX file is run in
@@ -40,9 +50,12 @@ def export(converted: Path, task: str, out: Path, adapter_name: str | None, size
 
     from ..export.onnx import save_onnx
     from ..export.program import export_program, save_program
+    from ..export.sets import save_sets, tensors_of_sets
     from ..model.pretrained import from_pretrained
     from ..task.task import load_task
 
+    if adapters_as_inputs and out.suffix != ".onnx":
+        raise click.UsageError("--adapters-as-inputs is for .onnx files: choose such a file, or leave it out")
     spec = load_task(task)
     lorun = from_pretrained(converted, spec.build()).eval()
     lorun.task = spec
@@ -54,11 +67,13 @@ def export(converted: Path, task: str, out: Path, adapter_name: str | None, size
         generator = torch.Generator().manual_seed(0)
         return spec.measure(torch.rand(images, spec.channels, pixels, pixels, generator=generator))
 
+    sets = tensors_of_sets(lorun) if adapters_as_inputs else {}
     with working("exporting"):
         exported = export_program(lorun.network, measure, side, dynamic)
         if out.suffix == ".onnx":
-            difference = save_onnx(exported, out)
+            difference = save_onnx(exported, out, sets)
             click.echo(f"onnxruntime's output differs by {difference:.1e} of PyTorch's")
         else:
             save_program(exported, out)
-    click.echo(f"file: {out} ({out.stat().st_size / 1000:,.1f} kB)")
+    for file in [out, *save_sets(sets, out)]:
+        click.echo(f"file: {file} ({file.stat().st_size / 1000:,.1f} kB)")

@@ -7,11 +7,13 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from ..disk.folder import write_file
 from ..errors import LoRunError
@@ -20,18 +22,22 @@ from ..util.nested import tensors_in
 from ..util.text import shortened
 from .program import Exported
 
+TensorsOfSets = Mapping[str, Mapping[str, Tensor]]  # by the name of the set, then by the tensor's in the network
+
 CLOSE = 1e-4  # relative difference of outputs from those of PyTorch
 
 
-def save_onnx(exported: Exported, path: Path) -> float:
+def save_onnx(exported: Exported, path: Path, sets: TensorsOfSets | None = None) -> float:
     """Write a program to an ONNX file, and run the file in onnxruntime.
 
     Args:
         exported: the program, and arguments to compare the outputs on.
         path: the file; it appears whole or not at all.
+        sets: adapter sets of the network. Their tensors become inputs of the file under these names; where none is
+            given as it runs, it takes the tensor of the network.
 
     Returns:
-        The largest relative difference of an output from PyTorch's.
+        The largest relative difference of an output from PyTorch's, with each of the sets.
 
     Raises:
         LoRunError: a library is missing; ONNX has no form of an operation; the outputs differ.
@@ -42,13 +48,15 @@ def save_onnx(exported: Exported, path: Path) -> float:
         import onnxscript  # noqa: F401  torch.onnx needs it
     except ImportError as error:
         raise LoRunError(f'{error.name} is missing: pip install "lorun-adapt[onnx]"') from error
-    program, arguments = exported
+    program, arguments = exported.program, exported.arguments
     try:
         with _quiet(), torch.no_grad():
             # Optimised, the file would have the weights of each stage, computed beforehand.
             made = torch.onnx.export(program, arguments, dynamo=True, verbose=False, optimize=False)
         assert made is not None
         passes.ClearMetadataAndDocStringPass()(made.model)  # stack traces: more bytes than the weights
+        for name in next(iter(sets.values())) if sets else ():
+            _make_input(made.model.graph, exported.prefix + name, name)
     except Exception as error:  # torch.onnx raises many types
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -62,18 +70,32 @@ def save_onnx(exported: Exported, path: Path) -> float:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    given = [value for value in arguments if isinstance(value, Tensor)]
-    feed = {item.name: value.detach().cpu().numpy() for item, value in zip(session.get_inputs(), given)}
-    found = [torch.as_tensor(value) for value in session.run(None, feed)]
-    with torch.no_grad():
-        expected = tensors_in(program.module()(*arguments))
-    difference = max(float(relative_error(a, b.cpu())) ** 0.5 for a, b in zip(found, expected, strict=False))
+    known = {item.name for item in session.get_overridable_initializers()}
+    difference = 0.0
+    given = dict(zip([item.name for item in session.get_inputs()], [v for v in arguments if isinstance(v, Tensor)]))
+    for tensors in (sets or {"": {}}).values():
+        feed = given | {name: tensor for name, tensor in tensors.items() if name in known}
+        found = session.run(None, {name: value.detach().cpu().numpy() for name, value in feed.items()})
+        values = {exported.prefix + name: tensor for name, tensor in tensors.items()}
+        with torch.no_grad():
+            expected = tensors_in(functional_call(program.module(), values, arguments))
+        errors = [float(relative_error(torch.as_tensor(a), b.cpu())) ** 0.5 for a, b in zip(found, expected)]
+        difference = max(difference, *errors)
     if not difference < CLOSE:
         raise LoRunError(
             f"the ONNX file computes something else than PyTorch, a difference of {difference:.1%}: save it as .pt2"
         )
     write_file(path, lambda out: out.write(content))
     return difference
+
+
+def _make_input(graph: Any, name: str, new_name: str) -> None:
+    """Let a tensor of an ``onnx_ir.Graph`` be given as the file runs; nothing if the graph does not use it."""
+    tensor = graph.initializers.pop(name, None)
+    if tensor is not None:
+        tensor.name = new_name
+        graph.register_initializer(tensor)
+        graph.inputs.append(tensor)
 
 
 @contextlib.contextmanager

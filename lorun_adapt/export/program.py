@@ -23,10 +23,17 @@ Measure = Callable[[int, int], tuple[Any, ...]]  # pixels a side and images -> a
 
 
 class Exported(NamedTuple):
-    """A program of ``torch.export``, and arguments that it takes."""
+    """A program of ``torch.export``.
+
+    Attributes:
+        program: the program.
+        arguments: arguments that it takes.
+        prefix: what stands before the names of the network's tensors in it.
+    """
 
     program: ExportedProgram
     arguments: tuple[Any, ...]
+    prefix: str = ""
 
 
 def export_program(network: nn.Module, measure: Measure, size: int, dynamic: bool = False) -> Exported:
@@ -63,7 +70,7 @@ def export_program(network: nn.Module, measure: Measure, size: int, dynamic: boo
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # names files of this computer, in more bytes than the weights take
-    return Exported(program, arguments)
+    return Exported(program, arguments, "network." if fixed else "")
 
 
 class _Fixed(nn.Module):

@@ -12,6 +12,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conversions import relative
+from peft import LoraConfig
+from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from lorun_adapt.cli.main import cli
 from lorun_adapt.conversion import conversions
 from lorun_adapt.export.onnx import save_onnx
 from lorun_adapt.export.program import export_program, save_program
+from lorun_adapt.export.sets import save_sets, tensors_of_sets
 from lorun_adapt.peft_format.options import config_of_ranks
 
 TASK = """
@@ -178,6 +181,57 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         save_onnx(program, tmp_path / "net.onnx")
 
 
+class TwoArguments(Net):
+    """Also reads a parameter outside of its stages, and takes an argument that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.9))
+
+    def forward(self, y: Tensor, scale: Any = None) -> Tensor:  # type: ignore[override]
+        return super().forward(y * self.gain * (1 if scale is None else scale.value))
+
+
+def noisy_set_of(lorun: lorun_adapt.LoRunModel) -> None:
+    """Add the set ``noisy``, in which every tensor is half as large again, and so is the gain."""
+    lorun.finetune([torch.rand(2, 1, 12, 12)] * 4, "noisy", also="gain", steps=1, loss=lambda x, _: x.mean())
+    with torch.no_grad():
+        held = lorun.converted().sets["noisy"]
+        for tensor in [*lorun.adapters["noisy"].parameters(), *held.outside.values()]:
+            tensor.mul_(1.5)
+    lorun.set_adapter("default")
+
+
+@pytest.mark.parametrize("arguments", [(), (Scale(),)])
+def test_one_onnx_file_serves_all_sets(arguments: tuple[Any, ...], tmp_path: Path) -> None:
+    lorun = lorun_adapt.convert(TwoArguments(), rank=2).eval()
+    noisy_set_of(lorun)
+    sets = tensors_of_sets(lorun)
+    assert list(sets) == ["default", "noisy"] and "gain" in sets["default"]
+    exported = export_program(lorun.network, lambda *size: (*measure(*size), *arguments), 12, dynamic=True)
+    assert save_onnx(exported, tmp_path / "net.onnx", sets) < 1e-4
+    files = save_sets(sets, tmp_path / "net.onnx")
+    assert [file.name for file in files] == ["net.default.safetensors", "net.noisy.safetensors"]
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
+    (y,) = measure(16, 3)
+    results = []
+    for name, given in [("default", {}), *zip(sets, map(load_file, files))]:
+        feed = {session.get_inputs()[0].name: y.numpy(), **given}
+        lorun.set_adapter(name)
+        with torch.no_grad():
+            results.append(torch.as_tensor(session.run(None, feed)[0]))
+            assert relative(results[-1], lorun(y, *arguments)) < 1e-4
+    assert relative(results[1], results[2]) > 0.01
+
+
+def test_sets_of_other_ranks_cannot_share_a_file() -> None:
+    lorun = lorun_adapt.convert(Net(), rank=2)
+    lorun.add_adapter("other", LoraConfig(r=3))
+    with pytest.raises(lorun_adapt.LoRunError, match="'default' and 'other' differ in more than their values: stages"):
+        tensors_of_sets(lorun)
+    assert lorun.active_adapters == ["default"]
+
+
 def test_the_command_exports_a_set(tmp_path: Path) -> None:
     (tmp_path / "task.py").write_text(TASK)
     task = lorun_adapt.load_task(str(tmp_path / "task.py"))
@@ -196,6 +250,14 @@ def test_the_command_exports_a_set(tmp_path: Path) -> None:
         assert "of PyTorch's" in shown.output
         with torch.no_grad():
             assert relative(run_onnx(tmp_path / "net.onnx", images), lorun.eval()(images)) < 1e-4
+    shown = CliRunner().invoke(cli, [*arguments, "--adapters-as-inputs"])
+    assert shown.exit_code == 0 and "net.other.safetensors (" in shown.output, shown.output
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
+    feed = {session.get_inputs()[0].name: images.numpy(), **load_file(tmp_path / "net.other.safetensors")}
+    with torch.no_grad():
+        assert relative(torch.as_tensor(session.run(None, feed)[0]), lorun(images)) < 1e-4
+    refused = CliRunner().invoke(cli, ["export", "x", "--task", "y", "--out", "x.pt2", "--adapters-as-inputs"])
+    assert refused.exit_code == 2 and "--adapters-as-inputs is for .onnx files" in refused.output
     refused = CliRunner().invoke(cli, ["export", "x", "--task", "y", "--out", "net.bin"])
     assert refused.exit_code == 2
     assert "expected a file that ends in .onnx or .pt2, found 'net.bin'" in refused.output
