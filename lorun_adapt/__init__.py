@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .task.evaluate import evaluate
     from .task.metrics import psnr, ssim
     from .task.task import Task, load_task
+    from .terms.sparse import SparseConfig
     from .training.fit import fit
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "LoRunModel",
     "Quality",
     "Report",
+    "SparseConfig",
     "StageMap",
     "Task",
     "__version__",
@@ -56,6 +58,7 @@ _MODULES = {
     "LoRunModel": "model.lorun_model",
     "Quality": "network.converted",
     "Report": "network.report",
+    "SparseConfig": "terms.sparse",
     "StageMap": "stages.stage_map",
     "Task": "task.task",
     "convert": "conversion",

@@ -61,6 +61,6 @@ def refit(
                 fitted = type(first).fit(stack, spec, setting, weighting=weighting)
                 stage_parameters(converted.base, group, spec)[0].copy_(fitted.base)
                 for own, new in zip(terms, fitted.terms):
-                    for parameter, value in zip(own[spec.name].parameters(), new.parameters()):
-                        parameter.copy_(value)
+                    for held, value in zip(own[spec.name].state_dict().values(), new.state_dict().values()):
+                        held.copy_(value)
     return True

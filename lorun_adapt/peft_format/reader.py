@@ -212,14 +212,18 @@ class Reader:
 
     def _other_term(self, spec: TensorSpec, remaining: dict[str, Tensor], device: torch.device) -> Term | None:
         """Return a tensor's term if it is of another kind than LoRA; remove its tensors from ``remaining``."""
+        found: list[tuple[type[Term], dict[str, tuple[str, Slot]]]] = []
         for kind in self._other_kinds if spec.adaptable else ():
             slots = {f"{PREFIX}{spec.name}.{part}": (part, slot) for part, slot in kind.file_slots(spec).items()}
             if all(name in remaining for name in slots):
-                # A file may be in another dtype than the network.
-                return kind.from_file(
-                    {part: remaining.pop(name).to(device, slot.dtype) for name, (part, slot) in slots.items()}
-                )
-        return None
+                found.append((kind, slots))
+        if not found:
+            return None
+        kind, slots = max(found, key=lambda item: len(item[1]))  # a kind may have all the tensors of another, and more
+        # A file may be in another dtype than the network.
+        return kind.from_file(
+            {part: remaining.pop(name).to(device, slot.dtype) for name, (part, slot) in slots.items()}
+        )
 
     def _problem(self, terms: Iterable[str], file_config: FileConfig, site: Site) -> str | None:
         """Return the reason why PEFT would compute something else; None if it would not, or cannot load the file."""

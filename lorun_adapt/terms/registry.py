@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from ..errors import LoRunError
 from .lowrank import LowRank
+from .sparse import LowRankAndSparse, Sparse
 from .term import Term
 
 LORA = "LORA"
 
 TERMS: dict[str, type[Term]] = {  # by the ``peft_type`` of a config
     LORA: LowRank,
+    "SPARSE": Sparse,
+    "LORA_AND_SPARSE": LowRankAndSparse,
 }
 
 

@@ -38,6 +38,7 @@ class Optimised:
                     "and save with save_pretrained(path, dtype=torch.float16) afterwards"
                 )
         self.parameters = [item.parameter for item in trained]
+        self._beside = list({id(tensor): tensor for item in trained for tensor in item.beside}.values())
         self._relative = [item.rate for item in trained]
         self._sizes = [item.size or MIN_RMS for item in trained]
         self._accelerator = accelerator
@@ -83,15 +84,20 @@ class Optimised:
         scaled = self._accelerator.scaler is not None
         return scaled or not norms or bool(torch.isfinite(torch.stack(norms)).all())
 
+    @property
+    def changing(self) -> list[Tensor]:
+        """The tensors, and those that belong to their values."""
+        return [*self.parameters, *self._beside]
+
     def values(self) -> list[Tensor]:
-        """Return copies of the tensors."""
-        return [parameter.detach().clone() for parameter in self.parameters]
+        """Return copies of the tensors, and of those that belong to their values."""
+        return [tensor.detach().clone() for tensor in self.changing]
 
     @torch.no_grad()
     def put(self, values: Sequence[Tensor]) -> None:
-        """Give the tensors these values."""
-        for parameter, value in zip(self.parameters, values):
-            parameter.copy_(value)
+        """Give the tensors the values that :meth:`values` returned."""
+        for tensor, value in zip(self.changing, values):
+            tensor.copy_(value)
 
     def state(self) -> dict[str, Any]:
         """Return what :meth:`restore` needs, for the state file."""

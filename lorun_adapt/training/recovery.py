@@ -90,7 +90,7 @@ def recover(
     first = calibration.first
     with (
         trainable_base(converted, network, also) as trained,
-        unchanged((network, teacher), [item.parameter for item in trained]),
+        unchanged((network, teacher), [tensor for item in trained for tensor in (item.parameter, *item.beside)]),
         ready_to_train(network, converted.stage_map, first, loss, teacher, seed, duration, started, recompute) as (
             objective,
             stop,
@@ -126,7 +126,7 @@ def recover(
             trainer.run.slow = _is_slow(duration, seconds)
             if closed_form and _terms_train(converted, trained) and not is_later(duration, started, TOO_LATE):
                 fit_in_closed_form(converted, teacher, objective, forcing, examples, batches, duration, seed, stop)
-                broadcast_tensors(item.parameter for item in trained)
+                broadcast_tensors(trainer.optimised.changing)
                 trainer.judge()
         finished = trainer.train(stop)
         for example in trainer.examples[:1]:  # there is none if there was no time

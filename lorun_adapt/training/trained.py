@@ -30,11 +30,13 @@ class TrainedTensor:
         parameter: the tensor.
         rate: its learning rate relative to the size of its values.
         size: what the root mean square of its values is taken to be while they are all zero.
+        beside: tensors without which its values mean nothing, such as their places. No step changes them.
     """
 
     parameter: nn.Parameter
     rate: float
     size: float = 0.0
+    beside: tuple[Tensor, ...] = ()
 
 
 def tensors_to_train(converted: Converted, held: AdapterSet, term_rate: float = TERM_RATE) -> list[TrainedTensor]:
@@ -93,9 +95,14 @@ def _of_adapters(held: AdapterSet, term_rate: float) -> list[TrainedTensor]:
 
 
 def _of_adapter(adapter: StageAdapter, term_rate: float) -> Iterable[TrainedTensor]:
-    in_terms = {id(parameter) for term in terms_of(adapter).values() for parameter in term.parameters()}
+    term_of = {id(parameter): term for term in terms_of(adapter).values() for parameter in term.parameters()}
     for parameter in _trainable(adapter.parameters()):
-        yield TrainedTensor(parameter, term_rate if id(parameter) in in_terms else PRIVATE_RATE)
+        if (term := term_of.get(id(parameter))) is None:
+            yield TrainedTensor(parameter, PRIVATE_RATE)
+        else:
+            state = term.state_dict(keep_vars=True).values()
+            beside = tuple(tensor for tensor in state if not isinstance(tensor, nn.Parameter))
+            yield TrainedTensor(parameter, term_rate, beside=beside)
 
 
 def _trainable(tensors: Iterable[Tensor]) -> list[nn.Parameter]:
