@@ -14,9 +14,8 @@ from torch import nn
 from ..disk.eight_bits import SCALES
 from ..disk.reading import DTYPES, Slot, file_limit, parse_tensors
 from ..errors import LoRunError
-from ..network.adapter import terms_of
 from ..network.assemble import share_base
-from ..network.converted import Card, Converted
+from ..network.converted import Card, Converted, ranks_in
 from ..network.sharing import ties_of
 from ..stages.checks import check_dense
 from ..stages.stage_map import StageMap
@@ -55,13 +54,9 @@ def load(folder: Path, dun: nn.Module) -> Converted:
     _fill_base(base, stage_map, content, folder / BASE_FILE)
     reader = SetReader(base, stage_map, description["fingerprint"])
     sets = {name: reader.read_set(saved, f"{ADAPTERS_FOLDER}/{name}") for name in description["adapters"]}
-    ranks: dict[str, dict[str, int]] = {}
-    for adapters in [adapters for held in sets.values() for adapters in held.adapters.values()]:
-        for group_name, adapter in adapters.items():
-            ranks.setdefault(group_name, {name: term.rank for name, term in terms_of(adapter).items()})
     return Converted(
         base,
-        dataclasses.replace(stage_map, ranks=ranks),
+        dataclasses.replace(stage_map, ranks=ranks_in(*sets.values())),
         sets,
         dict(enumerate(description["active"])),
         description["errors"],

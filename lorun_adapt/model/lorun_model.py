@@ -31,7 +31,7 @@ from ..network.adapter import StageAdapter
 from ..network.assemble import assemble, merge
 from ..network.batches import Batches
 from ..network.composed import composing_once
-from ..network.converted import AdapterSet, Choice, Converted, Quality
+from ..network.converted import AdapterSet, Choice, Converted, Quality, ranks_in
 from ..network.dense import check_merged
 from ..network.noise import Noise, noise_of
 from ..network.report import Report, make_report
@@ -696,6 +696,7 @@ class LoRunModel(nn.Module):
         loss: Loss | None = None,
         also: str | Sequence[str] = (),
         recompute: bool = False,
+        prune: int | None = None,
         resume_from: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ) -> bool:
@@ -723,6 +724,9 @@ class LoRunModel(nn.Module):
             also: glob patterns of parameters outside the stages to train as well.
             recompute: run each stage again in the backward pass instead of keeping its intermediate results. This saves
                 memory, and makes a step about a third longer.
+            prune: the rank that sparse terms end with, see :class:`SparseConfig`. Training then has several rounds of
+                equal length; after each but the last, the smallest entries are dropped, and training begins again from
+                the values that the others had early on.
             resume_from: a state file. The run stores its state there, and resumes from it if it exists. Remove it when
                 you have saved the result: the same call would otherwise return to it.
             seed: seed of all random numbers. The same seed and ``steps`` give the same weights on a CPU.
@@ -734,7 +738,7 @@ class LoRunModel(nn.Module):
             LoRunError: a calibration that is empty, does not fit the network, or has only NaN or Inf; a teacher with
                 other tensors; several adapter sets; stages that share no base; a pattern that matches no parameter
                 outside the stages; both or neither of minutes and steps; with ``recompute``, a stage whose inputs are
-                changed in place.
+                changed in place; with ``prune``, terms that are not sparse, or a rank that is not below theirs.
 
         >>> import lorun_adapt, torch
         >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -753,6 +757,18 @@ class LoRunModel(nn.Module):
         path = None if resume_from is None else as_path(resume_from)
         with seeded(seed):
             batches = Batches(calibration)
+        if prune is not None:
+            return self._recover_in_rounds(
+                prune,
+                duration,
+                path,
+                teacher=teacher,
+                calibration=batches,
+                loss=loss,
+                also=also,
+                recompute=recompute,
+                seed=seed,
+            )
         before = self._hashes()
         self.unmerge_adapter()
         try:
@@ -771,6 +787,27 @@ class LoRunModel(nn.Module):
             )
         finally:
             self._recovered |= self._drop_outdated(before)
+
+    def _recover_in_rounds(self, rank: int, duration: Duration, path: Path | None, **settings: Any) -> bool:
+        from .pruning import recover_in_rounds  # imported here: training needs libraries that inference does not
+
+        if len(self.adapter_names) > 1:
+            raise LoRunError(
+                f"recovery changes the base, which the sets {self.adapter_names} share: prune before you add others"
+            )
+        (name,) = self.adapter_names
+        self.unmerge_adapter()
+
+        def run(part: Duration, file: Path | None) -> bool:
+            return self.recover(minutes=part.minutes, steps=part.steps, resume_from=file, **settings)
+
+        def put(held: AdapterSet) -> None:
+            self._put(name, held)
+            self.stage_map = dataclasses.replace(self.stage_map, ranks=ranks_in(held))
+
+        return recover_in_rounds(
+            run, lambda: self._store.get(name), put, self.base, self.stage_map, duration, rank, path
+        )
 
     @in_own_modes
     def finetune(

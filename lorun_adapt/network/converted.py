@@ -13,7 +13,7 @@ from ..errors import LoRunError
 from ..stages.stage_map import StageMap
 from ..util.fingerprint import fingerprint_of
 from ..util.modules import distinct_tensors
-from .adapter import StageAdapter
+from .adapter import StageAdapter, terms_of
 from .noise import Noise
 
 MAX_QUALITIES = 100  # per set
@@ -135,6 +135,16 @@ class AdapterSet:
         """Whether both have the same adapters, and the same parameters outside the stages, as objects."""
         same = all(other.outside.get(name) is tensor for name, tensor in self.outside.items())
         return self.adapters == other.adapters and self.outside.keys() == other.outside.keys() and same
+
+
+def ranks_in(*sets: AdapterSet) -> dict[str, dict[str, int]]:
+    """Return the ranks of terms by group and tensor: of each group, those of the first set and stage that has it."""
+    ranks: dict[str, dict[str, int]] = {}
+    for held in sets:
+        for adapters in held.adapters.values():
+            for group, adapter in adapters.items():
+                ranks.setdefault(group, {name: term.rank for name, term in terms_of(adapter).items()})
+    return ranks
 
 
 Choice = Mapping[int, Mapping[str, StageAdapter]]  # for each stage, its active adapters by group

@@ -87,11 +87,9 @@ class Sparse(Term):
     def extra_repr(self) -> str:
         return f"rank={self.rank}, {self.places.numel()} entries"
 
-    @torch.no_grad()
-    def pruned(self, rank: int) -> Sparse:
-        """Return a term of a lower rank, with the largest of the entries."""
-        chosen = _largest(self.values.abs().flatten()[None], rank * self.values.shape[1])[0]
-        return Sparse(self.values.flatten()[chosen].view(rank, -1), self.places[chosen], self.rows)
+    def pruned(self, rank: int, start: Sparse) -> Sparse:
+        values, places = _kept_of(self.values, start.values, self.places, rank)
+        return Sparse(values, places, self.rows)
 
     @classmethod
     def fit(
@@ -202,6 +200,12 @@ class LowRankAndSparse(Term):
     def extra_repr(self) -> str:
         return f"rank={self.rank}, {self.places.numel()} entries"
 
+    def pruned(self, rank: int, start: LowRankAndSparse) -> LowRankAndSparse:
+        """Return a term of a lower rank; the pair is that of ``start``, cut by SVD."""
+        b, a = sum_of_products([(1.0, start.b, start.a)], rank)
+        values, places = _kept_of(self.values, start.values, self.places, rank)
+        return LowRankAndSparse(a.to(self.a), b.to(self.b), values, places)
+
     @classmethod
     def fit(
         cls,
@@ -283,6 +287,12 @@ class LowRankAndSparse(Term):
 def _with_entries(base: Tensor, values: Tensor, places: Tensor) -> Tensor:
     """``base``, with values added at places of the flattened tensor."""
     return base.reshape(-1).index_add(0, places, values.reshape(-1).to(base.dtype)).view(base.shape)
+
+
+def _kept_of(values: Tensor, start: Tensor, places: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The numbers that ``start`` has where ``values`` are largest, as many as ``rank`` has, and their places."""
+    chosen = _largest(values.detach().abs().flatten()[None], rank * values.shape[1])[0]
+    return start.detach().flatten()[chosen].view(rank, -1), places[chosen]
 
 
 def _count(spec: TensorSpec, setting: Setting) -> int:

@@ -104,6 +104,13 @@ class Term(nn.Module):
         """
         return None
 
+    def pruned(self: AnyTerm, rank: int, start: AnyTerm) -> AnyTerm | None:
+        """Return a term of a lower rank, with the largest entries of this one, and the values that ``start`` has there.
+
+        None for kinds without entries that could be dropped.
+        """
+        return None
+
     # --- making terms ----------------------------------------------------------------------------
 
     @classmethod

@@ -48,6 +48,7 @@ class Run:
     phase_step: int = 0  # steps in this phase
     phase_began: float = 0.0  # the seconds at which the phase began
     drawn: int = 0  # batches that were drawn before the phase began
+    seen: int = 0  # and in all when the state was saved
     recent_loss: float | None = None  # the highest loss of the last steps
     rate_factor: float = 1.0  # of the learning rate: halved at each rollback
     spikes: int = 0  # steps in a row with a much larger loss than the ones before

@@ -98,8 +98,7 @@ class Trainer:
         self.run, self.started = Run(), started
         self.best = self.checked = self.optimised.values()  # the best tensors, and those of the last check
         self._rounding, self._judged = math.inf, False
-        self.seconds_per_check = 0.0
-        self._checked = -math.inf
+        self.seconds_per_check, self._checked = 0.0, -math.inf
         self._shown: dict[str, str] = {}
 
     def train(self, stop: threading.Event) -> bool:
@@ -148,7 +147,7 @@ class Trainer:
         run = self.run
         run.seconds = run.seconds or broadcast(time.monotonic() - self.started)
         if self._done() >= 1:
-            return
+            return self.calibration.skip_to(run.seen)
         started = time.monotonic() - run.seconds
         self._hold_out()
         label, unit = self.phases[run.phase].label, "step" if self.duration.steps else "s"
@@ -371,6 +370,7 @@ class Trainer:
     def _save(self) -> None:
         if self.resume_from is None or not self.accelerator.is_main_process or not self.run.step:
             return
+        self.run.seen = self.calibration.drawn
         state = {
             "run": asdict(self.run),
             "best": self.best,
