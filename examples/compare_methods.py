@@ -4,9 +4,9 @@
 
 The first way is a conversion to a budget, recovered for the given minutes. Its bytes are what the others may use (of
 ranks they get the largest that fits), and the time that it took, conversion included, is what the others train for.
-All train on the same crops of IMAGES, with the same optimiser, and are judged on OTHERS. The conversion has the phases
-of recovery; the others train end to end, with ``lorun_adapt.fit``. Bytes are those of the files: float32 values, and
-for pruning one bit for each weight, which says whether it is there.
+All train on the same crops of IMAGES, with the same optimiser, and are judged on OTHERS. The conversions have the
+phases of recovery; the others train end to end, with ``lorun_adapt.fit``. Bytes are those of the files: float32 values,
+and where weights are pruned one bit for each, which says whether it is there.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from lorun_adapt import Crops, StageMap, convert, find_stages, fit, load_task
+from lorun_adapt import Crops, LoRunModel, SparseConfig, StageMap, convert, find_stages, fit, load_task
 
 # Learning rates, relative to the size of a tensor's values.
 FACTOR, BASE, KERNEL, SMALL = 0.05, 0.03, 0.02, 0.01
 PRUNED_BY = 0.6  # the share of the time after which pruning ends; the rest is fine-tuning
+DENSER = 2  # the rank that sparse terms start with, relative to the one that they end with
 
 Result = tuple[str, nn.Module, int]  # the name of the row, the network, the bytes of its file
 
@@ -173,6 +174,13 @@ def places(stage_map: StageMap, rank: int | None = None) -> list[tuple[Any, list
     ]
 
 
+def saved_bytes(lorun: LoRunModel) -> int:
+    """The size of a conversion's safetensors files."""
+    with tempfile.TemporaryDirectory() as folder:
+        lorun.save_pretrained(folder)
+        return bytes_in(folder)
+
+
 def owner_of(net: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds a tensor, and the name of its attribute there."""
     path, _, attribute = name.rpartition(".")
@@ -209,10 +217,25 @@ class Comparison:
         started = time.monotonic()
         lorun = convert(self.net, budget=budget, calibration=self.crops, minutes=minutes)
         self.seconds = time.monotonic() - started
-        with tempfile.TemporaryDirectory() as folder:
-            lorun.save_pretrained(folder)
-            self.limit = bytes_in(folder)
+        self.limit = saved_bytes(lorun)
         return "ranks, and bases where they pay, by sensitivity, recovered", lorun, self.limit
+
+    def sparse(self) -> Result:
+        """A base and sparse terms, pruned in rounds as they are recovered."""
+        return self._pruned_in_rounds("a base and the entries that differ most from it", low_rank=False)
+
+    def sparse_and_low_rank(self) -> Result:
+        return self._pruned_in_rounds("a base, low-rank terms, and the entries that these miss most", low_rank=True)
+
+    def _pruned_in_rounds(self, name: str, low_rank: bool) -> Result:
+        started, rank = time.monotonic(), 1
+        while saved_bytes(convert(self.net, SparseConfig(rank + 1, low_rank))) <= 1.01 * self.limit:
+            rank += 1
+        lorun = convert(self.net, SparseConfig(DENSER * rank, low_rank))
+        minutes = (self.seconds - (time.monotonic() - started)) / 60
+        if not lorun.recover(self.net, self.crops, prune=rank, minutes=minutes):
+            raise KeyboardInterrupt
+        return f"{name}, at rank {rank}, pruned in rounds", lorun, saved_bytes(lorun)
 
     def pruned(self) -> Result:
         pruning = Pruning(self.net, self.stage_map, self.limit, self.seconds)
@@ -276,7 +299,8 @@ def main() -> None:
     judged = task.images(args.judge)
     stage_map = find_stages(net, example_inputs=task.example_inputs())
     compared = Comparison(net, Crops(task, task.images(args.images)), stage_map)
-    ways = [compared.pruned, compared.factorised, compared.relaxed, compared.tied]
+    ways = [compared.pruned, compared.sparse, compared.sparse_and_low_rank]
+    ways += [compared.factorised, compared.relaxed, compared.tied]
     if compared.peft_supports_it():
         ways.append(compared.peft)
     else:
