@@ -26,7 +26,7 @@ from ..util.numbers import double_of
 from .limits import layer_problem
 from .lora import PREFIX, FactorNames, bias_name, bias_of, factor_name
 from .options import REFUSED, config_from_json
-from .template import Place, Template, template_of
+from .template import Difference, Place, Template, template_of
 
 ALWAYS_ALLOWED_RANK = 256  # a file may have a rank up to this, even if the network's matrices are smaller
 MAX_CONFIGS = 16  # in the cache; the stages of a set mostly have the same config
@@ -58,7 +58,7 @@ class Reader:
 
     def __init__(self, base: nn.Module, stage_map: StageMap, group: Group, site: Site) -> None:
         self.base, self.stage_map, self.group = base, stage_map, group
-        denoiser = base.get_submodule(site.module)
+        self._denoiser = denoiser = base.get_submodule(site.module)
         self._names = [(spec, FactorNames(denoiser, spec)) for spec in group.tensors if not spec.common]
         self._adaptable = {spec.name for spec, _ in self._names if spec.adaptable}
         self._own = {spec.name for spec, _ in self._names}
@@ -76,6 +76,9 @@ class Reader:
                 for kind in self._other_kinds:
                     self.slots |= {f"{PREFIX}{spec.name}.{part}": slot for part, slot in kind.file_slots(spec).items()}
         self._places: dict[str, Place] = {}  # where tensors go in an adapter if they can be copied unchanged
+        biases = {names.key: names.bias for _, names in self._names if names.layer is not None}
+        self._biases = {key: name for key, name in biases.items() if f"{key}.bias" in self._own}
+        self._places |= {name: ("", f"{key}.bias".replace(".", "/")) for key, name in self._biases.items()}
         for spec, names in self._names:
             factors, key = list(TERMS[LORA].file_slots(spec)), spec.name.replace(".", "/")
             self._places[PREFIX + spec.name] = "", key
@@ -110,10 +113,21 @@ class Reader:
                 return filled, file_config.lora_config, known[1]
         tensors, metadata = parse_tensors(content, self.slots, where[1], self.highest)
         adapter = self.adapter(tensors, file_config, site, where[1])
-        template = template_of(content, tensors, self._places, adapter)
+        differences = self._differences(tensors, file_config)
+        template = template_of(content, tensors, self._places, differences, adapter)
         if template is not None and len(self._templates) < MAX_CONFIGS:
             self._templates[key] = template, metadata
         return adapter, file_config.lora_config, metadata
+
+    def _differences(self, tensors: Mapping[str, Tensor], file_config: FileConfig) -> dict[str, Difference | None]:
+        """What the biases that a file has as differences are computed from; None for those it has as they are."""
+        found: dict[str, Difference | None] = {}
+        for key, name in self._biases.items():
+            if name in tensors:
+                base = self._denoiser.get_parameter(f"{key}.bias").detach()
+                read = f"{PREFIX}{key}.bias" not in tensors
+                found[name] = Difference(base, file_config.scaling(key, file_config.rank(key))) if read else None
+        return found
 
     def _file_config(self, content: bytes, where: str) -> FileConfig:
         """Parse a config.

@@ -18,12 +18,39 @@ from torch import Tensor, nn
 
 from ..disk.reading import DTYPES, parse_json
 from ..network.adapter import StageAdapter
+from .lora import bias_of
 
 TABLES = {dict, OrderedDict, set}  # the types of the tables that a module keeps
 
 Module = TypeVar("Module", bound=nn.Module)
 
 Place = tuple[str, str]  # in a StageAdapter: a low-rank term, or "", and the name of a parameter in it
+
+
+class Difference(NamedTuple):
+    """How to compute a bias from a file: ``base`` plus ``scaling`` times the tensor in the file."""
+
+    base: Tensor
+    scaling: float
+
+
+class Part(NamedTuple):
+    """A tensor in a file.
+
+    Attributes:
+        place: where it goes; None if nowhere.
+        shape: its shape there.
+        difference: how the adapter's tensor is computed from it; None if it is that tensor.
+    """
+
+    place: Place | None
+    shape: torch.Size
+    difference: Difference | None
+
+    def value(self, stored: Tensor) -> Tensor:
+        """The adapter's tensor."""
+        value = stored.view(self.shape)
+        return value if self.difference is None else bias_of(self.difference.base, value, self.difference.scaling)
 
 
 class Template(NamedTuple):
@@ -33,7 +60,7 @@ class Template(NamedTuple):
         adapter: the adapter; its parameters are None.
         start: the first byte after the header.
         stored: the dtype of all tensors in the file.
-        places: where each tensor goes, and its shape, in the order of the file.
+        parts: the tensors in the order of the file.
         sizes: how many numbers each tensor has.
         like: an empty tensor of the adapter's dtype, on its device.
     """
@@ -41,7 +68,7 @@ class Template(NamedTuple):
     adapter: StageAdapter
     start: int
     stored: torch.dtype
-    places: list[tuple[Place, torch.Size]]
+    parts: list[Part]
     sizes: list[int]
     like: Tensor
 
@@ -54,15 +81,21 @@ class Template(NamedTuple):
         if not math.isfinite(numbers.sum().item()):
             return None
         adapter = _copy_of_adapter(self.adapter)
-        for ((term, name), shape), part in zip(self.places, numbers.split(self.sizes)):
-            holder = adapter._modules[term] if term else adapter
-            assert holder is not None
-            holder._parameters[name] = nn.Parameter(part.view(shape))
+        for part, value in zip(self.parts, numbers.split(self.sizes)):
+            if part.place is not None:
+                term, name = part.place
+                holder = adapter._modules[term] if term else adapter
+                assert holder is not None
+                holder._parameters[name] = nn.Parameter(part.value(value))
         return adapter
 
 
 def template_of(
-    content: bytes, tensors: Mapping[str, Tensor], places: Mapping[str, Place], adapter: StageAdapter
+    content: bytes,
+    tensors: Mapping[str, Tensor],
+    places: Mapping[str, Place],
+    differences: Mapping[str, Difference | None],
+    adapter: StageAdapter,
 ) -> Template | None:
     """The template for files like this one; None if its tensors do not go into the adapter unchanged.
 
@@ -70,6 +103,7 @@ def template_of(
         content: the file, which safetensors has accepted.
         tensors: the tensors in the file.
         places: where each of them may have gone.
+        differences: what biases were computed from; None for those that were not read, as the file has the bias itself.
         adapter: the adapter that was made of the file.
     """
     (length,) = struct.unpack("<Q", content[:8])
@@ -78,16 +112,28 @@ def template_of(
     modules = [("", adapter), *((term, module) for term, module in adapter._modules.items() if module is not None)]
     held = {(t, name): p for t, module in modules for name, p in module._parameters.items() if p is not None}
     stored = {DTYPES[header[name]["dtype"]] for name in names}
-    whole = len(held) == len(names) and {places.get(name) for name in names} == held.keys()
+    read = [name for name in names if differences.get(name, ...) is not None]
+    whole = len(held) == len(read) and {places.get(name) for name in read} == held.keys()
     alike = len(stored) == 1 == len({(p.dtype, p.device) for p in held.values()})
     if not whole or not alike or adapter._buffers or sys.byteorder != "little":
         return None
     (dtype,) = stored
-    targets = [held[places[name]].detach() for name in names]
-    floats = dtype.is_floating_point and targets[0].is_floating_point()
-    if not floats or (8 + length) % dtype.itemsize or not all(target.numel() for target in targets):
+    targets = {name: held[places[name]].detach() for name in read}
+    like = targets[read[0]]
+    floats = dtype.is_floating_point and like.is_floating_point()
+    if not floats or (8 + length) % dtype.itemsize or not all(target.numel() for target in targets.values()):
         return None
-    if not all(torch.equal(t.flatten(), tensors[name].flatten().to(t)) for name, t in zip(names, targets)):
+    parts = [
+        Part(places[name], targets[name].shape, differences.get(name))
+        if name in targets
+        else Part(None, tensors[name].shape, None)
+        for name in names
+    ]
+    if not all(
+        torch.equal(targets[name], part.value(tensors[name].to(like)))
+        for name, part in zip(names, parts)
+        if name in targets
+    ):
         return None
     empty = _copy_of_adapter(adapter)
     for module in (empty, *empty._modules.values()):
@@ -97,9 +143,9 @@ def template_of(
         empty,
         8 + length,
         dtype,
-        [(places[name], target.shape) for name, target in zip(names, targets)],
-        [target.numel() for target in targets],
-        torch.empty(0).to(targets[0]),
+        parts,
+        [tensors[name].numel() for name in names],
+        torch.empty(0).to(like),
     )
 
 
