@@ -55,6 +55,7 @@ class Recorder:
 
     Attributes:
         sites: the denoisers that can run alone, in the order in which the network calls them; empty if none can.
+        numel: how many numbers they pass on, for this batch.
     """
 
     def __init__(self, network: nn.Module, stage_map: StageMap, observer: Observer, batch: Batch) -> None:
@@ -63,6 +64,7 @@ class Recorder:
         self._sites = _sites_by_module(network, stage_map)
         groups = {site: group.name for site, group in stage_map.sites.items()}
         self.sites: list[Site] = []
+        self.numel = 0
         try:
             calls = self._record(network, batch, seed=0)
         except Exception:  # arguments of a kind that cannot be copied
@@ -70,7 +72,9 @@ class Recorder:
         if sorted(map(str, groups)) == sorted(str(call.site) for call in calls):  # one call each
             trial = copy_network(network)
             left_out = {groups[call.site] for call in calls if not self._runs_alone(trial, call)}
-            self.sites = [call.site for call in calls if groups[call.site] not in left_out]
+            kept = [call for call in calls if groups[call.site] not in left_out]
+            self.sites = [call.site for call in kept]
+            self.numel = sum(tensor.numel() for call in kept for tensor in call.outputs)
 
     def record(self, batch: Batch, seed: int) -> list[StageCall]:
         """Return the calls of the stages that can run alone, in one forward of the network on ``batch``."""

@@ -45,7 +45,8 @@ FORCING_UNTIL_WITH_LOSS = 0.3  # and where it ends if there is a loss other than
 MANY_STEPS = 80  # end to end,
 FORWARDS_PER_STEP = 3.5  # each of which takes so many forwards of one network
 FULL_RATE_STEPS = 800  # with fewer end-to-end steps, the learning rate is lower
-PATIENCE = 4  # teacher forcing ends after so many checks without a better result
+PATIENCE = 4  # teacher forcing ends after so many checks without a better result,
+CLOSE = 20.0  # or, if stages take turns, where the network is this close to the teacher, in dB
 
 
 def recover(
@@ -99,7 +100,7 @@ def recover(
         assert isinstance(objective, Distillation)  # there is a teacher
         held_out = finite_batches_of(calibration)
         recorder = Recorder(teacher, converted.stage_map, objective.observer, held_out[0])
-        recorder.sites = broadcast(recorder.sites)
+        recorder.sites, recorder.numel = broadcast((recorder.sites, recorder.numel))
         batches = (next_finite(calibration) for _ in itertools.count())
         # Each process records the teacher for the steps of all.
         recordings = Replay(batches, recorder.record, seed, steps_per_batch=STEPS_PER_BATCH * num_processes())
@@ -151,6 +152,7 @@ def _phases(forcing: TeacherForcing | None, loss: Loss | None) -> list[Phase]:
         FORCING_UNTIL if loss is None else FORCING_UNTIL_WITH_LOSS,
         FORCING_UNTIL_IF_SLOW if loss is None else None,
         PATIENCE,
+        CLOSE if forcing.takes_turns else math.inf,
         forcing,
         enough_steps=ENOUGH_STEPS,
     )

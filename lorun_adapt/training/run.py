@@ -24,6 +24,7 @@ class Phase:
         until_if_slow: the same, where there is no time for many steps in the phases after it.
         enough_steps: after so many steps it ends earlier, but not before a fifth of the duration is over; 0 for never.
         patience: the number of checks in a row without a better result after which it ends early.
+        until_psnr: it also ends, or is left out, when the network comes this close to the teacher, in dB.
         forcing: what to minimise instead of the trainer's objective: the errors of single stages.
         full_rate_steps: if the phase has fewer steps than this, its highest learning rate is lower, by the square root
             of their ratio.
@@ -33,6 +34,7 @@ class Phase:
     until: float = 1.0
     until_if_slow: float | None = None
     patience: int | None = None
+    until_psnr: float = math.inf
     forcing: TeacherForcing | None = None
     full_rate_steps: int = 0
     enough_steps: int = 0
@@ -56,6 +58,7 @@ class Run:
     skipped: int = 0  # batches with NaN or Inf, one after another
     first: float = math.inf  # loss on the held-out batches before training
     best: float = math.inf  # the lowest so far
+    psnr: float = -math.inf  # of the output to the teacher's at the last check, in dB
     worse: int = 0  # checks since the best one
     bfloat16: bool = False
     judged: int | None = None  # how many of the held-out batches to judge on; None for all

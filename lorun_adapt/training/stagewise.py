@@ -35,9 +35,18 @@ class TeacherForcing:
     def for_step(self, step: int) -> list[StageCall]:
         """Return the calls to train on in a step, in the order of the stages: some in turn where outputs are large."""
         calls = self.recordings.for_step(step)
-        size = sum(tensor.numel() for call in calls for tensor in call.outputs)
-        count = min(len(calls), max(1, round(len(calls) * MAX_NUMBERS / max(1, size))))
+        count = self._count(len(calls), sum(tensor.numel() for call in calls for tensor in call.outputs))
         return [calls[(step * count + i) % len(calls)] for i in range(count)]
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a step trains only some of the stages."""
+        return self._count(len(self.recorder.sites), self.recorder.numel) < len(self.recorder.sites)
+
+    @staticmethod
+    def _count(stages: int, numel: int) -> int:
+        """How many stages a step trains, if all of them pass on so many numbers."""
+        return min(stages, max(1, round(stages * MAX_NUMBERS / max(1, numel))))
 
     def backward(self, calls: Sequence[StageCall], count: int, run_backward: Callable[[Tensor], None]) -> float:
         """Compute the gradients of the sum of the errors of ``calls``, one after another, over ``count``.

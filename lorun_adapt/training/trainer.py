@@ -246,9 +246,9 @@ class Trainer:
         return broadcast(self.duration.fraction_done(seconds, 0))
 
     def _is_over(self, phase: Phase) -> bool:
-        """Whether a phase ends early: it no longer improves the network, or keeps returning to the best weights."""
+        """Whether a phase ends early: it has come far enough, improves nothing, or keeps returning to the best."""
         impatient = phase.patience is not None and self.run.worse >= phase.patience
-        return impatient or self.run.rollbacks > IN_A_ROW
+        return impatient or self.run.rollbacks > IN_A_ROW or self.run.psnr >= phase.until_psnr
 
     def _is_due(self, done: float, phase: Phase) -> bool:
         """Whether to check now: 25 times in a run and at the end of each phase, but rarely enough on a clock."""
@@ -335,18 +335,18 @@ class Trainer:
             own = self.examples[self.accelerator.process_index :: processes]
             scores = [self.objective(lambda example=example: example)[1:] for example in own]
         sums = [sum(float(score[part]) for score in scores) * processes / len(self.examples) for part in (0, 1)]
-        value, psnr = (mean_over_processes(self.accelerator, part) for part in sums)
+        value, self.run.psnr = (mean_over_processes(self.accelerator, part) for part in sums)
         self._checked = time.monotonic()
         self.seconds_per_check = self._checked - started
         if not math.isfinite(value):
             if phase is not None and phase.forcing is None:
                 self._roll_back(f"the loss on held-out batches is {value} at step {self.run.step}", phase)
             return
-        if math.isnan(psnr):  # without a teacher, rounding can't be told from the error that is left
+        if math.isnan(self.run.psnr):  # without a teacher, rounding can't be told from the error that is left
             self._show(bar, held_out=f"{value:.3g}")
         else:
-            self.run.bfloat16 = self.run.bfloat16 and psnr < self._rounding - MARGIN
-            self._show(bar, psnr=f"{psnr:.2f}", precision="bfloat16" if self.run.bfloat16 else "float32")
+            self.run.bfloat16 = self.run.bfloat16 and self.run.psnr < self._rounding - MARGIN
+            self._show(bar, psnr=f"{self.run.psnr:.2f}", precision="bfloat16" if self.run.bfloat16 else "float32")
         self.run.worse += 1
         least = LEAST_GAIN * abs(self.run.best) if phase is not None and phase.forcing else 0.0
         if not math.isfinite(self.run.best) or value < self.run.best - least:

@@ -178,6 +178,22 @@ def test_a_slow_start_leaves_out_what_there_is_no_time_for(seconds, forward, jud
     assert time.monotonic() - started < (3 if fits else seconds + 2)
 
 
+@pytest.mark.parametrize("numbers, close, forced", [(256, 0.0, False), (256, 1e3, True), (10_000, 0.0, True)])
+def test_stages_that_take_turns_do_not_train_alone_if_the_network_is_close(numbers, close, forced, monkeypatch) -> None:
+    net = teacher()
+    lorun = lorun_adapt.convert(net, rank=2)
+    monkeypatch.setattr("lorun_adapt.training.stagewise.MAX_NUMBERS", numbers)
+    monkeypatch.setattr(recovery, "CLOSE", close)
+    phases = []
+    step = Trainer._step
+    monkeypatch.setattr(
+        Trainer, "_step", lambda self, phase, *args: phases.append(phase.forcing) or step(self, phase, *args)
+    )
+    lorun.recover(net, measurements(), steps=30)
+    assert len(phases) == 30 and phases[-1] is None
+    assert (phases[0] is not None) is forced and (not forced or phases[0].takes_turns is (numbers == 256))
+
+
 @pytest.mark.parametrize("seconds, trains", [(0.7, False), (0.01, True)])
 def test_no_phase_begins_without_time_for_its_first_step(seconds, trains, monkeypatch) -> None:
     """A step with its check takes six forwards, and the check of two batches took so many seconds."""
