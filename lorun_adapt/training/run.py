@@ -9,7 +9,7 @@ from .duration import Duration
 from .stagewise import TeacherForcing
 
 EARLIEST_END = 0.2  # the fraction of the duration before which a phase does not end for its number of steps
-LEAST_PEAK = 0.25  # of the learning rate of a short phase
+LEAST_PEAK = 0.1  # of the learning rate of a short phase
 GUIDED = 0.5  # the fraction of an end-to-end phase in which the errors of the stages count
 EXACT = 1e-9  # a held-out loss below which there is nothing to recover
 
@@ -26,8 +26,7 @@ class Phase:
         patience: the number of checks in a row without a better result after which it ends early.
         until_psnr: it also ends, or is left out, when the network comes this close to the teacher, in dB.
         forcing: what to minimise instead of the trainer's objective: the errors of single stages.
-        full_rate_steps: if the phase has fewer steps than this, its highest learning rate is lower, by the square root
-            of their ratio.
+        full_rate_steps: if the phase has fewer steps than this, its highest learning rate is lower, in proportion.
     """
 
     label: str
@@ -101,7 +100,7 @@ def peak(phase: Phase, run: Run, duration: Duration) -> float:
     if steps is None:
         return LEAST_PEAK
     expected = (phase.until - run.began(duration)) * steps
-    return min(1.0, max(LEAST_PEAK, math.sqrt(expected / phase.full_rate_steps)))
+    return min(1.0, max(LEAST_PEAK, expected / phase.full_rate_steps))
 
 
 def guidance(done: float) -> float:
