@@ -50,7 +50,7 @@ def export(
 
     from ..export.onnx import save_onnx
     from ..export.program import export_program, save_program
-    from ..export.sets import save_sets, tensors_of_sets
+    from ..export.sets import inputs_of_sets, save_sets
     from ..model.pretrained import from_pretrained
     from ..task.task import load_task
 
@@ -67,13 +67,15 @@ def export(
         generator = torch.Generator().manual_seed(0)
         return spec.measure(torch.rand(images, spec.channels, pixels, pixels, generator=generator))
 
-    sets = tensors_of_sets(lorun) if adapters_as_inputs else {}
+    files = [out]
     with working("exporting"):
         exported = export_program(lorun.network, measure, side, dynamic)
         if out.suffix == ".onnx":
-            difference = save_onnx(exported, out, sets)
+            sets = inputs_of_sets(lorun, exported.run) if adapters_as_inputs else {}
+            difference, inputs = save_onnx(exported, out, sets)
+            files += save_sets(sets, inputs, out)
             click.echo(f"onnxruntime's output differs by {difference:.1e} of PyTorch's")
         else:
             save_program(exported, out)
-    for file in [out, *save_sets(sets, out)]:
+    for file in files:
         click.echo(f"file: {file} ({file.stat().st_size / 1000:,.1f} kB)")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from ..disk.folder import write_file
 from ..errors import LoRunError
@@ -21,13 +21,24 @@ from ..util.energy import relative_error
 from ..util.nested import tensors_in
 from ..util.text import shortened
 from .program import Exported
-
-TensorsOfSets = Mapping[str, Mapping[str, Tensor]]  # by the name of the set, then by the tensor's in the network
+from .sets import SetInputs
 
 CLOSE = 1e-4  # relative difference of outputs from those of PyTorch
 
 
-def save_onnx(exported: Exported, path: Path, sets: TensorsOfSets | None = None) -> float:
+class Saved(NamedTuple):
+    """What is known of a file that was written.
+
+    Attributes:
+        difference: the largest relative difference of an output from PyTorch's, with each of the sets.
+        inputs: the names of the tensors of a set that the file takes.
+    """
+
+    difference: float
+    inputs: frozenset[str]
+
+
+def save_onnx(exported: Exported, path: Path, sets: Mapping[str, SetInputs] | None = None) -> Saved:
     """Write a program to an ONNX file, and run the file in onnxruntime.
 
     Args:
@@ -36,11 +47,8 @@ def save_onnx(exported: Exported, path: Path, sets: TensorsOfSets | None = None)
         sets: adapter sets of the network. Their tensors become inputs of the file under these names; where none is
             given as it runs, it takes the tensor of the network.
 
-    Returns:
-        The largest relative difference of an output from PyTorch's, with each of the sets.
-
     Raises:
-        LoRunError: a library is missing; ONNX has no form of an operation; the outputs differ.
+        LoRunError: a library is missing; ONNX has no form of an operation; the outputs differ, with one of the sets.
     """
     try:
         import onnx_ir.passes.common as passes
@@ -55,7 +63,7 @@ def save_onnx(exported: Exported, path: Path, sets: TensorsOfSets | None = None)
             made = torch.onnx.export(program, arguments, dynamo=True, verbose=False, optimize=False)
         assert made is not None
         passes.ClearMetadataAndDocStringPass()(made.model)  # stack traces: more bytes than the weights
-        for name in next(iter(sets.values())) if sets else ():
+        for name in next(iter(sets.values())).tensors if sets else ():
             _make_input(made.model.graph, exported.prefix + name, name)
     except Exception as error:  # torch.onnx raises many types
         cause: BaseException = error
@@ -69,24 +77,27 @@ def save_onnx(exported: Exported, path: Path, sets: TensorsOfSets | None = None)
         content = file.read_bytes()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    known = {item.name for item in session.get_overridable_initializers()}
-    difference = 0.0
+    try:
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises many types
+        raise LoRunError(f"onnxruntime cannot run this network ({shortened(str(error))}): save it as .pt2") from error
+    inputs = frozenset(item.name for item in session.get_overridable_initializers())
     given = dict(zip([item.name for item in session.get_inputs()], [v for v in arguments if isinstance(v, Tensor)]))
-    for tensors in (sets or {"": {}}).values():
-        feed = given | {name: tensor for name, tensor in tensors.items() if name in known}
-        found = session.run(None, {name: value.detach().cpu().numpy() for name, value in feed.items()})
-        values = {exported.prefix + name: tensor for name, tensor in tensors.items()}
+    if not sets:
         with torch.no_grad():
-            expected = tensors_in(functional_call(program.module(), values, arguments))
-        errors = [float(relative_error(torch.as_tensor(a), b.cpu())) ** 0.5 for a, b in zip(found, expected)]
-        difference = max(difference, *errors)
-    if not difference < CLOSE:
+            sets = {"": SetInputs({}, tensors_in(program.module()(*arguments)))}
+    differences: list[float] = []
+    for tensors, expected in sets.values():
+        feed = given | {name: tensor for name, tensor in tensors.items() if name in inputs}
+        found = session.run(None, {name: value.detach().cpu().numpy() for name, value in feed.items()})
+        differences += [float(relative_error(torch.as_tensor(a), b.cpu())) ** 0.5 for a, b in zip(found, expected)]
+    if not differences or not all(difference < CLOSE for difference in differences):
+        worst = max(differences, key=lambda difference: (math.isnan(difference), difference), default=math.nan)
         raise LoRunError(
-            f"the ONNX file computes something else than PyTorch, a difference of {difference:.1%}: save it as .pt2"
+            f"the ONNX file computes something else than PyTorch, a difference of {worst:.1%}: save it as .pt2"
         )
     write_file(path, lambda out: out.write(content))
-    return difference
+    return Saved(max(differences), inputs)
 
 
 def _make_input(graph: Any, name: str, new_name: str) -> None:

@@ -28,12 +28,14 @@ class Exported(NamedTuple):
     Attributes:
         program: the program.
         arguments: arguments that it takes.
+        run: runs a network of the same structure on the arguments, and on those that are part of the program.
         prefix: what stands before the names of the network's tensors in it.
     """
 
     program: ExportedProgram
     arguments: tuple[Any, ...]
-    prefix: str = ""
+    run: Callable[[nn.Module], Any]
+    prefix: str
 
 
 def export_program(network: nn.Module, measure: Measure, size: int, dynamic: bool = False) -> Exported:
@@ -57,10 +59,19 @@ def export_program(network: nn.Module, measure: Measure, size: int, dynamic: boo
     if dynamic:
         others = [value for place, value in enumerate(measure(2 * size, 3)) if place not in fixed]
         shapes = _varying(arguments, others)
-    traced = _Fixed(network, fixed, len(given)) if fixed else network
+
+    def traced(network: nn.Module) -> nn.Module:
+        return _Fixed(network, fixed, len(given)) if fixed else network
+
+    def run(network: nn.Module) -> Any:
+        with torch.no_grad(), evaluating(network):
+            return traced(network)(*arguments)
+
     try:
         with torch.no_grad(), evaluating(network):
-            program = torch.export.export(traced, arguments, dynamic_shapes=(shapes,) if fixed and shapes else shapes)
+            program = torch.export.export(
+                traced(network), arguments, dynamic_shapes=(shapes,) if fixed and shapes else shapes
+            )
     except Exception as error:  # torch.export raises many types
         hint = ": leave out dynamic sizes" if dynamic else ": have its forward use nothing but tensors"
         raise LoRunError(
@@ -70,7 +81,7 @@ def export_program(network: nn.Module, measure: Measure, size: int, dynamic: boo
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # names files of this computer, in more bytes than the weights take
-    return Exported(program, arguments, "network." if fixed else "")
+    return Exported(program, arguments, run, "network." if fixed else "")
 
 
 class _Fixed(nn.Module):

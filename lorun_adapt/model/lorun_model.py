@@ -728,7 +728,8 @@ class LoRunModel(nn.Module):
                 equal length; after each but the last, the smallest entries are dropped, and training begins again from
                 the values that the others had early on.
             resume_from: a state file. The run stores its state there, and resumes from it if it exists. Remove it when
-                you have saved the result: the same call would otherwise return to it.
+                you have saved the result: the same call would otherwise return to it. With ``prune``, earlier rounds
+                have files beside it until the run ends, and a run resumes with the conversion that it began with.
             seed: seed of all random numbers. The same seed and ``steps`` give the same weights on a CPU.
 
         Returns:

@@ -6,12 +6,10 @@ the values that they had early on.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,10 +21,11 @@ from ..network.converted import AdapterSet
 from ..stages.stage_map import StageMap
 from ..terms.term import Term
 from ..training.duration import Duration
+from ..util.modules import equal
 from ..util.numbers import is_whole_number
-from ..util.progress import announce
+from .short_runs import say, without_advice
 
-KEPT = 2 / 3  # of the entries in a round, at the least
+KEPT = 2 / 3  # of the entries in a round, about
 EARLY = 0.2  # the part of the first round after which the values are those that training rewinds to
 
 Run = Callable[[Duration, Path | None], bool]
@@ -42,6 +41,8 @@ def ranks_of_rounds(held: AdapterSet, rank: int) -> list[int]:
     if not terms or any(term.pruned(term.rank, term) is None for term in terms):
         raise LoRunError("only sparse terms can be pruned: convert with SparseConfig, or leave prune out")
     highest = max(term.rank for term in terms)
+    if highest == 1:
+        raise LoRunError("the terms have rank 1 already, which is the lowest: leave prune out")
     if not (is_whole_number(rank) and 1 <= rank < highest):
         raise LoRunError(f"expected a rank from 1 to {highest - 1} for prune, found {rank!r}: choose one of these")
     rounds = max(1, math.ceil(math.log(highest / rank) / -math.log(KEPT)))
@@ -75,19 +76,25 @@ def recover_in_rounds(
         False if it was stopped; the set then has the rank of the round that was stopped.
 
     Raises:
-        LoRunError: as :func:`ranks_of_rounds`.
+        LoRunError: as :func:`ranks_of_rounds`; fewer steps than parts of rounds.
     """
     started = time.monotonic()
     ranks = ranks_of_rounds(get(), rank)
     part = duration.part(1 / (len(ranks) + 1))
     lengths = [part.part(EARLY), part.part(1 - EARLY), *[part] * (len(ranks) - 1)]
     paths = [None if path is None else path.with_name(f"{path.name}.round{i + 1}") for i in range(len(lengths))]
-    if path is not None and path.exists() and not all(file is not None and file.exists() for file in paths):
-        put(_pruned(get(), get(), stage_map, rank))  # the run is over; the file knows which entries they are
+    if duration.steps and duration.steps <= len(lengths):
+        raise LoRunError(
+            f"expected more than {len(lengths)} steps to prune in rounds, found {duration.steps}: train longer"
+        )
+    over = path is not None and path.exists() and not all(file is not None and file.exists() for file in paths)
+    before = get()
+    if over:
+        put(_pruned(before, before, stage_map, rank))  # the file knows which entries they are
     else:
         early: tuple[AdapterSet, list[Tensor]] | None = None
         for number, (length, file) in enumerate(zip(lengths, paths)):
-            with _without_advice():
+            with without_advice():
                 if not run(length, file):
                     return False
             if early is None:
@@ -98,14 +105,20 @@ def recover_in_rounds(
             put(copy.deepcopy(early[0]))
             with torch.no_grad():
                 for tensor, value in zip(_tensors(base), values):
-                    tensor.copy_(value)
-            announce(f"round {number} of {len(ranks)}: pruned to rank {ranks[number - 1]}")
+                    if not equal(tensor, value):  # some cannot be written to
+                        tensor.copy_(value)
+            say(f"round {number} of {len(ranks)}: pruned to rank {ranks[number - 1]}")
     if duration.steps:
         rest = Duration(steps=max(1, duration.steps - sum(length.steps or 0 for length in lengths)))
     else:
         elapsed = 60 * sum(length.minutes or 0 for length in lengths)
         rest = duration.after(max(elapsed, time.monotonic() - started))
-    finished = run(rest, path)
+    try:
+        finished = run(rest, path)
+    except BaseException:
+        if over:  # the file may belong to another run
+            put(before)
+        raise
     for file in paths if finished else ():
         if file is not None:
             file.unlink(missing_ok=True)
@@ -134,12 +147,3 @@ def _pruned(start: AdapterSet, trained: AdapterSet, stage_map: StageMap, rank: i
 
 def _tensors(base: nn.Module) -> list[Tensor]:
     return [*base.parameters(), *base.buffers()]
-
-
-@contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
-    """Within the block, no warning says that a run was short, as a round is."""
-    with warnings.catch_warnings():
-        for message in ("recovery found nothing closer", ".*choose a higher rank", "the run in .* was over already"):
-            warnings.filterwarnings("ignore", message)
-        yield

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +18,16 @@ from ..network.observe import Observer, forward_arguments
 from ..training.distill import Distillation, Loss
 from ..training.duration import Duration
 from ..training.fit import is_later
-from ..training.processes import broadcast, num_processes, process_state
+from ..training.processes import broadcast, num_processes
 from ..training.recovery import FORWARDS_PER_STEP
 from ..training.replay import owned
 from ..training.state_file import run_id_of
 from ..training.trained import trainable_base
-from ..util.modules import evaluating
+from ..util.modules import evaluating, unchanged
 from ..util.nested import device_of, num_bytes, to_device
-from ..util.progress import announce
 from ..util.seeds import seeded
 from .lorun_model import LoRunModel
+from .short_runs import say, without_advice
 
 SHARE = 0.1  # of the duration, for each trial
 BATCHES, JUDGED = 32, 4  # to try on, and of these, to compare on
@@ -73,7 +71,7 @@ def recover_best(
     """
     started, stream = time.monotonic(), calibration
     settings: dict[str, Any] = {"loss": loss, "also": also, "recompute": recompute, "seed": seed}
-    chosen, finished = candidates[0], True
+    chosen, finished, trials = candidates[0], True, 0
     files = [] if resume_from is None else [_file_of_trial(resume_from, i) for i in range(len(candidates))]
     if len(candidates) > 1:
         with seeded(seed):
@@ -82,11 +80,12 @@ def recover_best(
             batches = _first_batches(stream, duration, started)
         if resume_from is not None and resume_from.exists():
             chosen = _tried_before(candidates, also, resume_from)
-        elif _tells_something(duration.part(SHARE), dun, batches[0]):
+            trials = len(candidates)
+        elif _tells_something(duration.part(SHARE), dun, batches[0], seed):
             chosen, finished = _best(candidates, dun, batches, duration.part(SHARE), files, settings)
+            trials = len(candidates)
         del batches
-        duration = _rest(duration, time.monotonic() - started, len(candidates))
-    del candidates
+        duration = _rest(duration, time.monotonic() - started, trials)
     if finished:
         finished = chosen.recover(
             dun, stream, minutes=duration.minutes, steps=duration.steps, resume_from=resume_from, **settings
@@ -103,20 +102,26 @@ def _first_batches(stream: Batches, duration: Duration, started: float) -> list[
     for batch in itertools.islice(stream, BATCHES):
         batches.append(owned(batch))
         size += num_bytes(batch)
-        if size >= MAX_BYTES or is_later(duration, started, DRAWING):
+        if broadcast(size >= MAX_BYTES) or is_later(duration, started, DRAWING):
             break
     return batches
 
 
 @torch.no_grad()
-def _tells_something(trial: Duration, dun: nn.Module, batch: Batch) -> bool:
+def _tells_something(trial: Duration, dun: nn.Module, batch: Batch, seed: int) -> bool:
     """Whether a trial has time for enough steps."""
     if trial.minutes is None:
         return True
-    with evaluating(dun):
-        inputs = to_device(forward_arguments(dun, batch), device_of(dun))
+    device = device_of(dun)
+    with evaluating(dun), unchanged((dun,)), seeded(seed):
+        inputs = to_device(forward_arguments(dun, batch), device)
+        if device.type == "cuda":
+            dun(*inputs)  # the first forward also loads kernels
+            torch.cuda.synchronize(device)
         started = time.monotonic()
         dun(*inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return broadcast(60 * trial.minutes > LEAST_STEPS * FORWARDS_PER_STEP * (time.monotonic() - started))
 
 
@@ -134,9 +139,9 @@ def _best(
     found: list[tuple[float, LoRunModel]] = []
     failures: list[LoRunError] = []
     for number, (lorun, file) in enumerate(itertools.zip_longest(candidates, files), 1):
-        _say(f"trial {number} of {len(candidates)}: {_bases(lorun)}")
+        say(f"trial {number} of {len(candidates)}: {_bases(lorun)}")
         try:
-            with _without_advice():
+            with without_advice():
                 finished = lorun.recover(
                     dun, training, minutes=trial.minutes, steps=trial.steps, resume_from=file, **settings
                 )
@@ -144,8 +149,10 @@ def _best(
         except KeyboardInterrupt:  # outside of training
             finished = False
         except LoRunError as failure:
+            if num_processes() > 1:  # others may not have failed, and would wait for this one
+                raise
             failures.append(failure)
-            _say(f"trial {number} failed: {failure}")
+            say(f"trial {number} failed: {failure}")
             continue
         if not finished:
             return (_closest(found)[1] if found else lorun), False
@@ -154,7 +161,7 @@ def _best(
         raise failures[0]
     least, chosen = _closest(found)
     others = " and ".join(f"{error:.4g}" for error, lorun in found if lorun is not chosen)
-    _say(f"going on {_bases(chosen)}" + (f": its error is {least:.4g}, against {others}" if others else ""))
+    say(f"going on {_bases(chosen)}" + (f": its error is {least:.4g}, against {others}" if others else ""))
     return chosen, True
 
 
@@ -167,21 +174,14 @@ def _closest(found: Sequence[tuple[float, LoRunModel]]) -> tuple[float, LoRunMod
     return least, chosen
 
 
-@contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
-    """Within the block, no warning says that a run was short, as a trial is."""
-    with warnings.catch_warnings():
-        for message in ("recovery found nothing closer", ".*choose a higher rank", "the run in .* was over already"):
-            warnings.filterwarnings("ignore", message)
-        yield
-
-
 def _file_of_trial(path: Path, index: int) -> Path:
     return path.with_name(f"{path.name}.trial{index + 1}")
 
 
 def _rest(duration: Duration, seconds: float, trials: int) -> Duration:
     """What is left after the trials, or was left when they were made."""
+    if not trials:
+        return duration.after(seconds)
     if duration.steps:
         return Duration(steps=max(1, duration.steps - (duration.part(SHARE).steps or 0)))
     return duration.after(max(seconds, 60 * (duration.minutes or 0) * SHARE * trials))
@@ -190,7 +190,7 @@ def _rest(duration: Duration, seconds: float, trials: int) -> Duration:
 @torch.no_grad()
 def _error(lorun: LoRunModel, dun: nn.Module, batches: Sequence[Batch], loss: Loss | None, seed: int) -> float:
     """The mean of what recovery minimises, on the same batches for each conversion."""
-    with evaluating(lorun), evaluating(dun):
+    with evaluating(lorun), evaluating(dun), unchanged((lorun.network, dun)), seeded(seed):
         objective = Distillation(lorun.network, dun, Observer(dun, lorun.stage_map, batches[0]), loss)
         examples = [objective.example(batch, seed) for batch in batches]
         return sum(float(objective(lambda example=example: example)[1]) for example in examples) / len(examples)
@@ -212,8 +212,3 @@ def _bases(lorun: LoRunModel) -> str:
     if not report.num_without_base:
         return "with a base for every tensor"
     return f"without a base for {report.num_without_base} of {report.num_adapted} tensors"
-
-
-def _say(text: str) -> None:
-    if num_processes() == 1 or process_state().is_main_process:
-        announce(text)

@@ -180,6 +180,8 @@ class Reader:
             if len(pair) == 1:
                 raise fail(f"both factors of {spec.name!r}", "one")
             if self._other_kinds and (other := self._other_term(spec, remaining, base.device)) is not None:
+                if pair:
+                    raise fail(f"one kind of adapter for {spec.name!r}", "two")
                 terms[spec.name] = other
                 continue
             # If a file has both the factors and the whole tensor, they are two forms of the same tensor for PEFT.

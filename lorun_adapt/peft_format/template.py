@@ -86,7 +86,10 @@ class Template(NamedTuple):
                 term, name = part.place
                 holder = adapter._modules[term] if term else adapter
                 assert holder is not None
-                holder._parameters[name] = nn.Parameter(part.value(value))
+                tensor = part.value(value)
+                if part.difference is not None and not math.isfinite(tensor.sum().item()):
+                    return None
+                holder._parameters[name] = nn.Parameter(tensor)
         return adapter
 
 
@@ -123,6 +126,8 @@ def template_of(
     floats = dtype.is_floating_point and like.is_floating_point()
     if not floats or (8 + length) % dtype.itemsize or not all(target.numel() for target in targets.values()):
         return None
+    if any(tensors[name].numel() != target.numel() for name, target in targets.items()):
+        return None  # a rank was above the tensor's limit
     parts = [
         Part(places[name], targets[name].shape, differences.get(name))
         if name in targets

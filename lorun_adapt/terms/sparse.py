@@ -40,10 +40,16 @@ class SparseConfig(LoraConfig):
         r: the rank.
         low_rank: add a low-rank pair of the same rank, so that a term holds twice as many numbers.
         further: the other options of ``LoraConfig`` that :func:`lorun_adapt.convert` supports.
+
+    Raises:
+        LoRunError: an option for scalings.
     """
 
     def __init__(self, r: int = 8, low_rank: bool = False, **further: Any) -> None:
-        super().__init__(r=r, lora_alpha=r, **further)
+        for option in ("lora_alpha", "alpha_pattern", "use_rslora"):
+            if option in further:
+                raise LoRunError(f"a sparse term has no scaling: leave {option} out")
+        super().__init__(r=r, lora_alpha=r, alpha_pattern=dict(further.get("rank_pattern") or {}), **further)
         self.peft_type = "LORA_AND_SPARSE" if low_rank else "SPARSE"
 
 
@@ -88,8 +94,8 @@ class Sparse(Term):
         return f"rank={self.rank}, {self.places.numel()} entries"
 
     def pruned(self, rank: int, start: Sparse) -> Sparse:
-        values, places = _kept_of(self.values, start.values, self.places, rank)
-        return Sparse(values, places, self.rows)
+        columns = self.values.shape[1] - self.rows
+        return Sparse(*_kept_of(self, start, rank, self.rows * columns), self.rows)
 
     @classmethod
     def fit(
@@ -194,7 +200,8 @@ class LowRankAndSparse(Term):
 
     def sizes_of_zeros(self, base: Tensor) -> dict[str, float]:
         size = root_mean_square(base)
-        of_b = {} if self.b.any() else {"b": size / max(root_mean_square(self.a), TINY) / len(self.a) ** 0.5}
+        directions = min(len(self.b), self.a.shape[1])  # as for a low-rank term
+        of_b = {} if self.b.any() else {"b": size / max(root_mean_square(self.a), TINY) / directions**0.5}
         return of_b | ({} if self.values.any() else {"values": size})
 
     def extra_repr(self) -> str:
@@ -202,9 +209,11 @@ class LowRankAndSparse(Term):
 
     def pruned(self, rank: int, start: LowRankAndSparse) -> LowRankAndSparse:
         """Return a term of a lower rank; the pair is that of ``start``, cut by SVD."""
-        b, a = sum_of_products([(1.0, start.b, start.a)], rank)
-        values, places = _kept_of(self.values, start.values, self.places, rank)
-        return LowRankAndSparse(a.to(self.a), b.to(self.b), values, places)
+        b, a = start.b[:, :rank].detach(), start.a[:rank].detach()
+        if start.b.any():  # otherwise an SVD would give zeros for both, which do not train
+            b, a = sum_of_products([(1.0, start.b, start.a)], rank)
+        entries = _kept_of(self, start, rank, len(self.b) * self.a.shape[1])
+        return LowRankAndSparse(a.to(self.a), b.to(self.b), *entries)
 
     @classmethod
     def fit(
@@ -286,13 +295,19 @@ class LowRankAndSparse(Term):
 
 def _with_entries(base: Tensor, values: Tensor, places: Tensor) -> Tensor:
     """``base``, with values added at places of the flattened tensor."""
+    if torch.compiler.is_compiling():
+        places = places.long()  # ONNX has no others
     return base.reshape(-1).index_add(0, places, values.reshape(-1).to(base.dtype)).view(base.shape)
 
 
-def _kept_of(values: Tensor, start: Tensor, places: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The numbers that ``start`` has where ``values`` are largest, as many as ``rank`` has, and their places."""
-    chosen = _largest(values.detach().abs().flatten()[None], rank * values.shape[1])[0]
-    return start.detach().flatten()[chosen].view(rank, -1), places[chosen]
+def _kept_of(
+    term: Sparse | LowRankAndSparse, start: Sparse | LowRankAndSparse, rank: int, numel: int
+) -> tuple[Tensor, Tensor]:
+    """The numbers that ``start`` has where ``term`` has its largest, as many as ``rank`` has, and their places."""
+    chosen = _largest(term.values.detach().abs().flatten()[None], rank * term.values.shape[1])[0]
+    places = term.places[chosen]
+    dense = start.values.new_zeros(numel).index_add(0, start.places, start.values.detach().flatten())
+    return dense[places].view(rank, -1), places
 
 
 def _count(spec: TensorSpec, setting: Setting) -> int:

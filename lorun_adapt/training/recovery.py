@@ -44,8 +44,8 @@ FORCING_UNTIL_IF_SLOW = 0.85  # where it ends if there is no time for many end-t
 FORCING_UNTIL_WITH_LOSS = 0.3  # and where it ends if there is a loss other than the distance to the teacher
 MANY_STEPS = 80  # end to end,
 FORWARDS_PER_STEP = 3.5  # each of which takes so many forwards of one network
-FULL_RATE_STEPS = 1500  # with fewer end-to-end steps, the learning rate is lower: the weights are good already,
-FULL_RATE_STEPS_WITH_LOSS = 300  # unless there is another loss than the distance to the teacher
+FULL_RATE_STEPS = 1500  # with fewer end-to-end steps, the learning rate is lower, as the weights are good already
+FULL_RATE_STEPS_WITH_LOSS = 300  # the same with a loss other than the distance to the teacher: it may lie far off
 PATIENCE = 4  # teacher forcing ends after so many checks without a better result,
 CLOSE = 20.0  # or, if stages take turns, where the network is this close to the teacher, in dB
 

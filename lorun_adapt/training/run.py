@@ -10,6 +10,7 @@ from .stagewise import TeacherForcing
 
 EARLIEST_END = 0.2  # the fraction of the duration before which a phase does not end for its number of steps
 LEAST_PEAK = 0.1  # of the learning rate of a short phase
+UNTRAINED = 0.2  # of the steps for the full learning rate are enough where no phase before has trained the weights
 GUIDED = 0.5  # the fraction of an end-to-end phase in which the errors of the stages count
 EXACT = 1e-9  # a held-out loss below which there is nothing to recover
 
@@ -26,7 +27,8 @@ class Phase:
         patience: the number of checks in a row without a better result after which it ends early.
         until_psnr: it also ends, or is left out, when the network comes this close to the teacher, in dB.
         forcing: what to minimise instead of the trainer's objective: the errors of single stages.
-        full_rate_steps: if the phase has fewer steps than this, its highest learning rate is lower, in proportion.
+        full_rate_steps: if the phase has fewer steps than this, its highest learning rate is lower, in proportion. Of
+            the first phase that trains, a fifth is enough.
     """
 
     label: str
@@ -100,7 +102,8 @@ def peak(phase: Phase, run: Run, duration: Duration) -> float:
     if steps is None:
         return LEAST_PEAK
     expected = (phase.until - run.began(duration)) * steps
-    return min(1.0, max(LEAST_PEAK, expected / phase.full_rate_steps))
+    enough = phase.full_rate_steps * (UNTRAINED if run.step == run.phase_step else 1.0)
+    return min(1.0, max(LEAST_PEAK, expected / enough))
 
 
 def guidance(done: float) -> float:

@@ -22,7 +22,7 @@ from lorun_adapt.cli.main import cli
 from lorun_adapt.conversion import conversions
 from lorun_adapt.export.onnx import save_onnx
 from lorun_adapt.export.program import export_program, save_program
-from lorun_adapt.export.sets import save_sets, tensors_of_sets
+from lorun_adapt.export.sets import inputs_of_sets, save_sets
 from lorun_adapt.peft_format.options import config_of_ranks
 
 TASK = """
@@ -96,8 +96,8 @@ def network(request: pytest.FixtureRequest) -> nn.Module:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_onnx_computes_the_same(network: nn.Module, dynamic: bool, tmp_path: Path) -> None:
     program = export_program(network, measure, 12, dynamic)
-    difference = save_onnx(program, tmp_path / "net.onnx")
-    assert 0 < difference < 1e-4
+    difference, inputs = save_onnx(program, tmp_path / "net.onnx")
+    assert 0 < difference < 1e-4 and not inputs
     for arguments in [measure(17, 3), measure(8, 1)] if dynamic else [measure(12, 1)]:
         with torch.no_grad():
             assert relative(run_onnx(tmp_path / "net.onnx", *arguments), network(*arguments)) < 1e-4
@@ -206,11 +206,12 @@ def noisy_set_of(lorun: lorun_adapt.LoRunModel) -> None:
 def test_one_onnx_file_serves_all_sets(arguments: tuple[Any, ...], tmp_path: Path) -> None:
     lorun = lorun_adapt.convert(TwoArguments(), rank=2).eval()
     noisy_set_of(lorun)
-    sets = tensors_of_sets(lorun)
-    assert list(sets) == ["default", "noisy"] and "gain" in sets["default"]
     exported = export_program(lorun.network, lambda *size: (*measure(*size), *arguments), 12, dynamic=True)
-    assert save_onnx(exported, tmp_path / "net.onnx", sets) < 1e-4
-    files = save_sets(sets, tmp_path / "net.onnx")
+    sets = inputs_of_sets(lorun, exported.run)
+    assert list(sets) == ["default", "noisy"] and "gain" in sets["default"].tensors
+    difference, inputs = save_onnx(exported, tmp_path / "net.onnx", sets)
+    assert difference < 1e-4 and inputs == sets["noisy"].tensors.keys()
+    files = save_sets(sets, inputs, tmp_path / "net.onnx")
     assert [file.name for file in files] == ["net.default.safetensors", "net.noisy.safetensors"]
     session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
     (y,) = measure(16, 3)
@@ -224,12 +225,47 @@ def test_one_onnx_file_serves_all_sets(arguments: tuple[Any, ...], tmp_path: Pat
     assert relative(results[1], results[2]) > 0.01
 
 
-def test_sets_of_other_ranks_cannot_share_a_file() -> None:
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (LoraConfig(r=3), "differ in more than their values: stages.0.kernel|differ in more than their values: stages"),
+        (LoraConfig(r=2, lora_alpha=8), "'default' and 'other' scale .* by 1 and 4: export each"),
+    ],
+)
+def test_sets_of_other_ranks_or_scalings_cannot_share_a_file(config: LoraConfig, message: str) -> None:
     lorun = lorun_adapt.convert(Net(), rank=2)
-    lorun.add_adapter("other", LoraConfig(r=3))
-    with pytest.raises(lorun_adapt.LoRunError, match="'default' and 'other' differ in more than their values: stages"):
-        tensors_of_sets(lorun)
+    lorun.add_adapter("other", config)
+    with pytest.raises(lorun_adapt.LoRunError, match=message):
+        inputs_of_sets(lorun, lambda network: network(*measure(12, 1)))
     assert lorun.active_adapters == ["default"]
+
+
+def test_a_set_that_the_file_computes_differently_is_noticed(tmp_path: Path) -> None:
+    """Such as one whose noise schedule writes a number that is no tensor into the network."""
+    lorun = lorun_adapt.convert(TwoArguments(), rank=2).eval()
+    noisy_set_of(lorun)
+    exported = export_program(lorun.network, measure, 12)
+    sets = inputs_of_sets(lorun, exported.run)
+    sets["noisy"] = sets["noisy"]._replace(outputs=[2 * tensor for tensor in sets["noisy"].outputs])
+    with pytest.raises(lorun_adapt.LoRunError, match="the ONNX file computes something else"):
+        save_onnx(exported, tmp_path / "net.onnx", sets)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_returns_nan_is_not_written(tmp_path: Path) -> None:
+    lorun = lorun_adapt.convert(Net(transform=lambda x: torch.log(-1 - x.relu())), rank=2)
+    with pytest.raises(lorun_adapt.LoRunError, match="a difference of nan"):
+        save_onnx(export_program(lorun.network, measure, 12), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_sparse_terms_are_exported(low_rank: bool, tmp_path: Path) -> None:
+    network = lorun_adapt.convert(Net(), lorun_adapt.SparseConfig(2, low_rank)).network
+    exported = export_program(network, measure, 12)
+    save_onnx(exported, tmp_path / "net.onnx")
+    with torch.no_grad():
+        assert relative(run_onnx(tmp_path / "net.onnx", *exported.arguments), network(*exported.arguments)) < 1e-4
 
 
 def test_the_command_exports_a_set(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_training_rewinds(monkeypatch) -> None:
     monkeypatch.setattr(LoRunModel, "recover", watched)
     lorun.recover(net, measurements(), prune=1, steps=100)
     early = ended[0]
-    assert len(began) == 4 + 1 - 1 and not same(ended[1], early)
+    assert len(began) == 4 and not same(ended[1], early)
     for later in began[2:]:
         for name, value in later.items():
             if name.endswith(".values"):
@@ -138,8 +138,26 @@ def test_other_ranks_are_refused(rank) -> None:
     assert same(values(lorun), before)
 
 
+def test_a_state_file_of_another_run_changes_nothing(tmp_path) -> None:
+    net, lorun = sparse()
+    lorun.recover(net, measurements(), steps=5, resume_from=tmp_path / "state")
+    net, lorun = sparse()
+    before = values(lorun)
+    with pytest.raises(LoRunError, match="belongs to another run"):
+        lorun.recover(net, measurements(), prune=1, steps=50, seed=3, resume_from=tmp_path / "state")
+    assert same(values(lorun), before)
+
+
+def test_fewer_steps_than_rounds_are_refused() -> None:
+    net, lorun = sparse()
+    with pytest.raises(LoRunError, match="expected more than 3 steps to prune in rounds, found 2"):
+        lorun.recover(net, measurements(), prune=1, steps=2)
+
+
 def test_other_terms_and_further_sets_are_refused() -> None:
     net = teacher()
+    with pytest.raises(LoRunError, match="the terms have rank 1 already"):
+        sparse(1)[1].recover(net, measurements(), prune=1, steps=10)
     with pytest.raises(LoRunError, match="only sparse terms can be pruned"):
         lorun_adapt.convert(net, rank=2).recover(net, measurements(), prune=1, steps=10)
     _, lorun = sparse()
