@@ -191,6 +191,7 @@ def test_example_download(hub, monkeypatch, capsys) -> None:
     assert hub.downloads
 
 
+@pytest.mark.slow
 def test_example_swap(monkeypatch, capsys) -> None:
     out = run_example("swap.py", monkeypatch, capsys)
     rows = [line.split() for line in out.splitlines()[1:-1]]

@@ -259,6 +259,7 @@ def test_a_file_that_returns_nan_is_not_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("low_rank", [False, True])
 def test_sparse_terms_are_exported(low_rank: bool, tmp_path: Path) -> None:
     network = lorun_adapt.convert(Net(), lorun_adapt.SparseConfig(2, low_rank)).network

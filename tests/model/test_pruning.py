@@ -87,7 +87,8 @@ def test_pruning_in_rounds_beats_pruning_at_once() -> None:
     assert distance(lorun, net) < 0.5 * distance(at_once, net)
 
 
-@pytest.mark.parametrize("at", [pytest.param(4, marks=pytest.mark.slow), 30, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [4, 30, 50])
 def test_a_stopped_run_goes_on_to_the_bit(at: int, monkeypatch, tmp_path) -> None:
     done: list[int] = []
     step = Trainer._step

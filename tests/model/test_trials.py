@@ -213,6 +213,7 @@ def test_trials_keep_few_large_batches(size, number, monkeypatch) -> None:
     assert torch.equal(next(seen[2])[0], batches[number][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [4, 13])
 def test_a_run_resumes_within_its_trials(at, short, monkeypatch, tmp_path, capsys) -> None:
     """The first trial, or the second one, was stopped after so many of the steps of both."""
