@@ -15,6 +15,7 @@ import copy
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -209,8 +210,8 @@ def rates_of(net: nn.Module) -> list[tuple[nn.Parameter, float]]:
 class Comparison:
     """The ways to make ``net`` small. Call ``convert`` first: it sets the bytes and the time of the others."""
 
-    def __init__(self, net: nn.Module, crops: Crops, stage_map: StageMap) -> None:
-        self.net, self.crops, self.stage_map = net, crops, stage_map
+    def __init__(self, net: nn.Module, crops: Crops, stage_map: StageMap, example_inputs: tuple[Any, ...]) -> None:
+        self.net, self.crops, self.stage_map, self.example_inputs = net, crops, stage_map, example_inputs
         self.limit, self.seconds = 0, 0.0
 
     def convert(self, budget: float, minutes: float) -> Result:
@@ -228,14 +229,24 @@ class Comparison:
         return self._pruned_in_rounds("a base, low-rank terms, and the entries that these miss most", low_rank=True)
 
     def _pruned_in_rounds(self, name: str, low_rank: bool) -> Result:
-        started, rank = time.monotonic(), 1
-        while saved_bytes(convert(self.net, SparseConfig(rank + 1, low_rank))) <= 1.01 * self.limit:
+        started, rank, prune = time.monotonic(), 1, None
+        while (lorun := self._sparse(rank + 1, low_rank)) and saved_bytes(lorun) <= 1.01 * self.limit:
             rank += 1
-        lorun = convert(self.net, SparseConfig(DENSER * rank, low_rank))
-        minutes = (self.seconds - (time.monotonic() - started)) / 60
-        if not lorun.recover(self.net, self.crops, prune=rank, minutes=minutes):
+        lorun = self._sparse(rank, low_rank)
+        for denser in range(DENSER * rank, rank, -1):
+            start = self._sparse(denser, low_rank)
+            if all(start.stage_map.ranks[group].keys() == own.keys() for group, own in lorun.stage_map.ranks.items()):
+                lorun, prune = start, rank  # the highest rank at which the same tensors have terms
+                break
+        minutes = max(1.0, self.seconds - (time.monotonic() - started)) / 60
+        if not lorun.recover(self.net, self.crops, prune=prune, minutes=minutes):
             raise KeyboardInterrupt
         return f"{name}, at rank {rank}, pruned in rounds", lorun, saved_bytes(lorun)
+
+    def _sparse(self, rank: int, low_rank: bool) -> LoRunModel:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it may diverge, or grow, before it is recovered
+            return convert(self.net, SparseConfig(rank, low_rank), example_inputs=self.example_inputs)
 
     def pruned(self) -> Result:
         pruning = Pruning(self.net, self.stage_map, self.limit, self.seconds)
@@ -297,8 +308,9 @@ def main() -> None:
     net = task.build()
     task.load_weights(net, args.weights)
     judged = task.images(args.judge)
-    stage_map = find_stages(net, example_inputs=task.example_inputs())
-    compared = Comparison(net, Crops(task, task.images(args.images)), stage_map)
+    example_inputs = task.example_inputs()
+    stage_map = find_stages(net, example_inputs=example_inputs)
+    compared = Comparison(net, Crops(task, task.images(args.images)), stage_map, example_inputs)
     ways = [compared.pruned, compared.sparse, compared.sparse_and_low_rank]
     ways += [compared.factorised, compared.relaxed, compared.tied]
     if compared.peft_supports_it():

@@ -27,6 +27,6 @@ def test_ways_are_compared_at_equal_bytes(tmp_path, images, capsys, monkeypatch)
     compare_methods.main()
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
     sizes = [int(row[1].replace(",", "")) for row in rows]
-    assert len(rows) == 6 and "PEFT" in rows[-1][0]
+    assert len(rows) == 8 and "PEFT" in rows[-1][0]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.02) and max(sizes) <= 1.01 * sizes[0]
     assert all(abs(float(row[3])) < 1 for row in rows[:3])

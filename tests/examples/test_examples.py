@@ -244,10 +244,19 @@ def test_comparison_of_methods(small, monkeypatch, capsys) -> None:
         "--weights", small / "net.pth", "--budgets", 0.8, "--minutes", 0.01,
     )  # fmt: skip
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| ")]
-    names = ["ranks", "magnitude", "each stage", "mean, rank", "one denoiser", "PEFT's"]
+    names = [
+        "ranks",
+        "magnitude",
+        "a base and",
+        "a base, low-rank",
+        "each stage",
+        "mean, rank",
+        "one denoiser",
+        "PEFT's",
+    ]
     assert len(rows[2:]) == len(names) and all(row[0].startswith(name) for row, name in zip(rows[2:], names))
     sizes = [int(row[1].replace(",", "")) for row in rows[2:]]
-    assert sizes[1] <= sizes[0] and sizes[4] < sizes[0] and all(0 < float(row[2]) < 100 for row in rows[2:])
+    assert sizes[1] <= sizes[0] and sizes[6] < sizes[0] and all(0 < float(row[2]) < 100 for row in rows[2:])
 
 
 def test_bytes_and_quality(small, monkeypatch, capsys) -> None:
