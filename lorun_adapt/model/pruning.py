@@ -23,7 +23,7 @@ from ..terms.term import Term
 from ..training.duration import Duration
 from ..util.modules import equal
 from ..util.numbers import is_whole_number
-from .short_runs import say, without_advice
+from .short_runs import remove, say, state_files, without_advice
 
 KEPT = 2 / 3  # of the entries in a round, about
 EARLY = 0.2  # the part of the first round after which the values are those that training rewinds to
@@ -38,7 +38,7 @@ def ranks_of_rounds(held: AdapterSet, rank: int) -> list[int]:
         LoRunError: ``rank`` is no rank below that of a term, or a term has no entries to drop.
     """
     terms = [t for groups in held.adapters.values() for adapter in groups.values() for t in terms_of(adapter).values()]
-    if not terms or any(term.pruned(term.rank, term) is None for term in terms):
+    if not terms or any(type(term).pruned is Term.pruned for term in terms):
         raise LoRunError("only sparse terms can be pruned: convert with SparseConfig, or leave prune out")
     highest = max(term.rank for term in terms)
     if highest == 1:
@@ -82,7 +82,7 @@ def recover_in_rounds(
     ranks = ranks_of_rounds(get(), rank)
     part = duration.part(1 / (len(ranks) + 1))
     lengths = [part.part(EARLY), part.part(1 - EARLY), *[part] * (len(ranks) - 1)]
-    paths = [None if path is None else path.with_name(f"{path.name}.round{i + 1}") for i in range(len(lengths))]
+    paths = state_files(path, "round", len(lengths))
     if duration.steps and duration.steps <= len(lengths):
         raise LoRunError(
             f"expected more than {len(lengths)} steps to prune in rounds, found {duration.steps}: train longer"
@@ -119,9 +119,8 @@ def recover_in_rounds(
         if over:  # the file may belong to another run
             put(before)
         raise
-    for file in paths if finished else ():
-        if file is not None:
-            file.unlink(missing_ok=True)
+    if finished:
+        remove(paths)
     return finished
 
 

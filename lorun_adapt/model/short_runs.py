@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from ..training.processes import num_processes, process_state
 from ..util.progress import announce
@@ -23,6 +24,22 @@ def without_advice() -> Iterator[None]:
         for message in ADVICE:
             warnings.filterwarnings("ignore", message)
         yield
+
+
+def state_files(path: Path | None, kind: str, count: int) -> list[Path | None]:
+    """The state files of so many short runs, beside that of the long one; None for each if that has none.
+
+    >>> [file.name for file in state_files(Path("run.state"), "trial", 2)]
+    ['run.state.trial1', 'run.state.trial2']
+    """
+    return [None if path is None else path.with_name(f"{path.name}.{kind}{i + 1}") for i in range(count)]
+
+
+def remove(files: Iterable[Path | None]) -> None:
+    """Remove the state files that are there."""
+    for file in files:
+        if file is not None:
+            file.unlink(missing_ok=True)
 
 
 def say(text: str) -> None:

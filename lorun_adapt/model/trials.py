@@ -27,7 +27,7 @@ from ..util.modules import evaluating, unchanged
 from ..util.nested import device_of, num_bytes, to_device
 from ..util.seeds import seeded
 from .lorun_model import LoRunModel
-from .short_runs import say, without_advice
+from .short_runs import remove, say, state_files, without_advice
 
 SHARE = 0.1  # of the duration, for each trial
 BATCHES, JUDGED = 32, 4  # to try on, and of these, to compare on
@@ -72,7 +72,7 @@ def recover_best(
     started, stream = time.monotonic(), calibration
     settings: dict[str, Any] = {"loss": loss, "also": also, "recompute": recompute, "seed": seed}
     chosen, finished, trials = candidates[0], True, 0
-    files = [] if resume_from is None else [_file_of_trial(resume_from, i) for i in range(len(candidates))]
+    files = state_files(resume_from, "trial", len(candidates))
     if len(candidates) > 1:
         with seeded(seed):
             stream = Batches(calibration)
@@ -90,8 +90,8 @@ def recover_best(
         finished = chosen.recover(
             dun, stream, minutes=duration.minutes, steps=duration.steps, resume_from=resume_from, **settings
         )
-        for file in files if finished else ():
-            file.unlink(missing_ok=True)
+        if finished:
+            remove(files)
     return chosen, finished
 
 
@@ -130,7 +130,7 @@ def _best(
     dun: nn.Module,
     batches: Sequence[Batch],
     trial: Duration,
-    files: Sequence[Path],
+    files: Sequence[Path | None],
     settings: dict[str, Any],
 ) -> tuple[LoRunModel, bool]:
     """The best one after a trial of each, and False if Ctrl-C stopped a trial."""
@@ -138,7 +138,7 @@ def _best(
     training = batches[JUDGED:] or batches
     found: list[tuple[float, LoRunModel]] = []
     failures: list[LoRunError] = []
-    for number, (lorun, file) in enumerate(itertools.zip_longest(candidates, files), 1):
+    for number, (lorun, file) in enumerate(zip(candidates, files), 1):
         say(f"trial {number} of {len(candidates)}: {_bases(lorun)}")
         try:
             with without_advice():
@@ -172,10 +172,6 @@ def _closest(found: Sequence[tuple[float, LoRunModel]]) -> tuple[float, LoRunMod
         if math.isfinite(error) and (not math.isfinite(least) or least - error > MARGIN * abs(least)):
             least, chosen = error, lorun
     return least, chosen
-
-
-def _file_of_trial(path: Path, index: int) -> Path:
-    return path.with_name(f"{path.name}.trial{index + 1}")
 
 
 def _rest(duration: Duration, seconds: float, trials: int) -> Duration:

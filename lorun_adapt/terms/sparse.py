@@ -53,7 +53,25 @@ class SparseConfig(LoraConfig):
         self.peft_type = "LORA_AND_SPARSE" if low_rank else "SPARSE"
 
 
-class Sparse(Term):
+class _HoldsEntries(Term):
+    """A term with the values of some entries, and their places."""
+
+    values: nn.Parameter
+    places: Tensor
+
+    @property
+    def rank(self) -> int:  # type: ignore[override]
+        return len(self.values)
+
+    @property
+    def num_bytes(self) -> int:
+        return super().num_bytes + self.places.nbytes
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, {self.places.numel()} entries"
+
+
+class Sparse(_HoldsEntries):
     """W_k = W_0 + S_k, where S_k is zero but for some entries.
 
     Args:
@@ -67,31 +85,17 @@ class Sparse(Term):
     [[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]]
     """
 
-    values: nn.Parameter
-    places: Tensor
-
     def __init__(self, values: Tensor, places: Tensor, rows: int) -> None:
         super().__init__()
         self.rows = rows
         self.register_parameter("values", nn.Parameter(values.contiguous()))
         self.register_buffer("places", places.to(torch.int32))
 
-    @property
-    def rank(self) -> int:  # type: ignore[override]
-        return len(self.values)
-
-    @property
-    def num_bytes(self) -> int:
-        return super().num_bytes + self.places.nbytes
-
     def forward(self, base: Tensor) -> Tensor:
         return _with_entries(base, self.values, self.places)
 
     def sizes_of_zeros(self, base: Tensor) -> dict[str, float]:
         return {} if self.values.any() else {"values": root_mean_square(base)}
-
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, {self.places.numel()} entries"
 
     def pruned(self, rank: int, start: Sparse) -> Sparse:
         columns = self.values.shape[1] - self.rows
@@ -133,7 +137,7 @@ class Sparse(Term):
         rows, width = terms[0].rows, terms[0].values.shape[1]
         dense = torch.zeros(rows * (width - rows), dtype=terms[0].values.dtype, device=terms[0].values.device)
         for term, weight in zip(terms, weights):
-            dense = dense.index_add(0, term.places, weight * term.values.detach().flatten())
+            dense = _with_entries(dense, weight * term.values.detach(), term.places)
         rank = max(term.rank for term in terms)
         places = _largest(dense.abs()[None], rank * width)[0]
         return cls(dense[places].view(rank, width), places, rows)
@@ -167,7 +171,7 @@ class Sparse(Term):
         return cls(values, places, len(bits))
 
 
-class LowRankAndSparse(Term):
+class LowRankAndSparse(_HoldsEntries):
     """W_k = W_0 + B_k A_k + S_k: a low-rank pair and a sparse part of the same rank.
 
     Args:
@@ -178,22 +182,12 @@ class LowRankAndSparse(Term):
 
     a: nn.Parameter
     b: nn.Parameter
-    values: nn.Parameter
-    places: Tensor
 
     def __init__(self, a: Tensor, b: Tensor, values: Tensor, places: Tensor) -> None:
         super().__init__()
         for name, tensor in (("a", a), ("b", b), ("values", values)):
             self.register_parameter(name, nn.Parameter(tensor.contiguous()))
         self.register_buffer("places", places.to(torch.int32))
-
-    @property
-    def rank(self) -> int:  # type: ignore[override]
-        return len(self.values)
-
-    @property
-    def num_bytes(self) -> int:
-        return super().num_bytes + self.places.nbytes
 
     def forward(self, base: Tensor) -> Tensor:
         return _with_entries((base + (self.b @ self.a).view_as(base)).to(base.dtype), self.values, self.places)
@@ -203,9 +197,6 @@ class LowRankAndSparse(Term):
         directions = min(len(self.b), self.a.shape[1])  # as for a low-rank term
         of_b = {} if self.b.any() else {"b": size / max(root_mean_square(self.a), TINY) / directions**0.5}
         return of_b | ({} if self.values.any() else {"values": size})
-
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, {self.places.numel()} entries"
 
     def pruned(self, rank: int, start: LowRankAndSparse) -> LowRankAndSparse:
         """Return a term of a lower rank; the pair is that of ``start``, cut by SVD."""
@@ -300,13 +291,11 @@ def _with_entries(base: Tensor, values: Tensor, places: Tensor) -> Tensor:
     return base.reshape(-1).index_add(0, places, values.reshape(-1).to(base.dtype)).view(base.shape)
 
 
-def _kept_of(
-    term: Sparse | LowRankAndSparse, start: Sparse | LowRankAndSparse, rank: int, numel: int
-) -> tuple[Tensor, Tensor]:
+def _kept_of(term: _HoldsEntries, start: _HoldsEntries, rank: int, numel: int) -> tuple[Tensor, Tensor]:
     """The numbers that ``start`` has where ``term`` has its largest, as many as ``rank`` has, and their places."""
     chosen = _largest(term.values.detach().abs().flatten()[None], rank * term.values.shape[1])[0]
     places = term.places[chosen]
-    dense = start.values.new_zeros(numel).index_add(0, start.places, start.values.detach().flatten())
+    dense = _with_entries(start.values.new_zeros(numel), start.values.detach(), start.places)
     return dense[places].view(rank, -1), places
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recovery_runs import distance, measurements, same, teacher, values
+from recovery_runs import distance, interrupted_at_step, measurements, same, teacher, values
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel, SparseConfig
@@ -90,23 +90,13 @@ def test_pruning_in_rounds_beats_pruning_at_once() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [4, 30, 50])
 def test_a_stopped_run_goes_on_to_the_bit(at: int, monkeypatch, tmp_path) -> None:
-    done: list[int] = []
-    step = Trainer._step
-
-    def stopping(self: Trainer, *arguments: object) -> float:
-        done.append(1)
-        if len(done) == at:
-            raise KeyboardInterrupt
-        return step(self, *arguments)
-
     def run(state: Path) -> LoRunModel:
         net, lorun = sparse()
         lorun.recover(net, iter(measurements(90)), prune=1, steps=60, resume_from=state)
         return lorun
 
     whole = run(tmp_path / "whole")
-    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="recovery was stopped"):
-        patch.setattr(Trainer, "_step", stopping)
+    with interrupted_at_step(at), pytest.warns(UserWarning, match="recovery was stopped"):
         run(tmp_path / "state")
     assert same(values(run(tmp_path / "state")), values(whole))
     with pytest.warns(UserWarning, match="was over already"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recovery_runs import Stopping, launch, measurements, same, teacher, values
+from recovery_runs import Stopping, interrupted_at_step, launch, measurements, same, teacher, values
 from tasks import call
 
 import lorun_adapt
@@ -218,21 +218,12 @@ def test_trials_keep_few_large_batches(size, number, monkeypatch) -> None:
 def test_a_run_resumes_within_its_trials(at, short, monkeypatch, tmp_path, capsys) -> None:
     """The first trial, or the second one, was stopped after so many of the steps of both."""
     net = teacher()
-    done: list[int] = []
-    step = Trainer._step
-
-    def stopping(self: Trainer, *arguments: object) -> float:
-        done.append(1)
-        if len(done) == at:
-            raise KeyboardInterrupt
-        return step(self, *arguments)
 
     def run(state: Path) -> LoRunModel:
         return lorun_adapt.convert(net, budget=BUDGET, calibration=measurements(60), steps=80, resume_from=state)
 
     whole = run(tmp_path / "whole")
-    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="recovery was stopped"):
-        patch.setattr(Trainer, "_step", stopping)
+    with interrupted_at_step(at), pytest.warns(UserWarning, match="recovery was stopped"):
         run(tmp_path / "state")
     known = ["state.trial1"] if at == 4 else ["state.trial1", "state.trial2"]
     assert sorted(path.name for path in tmp_path.glob("state*")) == known

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from dun_zoo import Block, Denoiser, ListOfBlocks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lorun_adapt
+from lorun_adapt.training.trainer import Trainer
 
 Batch = tuple[Tensor, Tensor]
 
@@ -60,6 +65,22 @@ class Stopping:
             elif index == self.at:
                 raise KeyboardInterrupt
             yield batch
+
+
+@contextmanager
+def interrupted_at_step(at: int) -> Iterator[None]:
+    """Within the block, Ctrl-C comes in the ``at``-th step of all runs."""
+    steps = itertools.count(1)
+    step = Trainer._step
+
+    def stopping(self: Trainer, *arguments: Any) -> float:
+        if next(steps) == at:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_step", stopping)
+        yield
 
 
 def saved_storages(run: Callable[[], object]) -> dict[int, int]:
