@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..errors import LoRunError
 from ..factorise.sensitivity import IN_PLACE
 from ..util.energy import relative_error
 from ..util.nested import map_tensors, tensors_in
+from .slow_convolutions import SlowConvolutionsInFloat32
 
 SAME = 1e-3  # the relative difference at which two runs of a stage are no longer the same
 CHANGED = (
@@ -75,15 +77,21 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
             _check_same(returned, tensors_in(result))
             return result
 
+        contexts = partial(_contexts, SlowConvolutionsInFloat32.again())
         with set_checkpoint_early_stop(False):  # the second run must come to its end, to be compared
             try:
-                return checkpoint(once_more, *arguments, use_reentrant=False, **keywords)
+                return checkpoint(once_more, *arguments, use_reentrant=False, context_fn=contexts, **keywords)
             except RuntimeError as error:
                 if "saved tensor hooks" in str(error):
                     raise LoRunError(WITHIN_FUNC) from error
                 raise
 
     return run
+
+
+def _contexts(again: AbstractContextManager[Any]) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """What ``checkpoint`` runs a stage in, for the first time and again."""
+    return nullcontext(), again
 
 
 def _without_aliases(value: Any) -> Any:

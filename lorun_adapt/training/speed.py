@@ -1,25 +1,29 @@
 """Run the networks as fast as a CPU can while they train: convolutions channels last, and in bfloat16.
 
 Whether a network runs so is found by trying: some forwards view activations in a way that needs another
-order of dimensions, and some operations, such as making complex numbers, do not support bfloat16. The
-choice depends on the networks and the CPU alone, so that runs repeat.
+order of dimensions, and some operations, such as making complex numbers, do not support bfloat16, or
+are much slower in it. The choice depends on the networks and the CPU alone, so that runs repeat.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
 from ..network.batches import Batch
 from .distill import Distillation, Example, psnr_to
 from .processes import launched
+from .slow_convolutions import SlowConvolutionsInFloat32
 from .supervised import Supervised
 
 # bfloat16 is used while the student's PSNR to the teacher is this much (dB) below the teacher's own in bfloat16.
 MARGIN = 5.0
+LONGER = 1.5  # bfloat16 is not used if a step takes this many times as long in it
 
 
 @contextmanager
@@ -47,20 +51,25 @@ def channels_last(objective: Distillation | Supervised, batch: Batch, seed: int)
     try:
         for parameter, before in moved.items():
             parameter.data = before.contiguous(memory_format=torch.channels_last)
-        if moved and not _runs(objective, batch, seed):
+        if moved and math.isinf(_seconds_of_step(objective, batch, seed)):
             move_back()
         yield
     finally:
         move_back()
 
 
-def bfloat16(enabled: bool) -> AbstractContextManager[None]:
+@contextmanager
+def bfloat16(enabled: bool) -> Iterator[None]:
     """Run the block in bfloat16, if ``enabled``: a forward and its loss."""
-    return torch.autocast("cpu", dtype=torch.bfloat16) if enabled else nullcontext()
+    if not enabled:
+        yield
+        return
+    with torch.autocast("cpu", dtype=torch.bfloat16), SlowConvolutionsInFloat32():
+        yield
 
 
 def runs_in_bfloat16(objective: Distillation | Supervised, batch: Batch, seed: int) -> bool:
-    """Whether this CPU multiplies faster in bfloat16, and the networks run in it.
+    """Whether this CPU multiplies faster in bfloat16, and the networks run in it, without steps taking longer.
 
     False under ``accelerate launch``, whose own option sets the precision.
     """
@@ -70,7 +79,14 @@ def runs_in_bfloat16(objective: Distillation | Supervised, batch: Batch, seed: i
     if any(p.dtype in (torch.float64, torch.complex128) for p in parameters):
         return False
     with bfloat16(True):
-        return _runs(objective, batch, seed) and _runs_without_gradients(objective, batch, seed)
+        seconds = _seconds_of_step(objective, batch, seed)  # the first step prepares much that later ones need not
+        if math.isinf(seconds) or not _runs_without_gradients(objective, batch, seed):
+            return False
+    longest = LONGER * _seconds_of_step(objective, batch, seed)
+    if seconds > longest:
+        with bfloat16(True):
+            seconds = _seconds_of_step(objective, batch, seed)
+    return seconds <= longest
 
 
 def rounding_psnr(objective: Distillation | Supervised, example: Example) -> float:
@@ -83,16 +99,17 @@ def rounding_psnr(objective: Distillation | Supervised, example: Example) -> flo
     return float(psnr_to(rounded.final, target.final))
 
 
-def _runs(objective: Distillation | Supervised, batch: Batch, seed: int) -> bool:
-    """Whether a forward and a backward succeed in the current memory format and precision."""
+def _seconds_of_step(objective: Distillation | Supervised, batch: Batch, seed: int) -> float:
+    """What a forward and a backward take in the current memory format and precision; inf if they fail."""
+    started = time.perf_counter()
     try:
         objective(lambda: objective.example(batch, seed))[0].backward()
     except Exception:  # an operation that doesn't support them may raise anything
-        return False
+        return math.inf
     finally:
         for parameter in objective.student.parameters():
             parameter.grad = None
-    return True
+    return time.perf_counter() - started
 
 
 @torch.no_grad()
