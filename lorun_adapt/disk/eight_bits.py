@@ -31,18 +31,10 @@ def pack(tensors: Mapping[str, Tensor], exact: Collection[str] = ()) -> dict[str
     """
     result, scales = dict(tensors), []
     for name in sorted(tensors.keys() - exact):
-        tensor = tensors[name]
-        if not tensor.is_floating_point() or tensor.ndim < 2 or not tensor.numel():
-            continue
-        side = _side(tensor.shape)
-        if tensor.numel() + 2 * tensor.shape[side] >= tensor.nbytes:
-            continue
-        value = tensor.double()
-        largest = value.abs().amax([d for d in range(tensor.ndim) if d != side], keepdim=True)
-        scale = (largest / LARGEST).to(torch.bfloat16)
-        numbers = torch.where(scale > 0, value / scale.double(), 0).round().clamp(-LARGEST, LARGEST)
-        result[name] = numbers.to(torch.int8)
-        scales.append(scale.flatten())
+        packed = quantised(tensors[name])
+        if packed is not None:
+            result[name], scale = packed
+            scales.append(scale.flatten())
     return {**result, SCALES: torch.cat(scales)} if scales else result
 
 
@@ -60,8 +52,39 @@ def unpack(tensors: Mapping[str, Tensor], packed: Collection[str]) -> dict[str, 
     for name, scale in zip(names, tensors[SCALES].split(lengths) if names else ()):
         shape = [1] * tensors[name].ndim
         shape[_side(tensors[name].shape)] = -1
-        result[name] = tensors[name].float() * scale.float().view(shape)
+        result[name] = dequantised(tensors[name], scale.view(shape), torch.float32)
     return result
+
+
+def quantised(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return a tensor's whole numbers, int8, and its scales, bfloat16, which broadcast to its shape.
+
+    None if it stays as it is: if its numbers are not floating-point, it has fewer than two dimensions, or it would not
+    be smaller.
+
+    >>> numbers, scales = quantised(torch.randn(8, 16, 3, 3))
+    >>> tuple(numbers.shape), tuple(scales.shape)
+    ((8, 16, 3, 3), (8, 1, 1, 1))
+    """
+    if not tensor.is_floating_point() or tensor.ndim < 2 or not tensor.numel():
+        return None
+    side = _side(tensor.shape)
+    if tensor.numel() + 2 * tensor.shape[side] >= tensor.nbytes:
+        return None
+    value = tensor.double()
+    largest = value.abs().amax([d for d in range(tensor.ndim) if d != side], keepdim=True)
+    scale = (largest / LARGEST).to(torch.bfloat16)
+    numbers = torch.where(scale > 0, value / scale.double(), 0).round().clamp(-LARGEST, LARGEST)
+    return numbers.to(torch.int8), scale
+
+
+def dequantised(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values of whole numbers with their scales.
+
+    >>> dequantised(torch.tensor([[2, -4]], dtype=torch.int8), torch.tensor([[0.5]]), torch.float32)
+    tensor([[ 1., -2.]])
+    """
+    return (numbers * scales.float()).to(dtype)
 
 
 def number_of_scales(shapes: Mapping[str, tuple[int, ...]]) -> int:

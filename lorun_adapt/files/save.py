@@ -17,6 +17,7 @@ from ..disk.reading import DTYPES
 from ..errors import LoRunError
 from ..network.adapter import StageAdapter
 from ..network.converted import AdapterInfo, AdapterSet, Converted
+from ..network.eight_bits import as_floats
 from ..peft_format import writer
 from ..peft_format.limits import peft_view
 from ..stages.stage_map import Group, StageMap
@@ -181,7 +182,7 @@ def _write_tensors(
     """
     stored: dict[str, Tensor] = {}
     for name, held in tensors.items():
-        tensor = held.detach().cpu()
+        tensor = as_floats(held.detach().cpu())
         if dtype is not None and dtype.is_floating_point and tensor.is_floating_point() and name not in exact:
             tensor = tensor.to(dtype)
         if tensor.dtype not in DTYPES.values():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import LoRunError
+from ..network.eight_bits import as_floats
 from ..network.sharing import Places, share_again, shared_places
 from ..stages.stage_map import StageMap
 from ..util.fingerprint import fingerprint_of
@@ -36,15 +37,21 @@ class Model(Protocol):
 
 
 def register_hooks(model: nn.Module) -> None:
-    """Leave the assembled network out of state dicts, since the base and the adapters hold all its tensors."""
-    model.register_state_dict_post_hook(_leave_network_out)
+    """Leave the assembled network out of state dicts, since the base and the adapters hold all its tensors.
+
+    What is in eight bits becomes ordinary tensors, which others can load.
+    """
+    model.register_state_dict_post_hook(_make_plain)
     model.register_load_state_dict_pre_hook(_before_load)
     model.register_load_state_dict_post_hook(_after_load)
 
 
-def _leave_network_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name in [name for name in state_dict if name.startswith(f"{prefix}network.")]:
-        del state_dict[name]
+def _make_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        if name.startswith(f"{prefix}network."):
+            del state_dict[name]
+        elif isinstance(state_dict[name], torch.Tensor):
+            state_dict[name] = as_floats(state_dict[name])
 
 
 def _before_load(model: Model, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -13,6 +13,7 @@ from ..stages.stage_map import Group
 from ..util.modules import tensor_of
 from ..util.numbers import is_numeric
 from .adapter import StageAdapter, private_tensors, terms_of
+from .eight_bits import as_floats
 
 
 def dense_tensors(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> dict[str, Tensor]:
@@ -20,7 +21,7 @@ def dense_tensors(denoiser: nn.Module, group: Group, adapter: StageAdapter) -> d
     terms, private = terms_of(adapter), private_tensors(adapter)
     with torch.no_grad():
         return {
-            spec.name: private[spec.name].detach()
+            spec.name: as_floats(private[spec.name].detach())
             if spec.name in private
             else terms[spec.name](tensor_of(denoiser, spec.name)).detach()
             for spec in group.tensors

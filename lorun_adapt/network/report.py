@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from rich.table import Table
 from torch import nn
 
 from ..stages.tensors import base_tensors
-from ..util.modules import owner_of
+from ..util.modules import owner_of, tensor_of
 from ..util.tables import kilobytes, plain_text, table
 from .adapter import StageAdapter, private_tensors, terms_of
 from .converted import Converted
@@ -127,22 +126,28 @@ def _cells(before: Size, after: Size) -> tuple[str, str, str, str]:
 def make_report(converted: Converted) -> Report:
     """Compare the base and the active adapters with the original network."""
     stages: dict[int, StageReport] = {}
-    base = adapters = Size()
+    base = own = adapters = Size()
     counted: set[tuple[int, str]] = set()  # the original network held a tensor that several stages share only once
     lost = norm = 0.0
     groups, choice = converted.stage_map.groups, converted.choice
     for group in groups:
+        first = converted.base.get_submodule(group.sites[0].module)
         base += _sum(
-            (spec.numel, spec.dtype, spec.buffer) for spec in group.tensors if not spec.common and not spec.without_base
+            (spec.numel, tensor_of(first, spec.name).nbytes, spec.buffer)
+            for spec in group.tensors
+            if not spec.common and not spec.without_base
         )
         for position, site in enumerate(group.sites):
-            dense = []
+            dense, held = [], []
+            denoiser = converted.base.get_submodule(site.module)
             for spec in group.tensors:
-                place = owner_of(converted.base.get_submodule(site.module), spec.name)
+                place = owner_of(denoiser, spec.name)
                 if not spec.common and place not in counted:
                     counted.add(place)
-                    dense.append((spec.numel, spec.dtype, spec.buffer))
+                    dense.append((spec.numel, spec.numel * spec.dtype.itemsize, spec.buffer))
+                    held.append((spec.numel, tensor_of(denoiser, spec.name).nbytes, spec.buffer))
             before, after = _sum(dense), _adapter_size(choice[site.stage][group.name])
+            own += _sum(held)
             adapters += after
             residuals = {}
             for name, pairs in converted.residuals.get(group.name, {}).items():
@@ -158,11 +163,11 @@ def make_report(converted: Converted) -> Report:
                 item.residuals | residuals,
             )
     before = sum((item.before for item in stages.values()), Size())
-    base = base if converted.stage_map.shared else before
+    base = base if converted.stage_map.shared else own
     buffers = {id(buffer) for buffer in converted.base.buffers()}
     tensors = base_tensors(converted.base, converted.stage_map).values()
-    whole = _sum((tensor.numel(), tensor.dtype, id(tensor) in buffers) for tensor in tensors)
-    outside = _sum((tensor.numel(), tensor.dtype, False) for tensor in converted.outside.values())
+    whole = _sum((tensor.numel(), tensor.nbytes, id(tensor) in buffers) for tensor in tensors)
+    outside = _sum((tensor.numel(), tensor.nbytes, False) for tensor in converted.outside.values())
     return Report(
         tuple(stages[key] for key in sorted(stages)),
         base,
@@ -178,14 +183,14 @@ def make_report(converted: Converted) -> Report:
 
 
 def _adapter_size(adapter: StageAdapter) -> Size:
-    size = _sum((t.numel(), t.dtype, not isinstance(t, nn.Parameter)) for t in private_tensors(adapter).values())
+    size = _sum((t.numel(), t.nbytes, not isinstance(t, nn.Parameter)) for t in private_tensors(adapter).values())
     return sum((Size(term.num_parameters, term.num_bytes) for term in terms_of(adapter).values()), size)
 
 
-def _sum(tensors: Iterable[tuple[int, torch.dtype, bool]]) -> Size:
-    """Return the total size of tensors, given as (number of elements, dtype, whether it is a buffer)."""
+def _sum(tensors: Iterable[tuple[int, int, bool]]) -> Size:
+    """Return the total size of tensors, given as (number of elements, bytes, whether it is a buffer)."""
     tensors = list(tensors)
     return Size(
         sum(numel for numel, _, buffer in tensors if not buffer),
-        sum(numel * dtype.itemsize for numel, dtype, _ in tensors),
+        sum(nbytes for _, nbytes, _ in tensors),
     )

@@ -95,7 +95,7 @@ class Term(nn.Module):
     @property
     def num_bytes(self) -> int:
         """The number of bytes of the parameters in memory."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
+        return sum(parameter.nbytes for parameter in self.parameters())
 
     def product(self) -> tuple[Tensor, Tensor] | None:
         """Return what the term adds, folded to a matrix (m, n), as factors (m, r) and (r, n); None if it has none.

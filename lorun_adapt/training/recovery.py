@@ -23,6 +23,7 @@ from ..network.adapter import terms_of
 from ..network.batches import Batches, finite_batches_of, next_finite
 from ..network.converted import Converted
 from ..network.divergence import factor_between, warn_if_far
+from ..network.eight_bits import check_floats
 from ..network.recording import Recorder
 from ..util.fingerprint import fingerprint_of
 from ..util.modules import distinct_tensors, unchanged
@@ -89,6 +90,7 @@ def recover(
     started = time.monotonic()
     duration = broadcast(duration)  # what is left of some minutes is not the same in each process
     check_teacher(teacher, converted.base)
+    check_floats(converted)
     first = calibration.first
     with (
         trainable_base(converted, network, also) as trained,

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 
 from ..network.batches import Batch
+from ..network.eight_bits import EightBits
 from .distill import Distillation, Example, psnr_to
 from .processes import launched
 from .slow_convolutions import SlowConvolutionsInFloat32
@@ -33,7 +34,10 @@ def channels_last(objective: Distillation | Supervised, batch: Batch, seed: int)
     Afterwards the parameters are back in their original storage, with the values they have then.
     """
     kernels = {
-        id(p): p for network in objective.networks for p in network.parameters() if p.ndim == 4 and p.is_contiguous()
+        id(p): p
+        for network in objective.networks
+        for p in network.parameters()
+        if p.ndim == 4 and p.is_contiguous() and not isinstance(p, EightBits)
     }
     uses = Counter(p.data_ptr() for p in kernels.values())
     moved = {
