@@ -68,6 +68,8 @@ def _is_slow(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     kernel = args[WEIGHT] if len(args) > WEIGHT else kwargs["weight"]
     groups = args[GROUPS] if len(args) > GROUPS else kwargs.get("groups", 1)
     sides = kernel.shape[2:]
+    if kernel.device.type != "cpu":
+        return False
     if groups > 1 and kernel.shape[1] == 1 and max(sides) > LARGE_DEPTHWISE:
         return True
     stride = args[STRIDE] if len(args) > STRIDE else kwargs.get("stride", 1)

@@ -11,7 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -64,11 +64,15 @@ def channels_last(objective: Distillation | Supervised, batch: Batch, seed: int)
 
 @contextmanager
 def bfloat16(enabled: bool) -> Iterator[None]:
-    """Run the block in bfloat16, if ``enabled``: a forward and its loss."""
-    if not enabled:
-        yield
-        return
-    with torch.autocast("cpu", dtype=torch.bfloat16), SlowConvolutionsInFloat32():
+    """Run the block in bfloat16, if ``enabled``: a forward and its loss.
+
+    Under ``accelerate launch``, whose option decides, it is not enabled, and the block may run in bfloat16 all the same.
+    """
+    with ExitStack() as stack:
+        if enabled:
+            stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
+        if enabled or launched():
+            stack.enter_context(SlowConvolutionsInFloat32())
         yield
 
 

@@ -140,3 +140,15 @@ def test_networks_that_are_slow_in_bfloat16_train_in_float32(
     net = network()
     lorun_adapt.convert(net, rank=1).recover(net, measurements(), steps=4)
     assert (True in precisions) is used and bfloat16 == [True, False, True][: len(seconds)]
+
+
+def test_so_do_they_in_launched_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, blocks = torch.rand(1, 1, 64, 64), torch.rand(8, 1, 32, 32)
+
+    def dtype() -> torch.dtype:
+        with speed.bfloat16(False), torch.autocast("cpu", dtype=torch.bfloat16):  # as --mixed_precision bf16 does
+            return F.conv2d(images, blocks, stride=32).dtype
+
+    assert dtype() == torch.bfloat16
+    monkeypatch.setattr(speed, "launched", lambda: True)
+    assert dtype() == torch.float32
