@@ -66,7 +66,7 @@ def channels_last(objective: Distillation | Supervised, batch: Batch, seed: int)
 def bfloat16(enabled: bool) -> Iterator[None]:
     """Run the block in bfloat16, if ``enabled``: a forward and its loss.
 
-    Under ``accelerate launch``, whose option decides, it is not enabled, and the block may run in bfloat16 all the same.
+    Under ``accelerate launch``, whose option decides, it is not enabled, but the block may run in bfloat16 too.
     """
     with ExitStack() as stack:
         if enabled:
