@@ -15,7 +15,7 @@ from ..errors import LoRunError
 from ..factorise.sensitivity import IN_PLACE
 from ..util.energy import relative_error
 from ..util.nested import map_tensors, tensors_in
-from .slow_convolutions import SlowConvolutionsInFloat32
+from .slow_in_bfloat16 import SlowInFloat32
 
 SAME = 1e-3  # the relative difference at which two runs of a stage are no longer the same
 CHANGED = (
@@ -77,7 +77,7 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
             _check_same(returned, tensors_in(result))
             return result
 
-        contexts = partial(_contexts, SlowConvolutionsInFloat32.again())
+        contexts = partial(_contexts, SlowInFloat32.again())
         with set_checkpoint_early_stop(False):  # the second run must come to its end, to be compared
             try:
                 return checkpoint(once_more, *arguments, use_reentrant=False, context_fn=contexts, **keywords)

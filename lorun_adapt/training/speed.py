@@ -19,12 +19,12 @@ from ..network.batches import Batch
 from ..network.eight_bits import EightBits
 from .distill import Distillation, Example, psnr_to
 from .processes import launched
-from .slow_convolutions import SlowConvolutionsInFloat32
+from .slow_in_bfloat16 import SlowInFloat32
 from .supervised import Supervised
 
 # bfloat16 is used while the student's PSNR to the teacher is this much (dB) below the teacher's own in bfloat16.
 MARGIN = 5.0
-LONGER = 1.5  # bfloat16 is not used if a step takes this many times as long in it
+LONGER, LONG = 4.0, 0.1  # bfloat16 is not used if a step takes this many times as long in it, and so many seconds
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def bfloat16(enabled: bool) -> Iterator[None]:
         if enabled:
             stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
         if enabled or launched():
-            stack.enter_context(SlowConvolutionsInFloat32())
+            stack.enter_context(SlowInFloat32())
         yield
 
 
@@ -90,10 +90,13 @@ def runs_in_bfloat16(objective: Distillation | Supervised, batch: Batch, seed: i
         seconds = _seconds_of_step(objective, batch, seed)  # the first step prepares much that later ones need not
         if math.isinf(seconds) or not _runs_without_gradients(objective, batch, seed):
             return False
-    longest = LONGER * _seconds_of_step(objective, batch, seed)
-    if seconds > longest:
-        with bfloat16(True):
-            seconds = _seconds_of_step(objective, batch, seed)
+    longest = max(LONG, LONGER * _seconds_of_step(objective, batch, seed))
+    for _ in range(
+        2
+    ):  # far more than times vary by, and the shortest of three: the choice should be the same each time
+        if seconds > longest:
+            with bfloat16(True):
+                seconds = min(seconds, _seconds_of_step(objective, batch, seed))
     return seconds <= longest
 
 

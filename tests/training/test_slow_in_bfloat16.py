@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -14,14 +15,14 @@ from torch import Tensor, nn
 
 import lorun_adapt
 from lorun_adapt.training import speed
-from lorun_adapt.training.slow_convolutions import SlowConvolutionsInFloat32
+from lorun_adapt.training.slow_in_bfloat16 import SlowInFloat32
 
 BLOCK = 20
 
 
 @contextmanager
 def in_bfloat16() -> Iterator[None]:
-    with torch.autocast("cpu", dtype=torch.bfloat16), SlowConvolutionsInFloat32():
+    with torch.autocast("cpu", dtype=torch.bfloat16), SlowInFloat32():
         yield
 
 
@@ -38,6 +39,8 @@ def in_bfloat16() -> Iterator[None]:
         (nn.Conv2d(8, 8, 5, padding=2, groups=8), (1, 8, 16, 16), torch.float32),
         (nn.Conv2d(8, 8, 3, padding=1, groups=8), (1, 8, 16, 16), torch.bfloat16),
         (nn.Conv2d(8, 8, 5, padding=2, groups=2), (1, 8, 16, 16), torch.bfloat16),
+        (nn.ConvTranspose2d(8, 8, 5, padding=2, groups=8), (1, 8, 16, 16), torch.float32),
+        (nn.ConvTranspose2d(8, 2, 5, padding=2, groups=2), (1, 8, 16, 16), torch.bfloat16),
         (nn.Conv1d(1, 4, 32, stride=32), (1, 1, 64), torch.float32),
         (nn.Conv3d(1, 4, 3), (1, 1, 8, 8, 8), torch.bfloat16),
     ],
@@ -61,6 +64,22 @@ def test_all_ways_to_call_them() -> None:
         assert F.conv2d(images.bfloat16(), blocks.bfloat16(), stride=32).dtype == torch.float32
     assert all(torch.equal(call, expected) for call in calls[:3])
     assert torch.allclose(calls[3], expected, rtol=0.01)
+
+
+def test_a_stride_for_all_sides_attention_and_blocks_without_autocast() -> None:
+    images, wide, query = torch.rand(1, 1, 64, 64), torch.rand(8, 1, 4, 32), torch.rand(1, 2, 8, 4)
+    with in_bfloat16():
+        assert F.conv2d(images, wide, stride=[32]).dtype == torch.float32
+        assert F.scaled_dot_product_attention(query, query, query).dtype == torch.float32
+        assert F.conv2d(images.half(), wide.half(), stride=32).dtype == torch.float32
+        with torch.autocast("cpu", enabled=False):
+            assert F.conv2d(images.bfloat16(), wide.bfloat16(), stride=32).dtype == torch.bfloat16
+
+
+def test_other_threads_run_as_they_did() -> None:
+    with in_bfloat16(), ThreadPoolExecutor(1) as threads:
+        assert not isinstance(threads.submit(SlowInFloat32.again).result(), SlowInFloat32)
+        assert isinstance(SlowInFloat32.again(), SlowInFloat32)
 
 
 def test_gradients_are_those_of_float32() -> None:
@@ -115,9 +134,11 @@ def test_networks_with_such_convolutions_train_in_bfloat16(recompute: bool, monk
     "seconds, used",
     [
         ([1.0, 1.0], True),
-        ([1.4, 1.0], True),
+        ([3.9, 1.0], True),
         ([9.0, 1.0, 0.5], True),  # only the first step was slow
-        ([9.0, 1.0, 2.0], False),
+        ([9.0, 1.0, 8.0, 2.0], True),
+        ([9.0, 1.0, 5.0, 7.0], False),
+        ([0.09, 0.01], True),  # too short to tell
     ],
 )
 def test_networks_that_are_slow_in_bfloat16_train_in_float32(
@@ -139,7 +160,7 @@ def test_networks_that_are_slow_in_bfloat16_train_in_float32(
     monkeypatch.setattr("lorun_adapt.training.trainer.bfloat16", lambda on: (precisions.add(on), whole(on))[1])
     net = network()
     lorun_adapt.convert(net, rank=1).recover(net, measurements(), steps=4)
-    assert (True in precisions) is used and bfloat16 == [True, False, True][: len(seconds)]
+    assert (True in precisions) is used and bfloat16 == [True, False, True, True][: len(seconds)]
 
 
 def test_so_do_they_in_launched_processes(monkeypatch: pytest.MonkeyPatch) -> None:
