@@ -59,8 +59,8 @@ def unpack(tensors: Mapping[str, Tensor], packed: Collection[str]) -> dict[str, 
 def quantised(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return a tensor's whole numbers, int8, and its scales, bfloat16, which broadcast to its shape.
 
-    None if it stays as it is: if its numbers are not floating-point, it has fewer than two dimensions, or it would not
-    be smaller.
+    None for a tensor that stays as it is: one that holds no floating-point numbers, has fewer than two dimensions, or
+    would not become smaller.
 
     >>> numbers, scales = quantised(torch.randn(8, 16, 3, 3))
     >>> tuple(numbers.shape), tuple(scales.shape)
@@ -71,6 +71,12 @@ def quantised(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
     side = _side(tensor.shape)
     if tensor.numel() + 2 * tensor.shape[side] >= tensor.nbytes:
         return None
+    return rounded(tensor)
+
+
+def rounded(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the whole numbers and scales of a tensor with two or more dimensions, as :func:`quantised` does."""
+    side = _side(tensor.shape)
     value = tensor.double()
     largest = value.abs().amax([d for d in range(tensor.ndim) if d != side], keepdim=True)
     scale = (largest / LARGEST).to(torch.bfloat16)

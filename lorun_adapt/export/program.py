@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from ..disk.folder import write_file
 from ..errors import LoRunError
+from ..network.eight_bits import check_floats
 from ..util.modules import evaluating
 from ..util.text import shortened
 
@@ -50,8 +51,9 @@ def export_program(network: nn.Module, measure: Measure, size: int, dynamic: boo
         dynamic: let the program take any number of images, of any size that the network takes.
 
     Raises:
-        LoRunError: ``torch.export`` cannot trace the network, or not for other sizes.
+        LoRunError: ``torch.export`` cannot trace the network, or not for other sizes; weights in eight bits.
     """
+    check_floats([network], "exported")
     given = measure(size, 2 if dynamic else 1)  # torch.export makes a program for one image if it sees one
     fixed = {place: value for place, value in enumerate(given) if not isinstance(value, PLAIN)}
     arguments = tuple(value for place, value in enumerate(given) if place not in fixed)

@@ -33,14 +33,14 @@ from ..network.batches import Batches
 from ..network.composed import composing_once
 from ..network.converted import AdapterSet, Choice, Converted, Quality, ranks_in
 from ..network.dense import check_merged
-from ..network.eight_bits import in_eight_bits, set_in_floats
+from ..network.eight_bits import in_eight_bits, in_floats, set_in_floats
 from ..network.noise import Noise, noise_of
 from ..network.report import Report, make_report
 from ..network.sharing import share_again, shared_places, tie_again
 from ..stages.stage_map import Group, Site
 from ..stages.tensors import base_denoiser, base_tensors
 from ..training.duration import Duration
-from ..util.copying import copy_network, deep_copy
+from ..util.copying import deep_copy
 from ..util.fingerprint import fingerprint_of, versions_of
 from ..util.modules import distinct_tensors, tensors_in_state
 from ..util.numbers import is_index
@@ -121,6 +121,7 @@ class LoRunModel(nn.Module):
         self._lock = threading.RLock()
         self._reader: SetReader | None = None
         self._fingerprint = converted.known_fingerprint
+        self._rounded: dict[str, str] = {}  # the base's fingerprint before int8(), by that of what it was rounded to
         self._base_tensors: list[Tensor] = []
         self._versions: list[int] = []
         self._note_base()
@@ -161,7 +162,8 @@ class LoRunModel(nn.Module):
         versions = versions_of(self._base_tensors)
         trains = any(tensor.requires_grad for tensor in self._base_tensors)
         if self._fingerprint is None or trains or versions != self._versions:
-            self._fingerprint, self._versions = fingerprint_of(distinct_tensors(self.base)), versions
+            found = fingerprint_of(distinct_tensors(self.base))
+            self._fingerprint, self._versions = self._rounded.get(found, found), versions
             self._reader = None
         return self._fingerprint
 
@@ -297,11 +299,14 @@ class LoRunModel(nn.Module):
 
         They take about a quarter of the memory, as their files do with ``save_pretrained(path, torch.int8)``, and are
         rounded likewise. Each forward computes the stages' weights from them, in the dtype that they had before.
-        Sets that are added later, by :meth:`finetune` too, are not in eight bits. What is cannot be trained: to have
-        floating-point numbers again, load the saved network again.
+        Tensors in eight bits cannot be trained. Sets that are added later, by :meth:`finetune` and :meth:`copy_adapter`
+        too, hold floating-point numbers. To have these in the base again, load a network that was saved before.
 
         Returns:
             This network.
+
+        Raises:
+            LoRunError: NaN or Inf in a tensor; nothing changes then.
 
         >>> import lorun_adapt, torch
         >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -312,14 +317,17 @@ class LoRunModel(nn.Module):
         (True, True)
         """
         with self._lock:
-            packed = in_eight_bits(self.converted())
-            self.base = packed.base
-            self._note_base()
-            for name, held in packed.sets.items():
-                self._store.put(name, held)
-            for name, held in packed.sets.items():
-                self.adapter_info[name] = dataclasses.replace(held.info, quality=())
-            self._assemble_again()
+            before, network = self.converted(), self.network
+            packed = in_eight_bits(before)
+            try:
+                self._take(packed)
+                self._assemble_again()
+            except BaseException:
+                self._take(before)
+                self._running.clear()
+                self.network = network
+                raise
+            self._rounded = {fingerprint_of(distinct_tensors(self.base)): before.fingerprint}
             self._set_trainable(self._running.names)
         return self
 
@@ -471,7 +479,7 @@ class LoRunModel(nn.Module):
         with self._lock:
             self._store.check_known(source)
             self._check_new(adapter_name)
-            self._put(adapter_name, copy.deepcopy(self._store.get(source)))
+            self._put(adapter_name, set_in_floats(copy.deepcopy(self._store.get(source))))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a set that is not active in any stage.
@@ -1100,7 +1108,7 @@ class LoRunModel(nn.Module):
             stage = next(iter(sites))
         if not is_index(stage) or int(stage) not in sites:
             raise LoRunError(f"expected one of the stages {list(sites)} of {group!r}, found {stage!r}: give stage=")
-        return copy_network(base_denoiser(self.base, self.stage_map, groups[group], sites[int(stage)]))
+        return in_floats(base_denoiser(self.base, self.stage_map, groups[group], sites[int(stage)]))
 
     # --- figures ---------------------------------------------------------------------------------
 
@@ -1228,6 +1236,15 @@ class LoRunModel(nn.Module):
             self._fingerprint = None
         self._note_base()
         self._assemble_again()
+
+    def _take(self, converted: Converted) -> None:
+        """Hold the base and the sets of the same network in another form."""
+        if self.network is self.base:  # within disable_adapter
+            self.network = converted.base
+        self.base = converted.base
+        self._note_base()
+        for name, held in converted.sets.items():
+            self._store.put(name, held)
 
     def _note_base(self) -> None:
         """Note the tensors that the fingerprint is of; listing them at each access would be slow."""

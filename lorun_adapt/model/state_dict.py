@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import LoRunError
-from ..network.eight_bits import as_floats
+from ..network.eight_bits import EightBits, as_floats
 from ..network.sharing import Places, share_again, shared_places
 from ..stages.stage_map import StageMap
 from ..util.fingerprint import fingerprint_of
@@ -47,11 +47,13 @@ def register_hooks(model: nn.Module) -> None:
 
 
 def _make_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    floats: dict[int, torch.Tensor] = {}  # made once for what several stages share
     for name in [name for name in state_dict if name.startswith(prefix)]:
+        tensor = state_dict[name]
         if name.startswith(f"{prefix}network."):
             del state_dict[name]
-        elif isinstance(state_dict[name], torch.Tensor):
-            state_dict[name] = as_floats(state_dict[name])
+        elif isinstance(tensor, EightBits):
+            state_dict[name] = floats.setdefault(id(tensor.numbers), as_floats(tensor))
 
 
 def _before_load(model: Model, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

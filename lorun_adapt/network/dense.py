@@ -42,6 +42,7 @@ def weighted_sum_of_tensors(base: Tensor, values: Sequence[Tensor], weights: Seq
     >>> weighted_sum_of_tensors(base, values, [0.5, 0.5], "bias")
     tensor([3.])
     """
+    base, values = as_floats(base), [as_floats(value) for value in values]
     numeric = is_numeric(base)
     alike = all(torch.equal(value, values[0]) for value in values)
     if alike and (not numeric or math.isclose(sum(weights), 1.0)):

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..disk.eight_bits import dequantised, quantised
+from ..disk.eight_bits import dequantised, quantised, rounded
 from ..errors import LoRunError
 from ..stages.tensors import base_tensors, outside_parameters
 from ..util.copying import copy_network
-from ..util.modules import buffer_names
+from ..util.modules import buffer_names, has_valid_values
 from .adapter import StageAdapter
 from .converted import AdapterSet, Converted
 
@@ -23,7 +23,8 @@ aten = torch.ops.aten
 class EightBits(Tensor):
     """A frozen tensor of whole numbers from -127 to 127, with a scale for each row or column.
 
-    It looks like a floating-point tensor, and every operation reads it as one.
+    It looks like a floating-point tensor, and every operation reads it as one. So its views are copies: what is written
+    to them is lost. It is copied to and pickled as an ordinary tensor.
 
     Args:
         numbers: the whole numbers, int8, in the shape of the tensor.
@@ -58,6 +59,19 @@ class EightBits(Tensor):
         """Stay frozen: a step would be lost in the rounding."""
         return self
 
+    def share_memory_(self) -> EightBits:
+        """Move the numbers to memory that processes share."""
+        self.numbers.share_memory_()
+        self.scales.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether processes share the numbers."""
+        return self.numbers.is_shared()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.float_values().__reduce_ex__(protocol)
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"EightBits(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
@@ -84,7 +98,7 @@ class EightBits(Tensor):
         if (kept := KEEP.get(func)) is not None and isinstance(args[0], EightBits):
             return kept(*args, **kwargs)
         if func._schema.is_mutable and any(isinstance(value, EightBits) for value in _written(func, args, kwargs)):
-            raise LoRunError("weights in eight bits cannot be changed: load the network again, without int8()")
+            raise LoRunError(f"{func} cannot change weights in eight bits: do that before int8(), or without it")
         return func(*map(_read, args), **{name: _read(value) for name, value in kwargs.items()})
 
 
@@ -119,16 +133,17 @@ def _to(
     dtype = dtype or tensor.dtype
     if not dtype.is_floating_point:
         raise LoRunError(f"weights in eight bits stand for floating-point numbers, and cannot become {dtype}")
-    return EightBits(tensor.numbers.to(device), tensor.scales.to(device), dtype)
+    numbers, scales = (part.to(device, copy=True) for part in (tensor.numbers, tensor.scales))
+    return EightBits(numbers, scales, dtype)
 
 
 def _copy_to(tensor: EightBits, source: Tensor, non_blocking: bool = False) -> EightBits:
     """Round other values to eight bits, in the place of these."""
-    packed = quantised(source.detach().cpu())
-    if packed is None or packed[1].shape != tensor.scales.shape:
-        raise LoRunError(f"values of shape {tuple(source.shape)} and {source.dtype} cannot become {tensor!r}")
-    tensor.numbers.copy_(packed[0], non_blocking)
-    tensor.scales.copy_(packed[1], non_blocking)
+    if not source.is_floating_point():
+        raise LoRunError(f"values of {source.dtype} cannot be put in weights in eight bits: convert them to floats")
+    numbers, scales = rounded(source.detach().cpu().expand(tensor.shape))
+    tensor.numbers.copy_(numbers, non_blocking)
+    tensor.scales.copy_(scales, non_blocking)
     return tensor
 
 
@@ -144,7 +159,11 @@ KEEP: Mapping[Any, Callable[..., EightBits]] = {
 def in_eight_bits(converted: Converted) -> Converted:
     """Return a network whose stages hold their matrices and kernels in eight bits; all other tensors are shared.
 
-    A tensor stays as it is if it would not become smaller: those with one dimension, and small ones.
+    A tensor stays as it is if it would not become smaller: those with one dimension, and small ones. What was measured
+    of the sets is dropped.
+
+    Raises:
+        LoRunError: a tensor has NaN or Inf.
     """
     base, stage_map = converted.base, converted.stage_map
     kept = {id(tensor) for tensor in outside_parameters(base, stage_map).values()}
@@ -153,17 +172,28 @@ def in_eight_bits(converted: Converted) -> Converted:
     return dataclasses.replace(
         converted,
         base=copy_network(base, share_tensors=True, replaced=_replacements(tensors)),
-        sets={name: _with(held, _replacements) for name, held in converted.sets.items()},
+        sets={
+            name: dataclasses.replace(_with(held, _replacements), info=dataclasses.replace(held.info, quality=()))
+            for name, held in converted.sets.items()
+        },
     )
 
 
 def set_in_floats(held: AdapterSet) -> AdapterSet:
     """Return a set of the same values without weights in eight bits, which can be trained; it shares all others."""
 
-    def floats(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-        return {id(tensor): nn.Parameter(as_floats(tensor)) for tensor in tensors if isinstance(tensor, EightBits)}
+    return _with(held, _floats)
 
-    return _with(held, floats)
+
+def in_floats(network: nn.Module) -> nn.Module:
+    """Return a copy of a network without weights in eight bits."""
+    return copy_network(network, replaced=_floats(network.parameters()))
+
+
+def _floats(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Ordinary parameters, by the ids of those in eight bits whose place they take."""
+    packed = [tensor for tensor in tensors if isinstance(tensor, EightBits)]
+    return {id(tensor): nn.Parameter(as_floats(tensor), requires_grad=False) for tensor in packed}
 
 
 def _with(held: AdapterSet, replacements: Callable[[Iterable[Tensor]], dict[int, Tensor]]) -> AdapterSet:
@@ -182,8 +212,12 @@ def _replacements(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
     """The tensors in eight bits, by the ids of those whose place they take."""
     replaced: dict[int, Tensor] = {}
     for tensor in tensors:
-        packed = None if isinstance(tensor, EightBits) else quantised(tensor.detach().cpu())
+        if isinstance(tensor, EightBits) or tensor.is_meta:
+            continue
+        packed = quantised(tensor.detach().cpu())
         if packed is not None:
+            if not has_valid_values(tensor, buffer=False):
+                raise LoRunError("a weight has NaN or Inf: go back to weights from before training diverged")
             numbers, scales = (part.to(tensor.device) for part in packed)
             replaced[id(tensor)] = nn.Parameter(EightBits(numbers, scales, tensor.dtype), requires_grad=False)
     return replaced
@@ -194,13 +228,15 @@ def as_floats(tensor: Tensor) -> Tensor:
     return tensor.float_values() if isinstance(tensor, EightBits) else tensor
 
 
-def check_floats(converted: Converted) -> None:
-    """Check that no weight is in eight bits.
+def check_floats(networks: Iterable[nn.Module], done: str) -> None:
+    """Check that no parameter is in eight bits.
+
+    Args:
+        networks: the networks, or adapters.
+        done: what cannot be done with one that is, as a participle.
 
     Raises:
-        LoRunError: one is, so that the network cannot be trained.
+        LoRunError: one is.
     """
-    adapters = [a for held in converted.sets.values() for groups in held.adapters.values() for a in groups.values()]
-    for module in (converted.base, *adapters):
-        if any(isinstance(parameter, EightBits) for parameter in module.parameters()):
-            raise LoRunError("weights in eight bits cannot be trained: load the network again, without int8()")
+    if any(isinstance(parameter, EightBits) for network in networks for parameter in network.parameters()):
+        raise LoRunError(f"weights in eight bits cannot be {done}: do that before int8(), or without it")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel
+from lorun_adapt.export.program import export_program
 from lorun_adapt.network.eight_bits import EightBits
 
 
@@ -146,8 +147,13 @@ def test_training(lorun: LoRunModel) -> None:
     lorun.delete_adapter("new")
     with pytest.raises(LoRunError, match="in eight bits cannot be trained"):
         lorun.recover(net, measurements(), steps=2)
-    with pytest.raises(LoRunError, match="cannot be changed"), torch.no_grad():
+    with pytest.raises(LoRunError, match="cannot change weights in eight bits"), torch.no_grad():
         packed[0].mul_(2)
+    lorun.copy_adapter("default", "mine")
+    lorun.set_adapter("mine")
+    assert lorun.get_nb_trainable_parameters()[0] == sum(
+        p.numel() for p in lorun_adapt.convert(net, rank=4).adapters.parameters()
+    )
     assert torch.equal(packed[0].float_values(), values[0])
 
 
@@ -169,6 +175,95 @@ def test_what_a_tensor_in_eight_bits_does() -> None:
     assert isinstance(weight.detach().clone(), EightBits) and weight.nbytes == 12
     with pytest.raises(LoRunError, match="cannot become torch.int64"):
         weight.long()
-    with pytest.raises(LoRunError, match="cannot become EightBits"):
+    with pytest.raises(LoRunError, match="torch.int64 cannot be put in weights in eight bits"):
         weight.copy_(torch.ones(2, 2, dtype=torch.int64))
     assert "EightBits" in repr(weight)
+    weight.double().copy_(torch.zeros(2, 2))
+    assert weight.float_values().any()
+    assert weight.share_memory_() is weight and weight.is_shared()
+
+
+@torch.no_grad()
+def test_weighted_sums(lorun: LoRunModel) -> None:
+    lorun.copy_adapter("default", "other")
+    lorun.set_adapter("other")
+    with torch.enable_grad():
+        train_a_bit(lorun, X)
+    floats = copy.deepcopy(lorun)
+    lorun.int8()
+    for model in (floats, lorun):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "between")
+        model.set_adapter("between")
+    assert relative(lorun(*X), floats(*X)) < 0.02
+    dense = [model.merge_and_unload(adapter_names=["default", "other"])(*X) for model in (floats, lorun)]
+    assert relative(dense[1], dense[0]) < 0.02
+    lorun.finetune(measurements(), "new", teacher=network(), steps=1, start_from=["default", "other"])
+    assert "new" in lorun.adapter_names
+
+
+@torch.no_grad()
+def test_copies_are_of_the_same_base(lorun: LoRunModel, tmp_path: Path) -> None:
+    fingerprint = lorun.fingerprint
+    lorun.save_pretrained(tmp_path / "sets", adapters_only=True)
+    lorun.int8()
+    copied = copy.deepcopy(lorun)
+    copied.load_adapter(tmp_path / "sets", "again")
+    lorun.requires_grad_(True)
+    state = lorun.state_dict()
+    lorun.load_state_dict(state)
+    assert copied.fingerprint == lorun.fingerprint == fingerprint
+    assert copied.adapter_names == ["default", "again"]
+    train = lorun_adapt.convert(network(), rank=4)
+    train.base.get_parameter("blocks.0.denoiser.body.weight").mul_(2)
+    lorun.load_state_dict(train.state_dict())
+    assert lorun.fingerprint != fingerprint
+
+
+@torch.no_grad()
+def test_state_dicts_hold_the_base_once(lorun: LoRunModel, tmp_path: Path) -> None:
+    lorun.int8()
+    state = lorun.state_dict()
+    names = [f"base.blocks.{stage}.denoiser.body.weight" for stage in range(3)]
+    assert state[names[0]] is state[names[1]] is state[names[2]]
+    half = copy.deepcopy(lorun).half()
+    half.load_state_dict(half.state_dict())
+    for part in (lorun.base, lorun.network):
+        torch.save(part.state_dict(), tmp_path / "part.pt")
+        assert all(type(t) is Tensor for t in torch.load(tmp_path / "part.pt", weights_only=True).values())
+
+
+@torch.no_grad()
+def test_within_disable_adapter(lorun: LoRunModel) -> None:
+    with lorun.disable_adapter():
+        before = lorun(*X)
+        lorun.int8()
+        assert lorun.network is lorun.base and relative(lorun(*X), before) < 0.02
+    assert lorun.network is not lorun.base
+
+
+@torch.no_grad()
+def test_it_is_done_or_not(lorun: LoRunModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, kernel = lorun(*X), lorun.base.get_parameter("blocks.0.denoiser.body.weight")
+
+    def fail(*_: object) -> nn.Module:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoRunModel, "_assembled", fail)
+        with pytest.raises(MemoryError):
+            lorun.int8()
+    assert not any(isinstance(tensor, EightBits) for tensor in held(lorun))
+    assert torch.equal(lorun(*X), before)
+    kernel[0, 0, 0, 0] = float("inf")
+    with pytest.raises(LoRunError, match="NaN or Inf"):
+        lorun.int8()
+    kernel[0, 0, 0, 0] = 0
+    assert lorun.int8() is lorun and lorun.get_nb_trainable_parameters()[0] > 0
+
+
+@torch.no_grad()
+def test_base_denoisers_are_ordinary_and_exports_refused(lorun: LoRunModel) -> None:
+    lorun.int8()
+    assert all(type(p) is nn.Parameter for p in lorun.base_denoiser().parameters())
+    with pytest.raises(LoRunError, match="in eight bits cannot be exported"):
+        export_program(lorun.network, lambda size, count: X, 8)
