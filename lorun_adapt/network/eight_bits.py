@@ -24,7 +24,7 @@ class EightBits(Tensor):
     """A frozen tensor of whole numbers from -127 to 127, with a scale for each row or column.
 
     It looks like a floating-point tensor, and every operation reads it as one. So its views are copies: what is written
-    to them is lost. It is copied to and pickled as an ordinary tensor.
+    to them is lost. Pickle stores it as an ordinary tensor.
 
     Args:
         numbers: the whole numbers, int8, in the shape of the tensor.
@@ -168,7 +168,8 @@ def in_eight_bits(converted: Converted) -> Converted:
     base, stage_map = converted.base, converted.stage_map
     kept = {id(tensor) for tensor in outside_parameters(base, stage_map).values()}
     buffers = buffer_names(base)
-    tensors = [t for name, t in base_tensors(base, stage_map).items() if name not in buffers and id(t) not in kept]
+    held = base_tensors(base, stage_map).items()
+    tensors = [(name, tensor) for name, tensor in held if name not in buffers and id(tensor) not in kept]
     return dataclasses.replace(
         converted,
         base=copy_network(base, share_tensors=True, replaced=_replacements(tensors)),
@@ -181,24 +182,23 @@ def in_eight_bits(converted: Converted) -> Converted:
 
 def set_in_floats(held: AdapterSet) -> AdapterSet:
     """Return a set of the same values without weights in eight bits, which can be trained; it shares all others."""
-
     return _with(held, _floats)
 
 
 def in_floats(network: nn.Module) -> nn.Module:
     """Return a copy of a network without weights in eight bits."""
-    return copy_network(network, replaced=_floats(network.parameters()))
+    return copy_network(network, replaced=_floats(network.named_parameters()))
 
 
-def _floats(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+def _floats(named: Iterable[tuple[str, Tensor]]) -> dict[int, Tensor]:
     """Ordinary parameters, by the ids of those in eight bits whose place they take."""
-    packed = [tensor for tensor in tensors if isinstance(tensor, EightBits)]
+    packed = [tensor for _, tensor in named if isinstance(tensor, EightBits)]
     return {id(tensor): nn.Parameter(as_floats(tensor), requires_grad=False) for tensor in packed}
 
 
-def _with(held: AdapterSet, replacements: Callable[[Iterable[Tensor]], dict[int, Tensor]]) -> AdapterSet:
+def _with(held: AdapterSet, replacements: Callable[[Iterable[tuple[str, Tensor]]], dict[int, Tensor]]) -> AdapterSet:
     def of(adapter: StageAdapter) -> StageAdapter:
-        copied = copy_network(adapter, share_tensors=True, replaced=replacements(adapter.parameters()))
+        copied = copy_network(adapter, share_tensors=True, replaced=replacements(adapter.named_parameters()))
         assert isinstance(copied, StageAdapter)
         return copied
 
@@ -208,16 +208,16 @@ def _with(held: AdapterSet, replacements: Callable[[Iterable[Tensor]], dict[int,
     return dataclasses.replace(held, adapters=adapters)
 
 
-def _replacements(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+def _replacements(named: Iterable[tuple[str, Tensor]]) -> dict[int, Tensor]:
     """The tensors in eight bits, by the ids of those whose place they take."""
     replaced: dict[int, Tensor] = {}
-    for tensor in tensors:
+    for name, tensor in named:
         if isinstance(tensor, EightBits) or tensor.is_meta:
             continue
         packed = quantised(tensor.detach().cpu())
         if packed is not None:
             if not has_valid_values(tensor, buffer=False):
-                raise LoRunError("a weight has NaN or Inf: go back to weights from before training diverged")
+                raise LoRunError(f"{name!r} has NaN or Inf: go back to weights from before training diverged")
             numbers, scales = (part.to(tensor.device) for part in packed)
             replaced[id(tensor)] = nn.Parameter(EightBits(numbers, scales, tensor.dtype), requires_grad=False)
     return replaced
