@@ -36,6 +36,7 @@ def held(model: nn.Module) -> Iterator[Tensor]:
     yield from {id(p): p for p in (*model.parameters(), *model.buffers())}.values()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_close_on_every_network(case: Case, tmp_path: Path) -> None:
     lorun = lorun_adapt.convert(case.net, rank=1, **case.find())
