@@ -53,7 +53,7 @@ def export_program(network: nn.Module, measure: Measure, size: int, dynamic: boo
     Raises:
         LoRunError: ``torch.export`` cannot trace the network, or not for other sizes; weights in eight bits.
     """
-    check_floats([network], "exported")
+    check_floats(network, "exported")
     given = measure(size, 2 if dynamic else 1)  # torch.export makes a program for one image if it sees one
     fixed = {place: value for place, value in enumerate(given) if not isinstance(value, PLAIN)}
     arguments = tuple(value for place, value in enumerate(given) if place not in fixed)

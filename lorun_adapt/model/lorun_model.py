@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import tempfile
 import threading
@@ -33,7 +32,7 @@ from ..network.batches import Batches
 from ..network.composed import composing_once
 from ..network.converted import AdapterSet, Choice, Converted, Quality, ranks_in
 from ..network.dense import check_merged
-from ..network.eight_bits import in_eight_bits, in_floats, set_in_floats
+from ..network.eight_bits import copied_in_floats, in_eight_bits, in_floats
 from ..network.noise import Noise, noise_of
 from ..network.report import Report, make_report
 from ..network.sharing import share_again, shared_places, tie_again
@@ -479,7 +478,7 @@ class LoRunModel(nn.Module):
         with self._lock:
             self._store.check_known(source)
             self._check_new(adapter_name)
-            self._put(adapter_name, set_in_floats(copy.deepcopy(self._store.get(source))))
+            self._put(adapter_name, copied_in_floats(self._store.get(source)))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a set that is not active in any stage.
@@ -1368,10 +1367,10 @@ class LoRunModel(nn.Module):
         if names and isinstance(noise, float) and all(self.adapter_info[name].sigma is not None for name in names):
             weights = self.weights_for(noise, names)
         if len(weights) == 1:
-            held = copy.deepcopy(self._store.get(next(iter(weights))))
+            held = copied_in_floats(self._store.get(next(iter(weights))))
         else:
             held = self._weighted(list(weights), list(weights.values()))
-        return dataclasses.replace(set_in_floats(held), info=dataclasses.replace(held.info, quality=()))
+        return dataclasses.replace(held, info=dataclasses.replace(held.info, quality=()))
 
     def _hashes(self) -> tuple[str, str]:
         """Return the hashes of the base in memory and of all tensors."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import LoRunError
-from ..network.eight_bits import EightBits, as_floats
+from ..network.eight_bits import EightBits
 from ..network.sharing import Places, share_again, shared_places
 from ..stages.stage_map import StageMap
 from ..util.fingerprint import fingerprint_of
@@ -53,7 +53,10 @@ def _make_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
         if name.startswith(f"{prefix}network."):
             del state_dict[name]
         elif isinstance(tensor, EightBits):
-            state_dict[name] = floats.setdefault(id(tensor.numbers), as_floats(tensor))
+            key = id(tensor.numbers)
+            if key not in floats:
+                floats[key] = tensor.float_values()
+            state_dict[name] = floats[key]
 
 
 def _before_load(model: Model, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

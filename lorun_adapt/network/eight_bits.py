@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..disk.eight_bits import dequantised, quantised, rounded
 from ..errors import LoRunError
 from ..stages.tensors import base_tensors, outside_parameters
-from ..util.copying import copy_network
+from ..util.copying import copy_network, deep_copy
 from ..util.modules import buffer_names, has_valid_values
 from .adapter import StageAdapter
 from .converted import AdapterSet, Converted
@@ -174,15 +174,18 @@ def in_eight_bits(converted: Converted) -> Converted:
         converted,
         base=copy_network(base, share_tensors=True, replaced=_replacements(tensors)),
         sets={
-            name: dataclasses.replace(_with(held, _replacements), info=dataclasses.replace(held.info, quality=()))
+            name: dataclasses.replace(
+                held, adapters=_adapters_in_eight_bits(held), info=dataclasses.replace(held.info, quality=())
+            )
             for name, held in converted.sets.items()
         },
     )
 
 
-def set_in_floats(held: AdapterSet) -> AdapterSet:
-    """Return a set of the same values without weights in eight bits, which can be trained; it shares all others."""
-    return _with(held, _floats)
+def copied_in_floats(held: AdapterSet) -> AdapterSet:
+    """Return a copy of a set without weights in eight bits, which can be trained."""
+    adapters = [adapter for groups in held.adapters.values() for adapter in groups.values()]
+    return deep_copy(held, _floats(named for adapter in adapters for named in adapter.named_parameters()))
 
 
 def in_floats(network: nn.Module) -> nn.Module:
@@ -196,16 +199,15 @@ def _floats(named: Iterable[tuple[str, Tensor]]) -> dict[int, Tensor]:
     return {id(tensor): nn.Parameter(as_floats(tensor), requires_grad=False) for tensor in packed}
 
 
-def _with(held: AdapterSet, replacements: Callable[[Iterable[tuple[str, Tensor]]], dict[int, Tensor]]) -> AdapterSet:
-    def of(adapter: StageAdapter) -> StageAdapter:
-        copied = copy_network(adapter, share_tensors=True, replaced=replacements(adapter.named_parameters()))
+def _adapters_in_eight_bits(held: AdapterSet) -> dict[int, dict[str, StageAdapter]]:
+    def packed(adapter: StageAdapter) -> StageAdapter:
+        copied = copy_network(adapter, share_tensors=True, replaced=_replacements(adapter.named_parameters()))
         assert isinstance(copied, StageAdapter)
         return copied
 
-    adapters = {
-        stage: {group: of(adapter) for group, adapter in groups.items()} for stage, groups in held.adapters.items()
+    return {
+        stage: {group: packed(adapter) for group, adapter in groups.items()} for stage, groups in held.adapters.items()
     }
-    return dataclasses.replace(held, adapters=adapters)
 
 
 def _replacements(named: Iterable[tuple[str, Tensor]]) -> dict[int, Tensor]:
@@ -228,15 +230,15 @@ def as_floats(tensor: Tensor) -> Tensor:
     return tensor.float_values() if isinstance(tensor, EightBits) else tensor
 
 
-def check_floats(networks: Iterable[nn.Module], done: str) -> None:
+def check_floats(network: nn.Module, done: str) -> None:
     """Check that no parameter is in eight bits.
 
     Args:
-        networks: the networks, or adapters.
+        network: the network.
         done: what cannot be done with one that is, as a participle.
 
     Raises:
         LoRunError: one is.
     """
-    if any(isinstance(parameter, EightBits) for network in networks for parameter in network.parameters()):
+    if any(isinstance(parameter, EightBits) for parameter in network.parameters()):
         raise LoRunError(f"weights in eight bits cannot be {done}: do that before int8(), or without it")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -77,21 +76,18 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
             _check_same(returned, tensors_in(result))
             return result
 
-        contexts = partial(_contexts, SlowInFloat32.again())
+        again = SlowInFloat32.again()
         with set_checkpoint_early_stop(False):  # the second run must come to its end, to be compared
             try:
-                return checkpoint(once_more, *arguments, use_reentrant=False, context_fn=contexts, **keywords)
+                return checkpoint(
+                    once_more, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **keywords
+                )
             except RuntimeError as error:
                 if "saved tensor hooks" in str(error):
                     raise LoRunError(WITHIN_FUNC) from error
                 raise
 
     return run
-
-
-def _contexts(again: AbstractContextManager[Any]) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """What ``checkpoint`` runs a stage in, for the first time and again."""
-    return nullcontext(), again
 
 
 def _without_aliases(value: Any) -> Any:

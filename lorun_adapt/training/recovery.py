@@ -90,7 +90,7 @@ def recover(
     started = time.monotonic()
     duration = broadcast(duration)  # what is left of some minutes is not the same in each process
     check_teacher(teacher, converted.base)
-    check_floats([network], "trained")
+    check_floats(network, "trained")
     first = calibration.first
     with (
         trainable_base(converted, network, also) as trained,

@@ -33,7 +33,7 @@ _threads = _Threads()
 
 
 class SlowInFloat32(TorchFunctionMode):
-    """Within the block, what is slow in bfloat16 runs in float32 on the CPU where autocast would not have it so.
+    """Within the block, operations on the CPU that are slow in bfloat16 run in float32 where autocast is on.
 
     Example:
         >>> images, blocks = torch.rand(1, 1, 64, 64), torch.rand(8, 1, 32, 32)

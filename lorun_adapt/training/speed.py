@@ -24,7 +24,9 @@ from .supervised import Supervised
 
 # bfloat16 is used while the student's PSNR to the teacher is this much (dB) below the teacher's own in bfloat16.
 MARGIN = 5.0
-LONGER, LONG = 4.0, 0.1  # bfloat16 is not used if a step takes this many times as long in it, and so many seconds
+# bfloat16 is not used if the shortest of so many steps takes so many times as long in it, and so many seconds. That is
+# far more than times vary by, so that each run chooses the same.
+STEPS, LONGER, LONG = 3, 4.0, 0.1
 
 
 @contextmanager
@@ -77,7 +79,7 @@ def bfloat16(enabled: bool) -> Iterator[None]:
 
 
 def runs_in_bfloat16(objective: Distillation | Supervised, batch: Batch, seed: int) -> bool:
-    """Whether this CPU multiplies faster in bfloat16, and the networks run in it, without steps taking longer.
+    """Whether this CPU multiplies faster in bfloat16, and the networks run in it, and not far more slowly.
 
     False under ``accelerate launch``, whose own option sets the precision.
     """
@@ -91,12 +93,10 @@ def runs_in_bfloat16(objective: Distillation | Supervised, batch: Batch, seed: i
         if math.isinf(seconds) or not _runs_without_gradients(objective, batch, seed):
             return False
     longest = max(LONG, LONGER * _seconds_of_step(objective, batch, seed))
-    for _ in range(
-        2
-    ):  # far more than times vary by, and the shortest of three: the choice should be the same each time
-        if seconds > longest:
-            with bfloat16(True):
-                seconds = min(seconds, _seconds_of_step(objective, batch, seed))
+    steps = 1
+    while seconds > longest and steps < STEPS:
+        with bfloat16(True):
+            seconds, steps = min(seconds, _seconds_of_step(objective, batch, seed)), steps + 1
     return seconds <= longest
 
 

@@ -32,6 +32,14 @@ def lorun() -> LoRunModel:
 X = measurements(1)[0]
 
 
+def add_another_set(lorun: LoRunModel) -> None:
+    """Add a set ``other``, trained a bit, and make it active."""
+    lorun.copy_adapter("default", "other")
+    lorun.set_adapter("other")
+    with torch.enable_grad():
+        train_a_bit(lorun, X)
+
+
 def held(model: nn.Module) -> Iterator[Tensor]:
     yield from {id(p): p for p in (*model.parameters(), *model.buffers())}.values()
 
@@ -108,10 +116,7 @@ def test_state_dicts_hold_ordinary_tensors(lorun: LoRunModel, tmp_path: Path) ->
 
 @torch.no_grad()
 def test_swaps_copies_and_dtypes(lorun: LoRunModel) -> None:
-    lorun.copy_adapter("default", "other")
-    lorun.set_adapter("other")
-    with torch.enable_grad():
-        train_a_bit(lorun, X)
+    add_another_set(lorun)
     lorun.set_adapter("default")
     expected = {name: (lorun.set_adapter(name), lorun(*X))[1] for name in ("default", "other")}
     lorun.int8()
@@ -186,10 +191,7 @@ def test_what_a_tensor_in_eight_bits_does() -> None:
 
 @torch.no_grad()
 def test_weighted_sums(lorun: LoRunModel) -> None:
-    lorun.copy_adapter("default", "other")
-    lorun.set_adapter("other")
-    with torch.enable_grad():
-        train_a_bit(lorun, X)
+    add_another_set(lorun)
     floats = copy.deepcopy(lorun)
     lorun.int8()
     for model in (floats, lorun):
