@@ -21,6 +21,7 @@ from ..stages.stage_map import StageMap
 from ..util.modules import evaluating
 from ..util.numbers import is_number
 from ..util.seeds import seeded
+from ..util.threads import helpful_threads
 from ..util.torch_modes import in_own_modes
 from .distill import Distillation, Loss
 from .duration import Duration
@@ -149,6 +150,8 @@ def ready_to_train(
         What to minimise, and the event that Ctrl-C sets.
     """
     with ExitStack() as stack:
+        if duration.minutes and all(parameter.device.type == "cpu" for parameter in network.parameters()):
+            stack.enter_context(helpful_threads())
         stack.enter_context(evaluating(network))
         recomputed = [denoiser_at(network, site) for site in stage_map.sites] if recompute else []
         objective: Distillation | Supervised

@@ -22,6 +22,7 @@ from ..network.divergence import FAR
 from ..network.recording import StageCall
 from ..util.modules import tensors_in_state
 from ..util.progress import progress
+from ..util.threads import try_threads_again
 from .distill import Distillation, Example
 from .duration import Duration, learning_rate_schedule
 from .optimised import Optimised
@@ -189,9 +190,7 @@ class Trainer:
         replay: Replay[Any] = self._replay() if forcing is None else forcing.recordings
         for_step: Callable[[int], Drawn] = replay.for_step if forcing is None else forcing.for_step
         replay.left_out = run.left_out
-        while (done := self._done()) < end_of(phase, run, self.duration):
-            if self._is_over(phase):
-                break
+        while (done := self._done()) < end_of(phase, run, self.duration) and not self._is_over(phase):
             if self._stopped(stop):
                 return False
             drawn: Drawn | None = None
@@ -207,7 +206,8 @@ class Trainer:
             run.step, run.phase_step = run.step + 1, run.phase_step + 1
             run.seconds = broadcast(time.monotonic() - started)
             bar.update(self.duration.position(run.seconds, run.step) - bar.n)
-            self._show(bar, step=str(run.step), loss=f"{loss:.3g}")
+            try_threads_again()
+            self._show(bar, step=str(run.step), loss=f"{loss:.3g}", threads=str(torch.get_num_threads()))
             if forcing is not None:
                 run.drawn = max(run.drawn, self.calibration.drawn)
             if self._is_due(done, phase):

@@ -1,0 +1,83 @@
+"""Use no more threads than make the CPU faster.
+
+The threads of an operation wait for each other, and take time from each other while they do. Where other work runs on
+the machine, where a virtual machine shows the two hyperthreads of one core as two cores, and where a container shows
+cores that it may not use, a training step may take twice as long with two threads as with one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
+REPEATS = 12  # whose sum counts: threads that wait for a core are slow at times, and fast in between
+FASTER = 1.2  # times; half of the threads never are where each thread has a core
+RARELY = 50.0  # times as long as the trials take is between them
+
+
+class _Trials:
+    """What is tried out now: torch has one number of threads for a process, so there is one of these."""
+
+    most = 1  # torch's own number of threads
+    next = math.inf  # when to try again, by ``time.monotonic()``
+
+
+@contextmanager
+def helpful_threads() -> Iterator[None]:
+    """Within the block, torch uses as many threads as are fastest on this machine now: its own number, or fewer.
+
+    Half of the threads, a quarter and so on are tried, for a quarter of a second or more. Nothing is tried if the user
+    has set ``OMP_NUM_THREADS``, or in a block within such a block. Afterwards, torch has as many threads as before.
+
+    >>> import torch
+    >>> before = torch.get_num_threads()
+    >>> with helpful_threads():
+    ...     print(1 <= torch.get_num_threads() <= before)
+    True
+    """
+    before = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ or before == 1 or _Trials.next < math.inf:
+        yield
+        return
+    try:
+        _Trials.most, _Trials.next = before, time.monotonic()
+        try_threads_again()
+        yield
+    finally:
+        _Trials.next = math.inf
+        torch.set_num_threads(before)
+
+
+def try_threads_again() -> None:
+    """Within such a block, try the numbers of threads again if it is time: other work may have begun, or ended."""
+    started = time.monotonic()
+    if started < _Trials.next:
+        return
+    threads = _Trials.most
+    while threads > 1:
+        fewer = threads // 2
+        pairs = [
+            (_seconds_with(threads), _seconds_with(fewer)) for _ in range(REPEATS)
+        ]  # in turn: the same work beside
+        if sum(many for many, _ in pairs) < FASTER * sum(few for _, few in pairs):
+            break
+        threads = fewer
+    torch.set_num_threads(threads)
+    ended = time.monotonic()
+    _Trials.next = ended + RARELY * (ended - started)
+
+
+def _seconds_with(threads: int) -> float:
+    """What the forward and the backward of a usual convolution take."""
+    torch.set_num_threads(threads)
+    with torch.enable_grad():
+        image, kernel = torch.ones(2, 32, 64, 64, requires_grad=True), torch.ones(32, 32, 3, 3, requires_grad=True)
+        started = time.perf_counter()
+        F.conv2d(image, kernel, padding=1).sum().backward()
+        return time.perf_counter() - started

@@ -1,0 +1,138 @@
+"""How many threads torch uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import lorun_adapt
+from lorun_adapt.util import threads
+from lorun_adapt.util.threads import helpful_threads, try_threads_again
+from lorun_adapt.util.toy import ToyUnfoldingNet
+
+CORES = {8: 1.0, 4: 2.0}  # seconds with so many threads: a core for each,
+HYPERTHREADS = {8: 2.0, 4: 1.0, 2: 2.0}  # or one for two
+
+
+@pytest.fixture(autouse=True)
+def eight_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    torch.set_num_threads(8)
+    yield
+    torch.set_num_threads(1)
+
+
+def take(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float]) -> list[int]:
+    """Let numbers of threads take ``seconds``; return those that are tried."""
+    tried: list[int] = []
+
+    def seconds_with(number: int) -> float:
+        tried.append(number)
+        torch.set_num_threads(number)
+        return seconds[number]
+
+    monkeypatch.setattr(threads, "_seconds_with", seconds_with)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("seconds", "number"),
+    [
+        (CORES, 8),
+        ({8: 1.0, 4: 0.9, 2: 0.1}, 8),  # 4 are faster by less than what times vary by
+        (HYPERTHREADS, 4),
+        ({8: 8.0, 4: 4.0, 2: 2.0, 1: 1.0}, 1),  # a container with one core
+    ],
+)
+def test_threads_are_halved_while_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], number: int
+) -> None:
+    take(monkeypatch, seconds)
+    with helpful_threads():
+        assert torch.get_num_threads() == number
+    assert torch.get_num_threads() == 8
+
+
+def test_they_are_tried_again_when_it_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(threads.time, "monotonic", lambda: now[0])
+
+    def half_a_second(number: int) -> float:
+        now[0] += 0.5
+        torch.set_num_threads(number)
+        return CORES[number]
+
+    monkeypatch.setattr(threads, "_seconds_with", half_a_second)
+    with helpful_threads():
+        assert now == [100.0 + threads.REPEATS], "two numbers, half a second each"
+        tried = take(monkeypatch, HYPERTHREADS)
+        now[0] += threads.REPEATS * threads.RARELY - 1
+        try_threads_again()
+        assert not tried and torch.get_num_threads() == 8
+        now[0] += 1
+        try_threads_again()
+        assert torch.get_num_threads() == 4, "other work has begun"
+        take(monkeypatch, CORES)
+        now[0] += 1
+        try_threads_again()
+        assert torch.get_num_threads() == 8, "and has ended"
+        tried = take(monkeypatch, HYPERTHREADS)
+    now[0] += 1
+    try_threads_again()
+    assert not tried, "the block is over"
+
+
+def test_a_block_within_a_block_leaves_the_choice_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    take(monkeypatch, HYPERTHREADS)
+    with helpful_threads():
+        tried = take(monkeypatch, {4: 2.0, 2: 1.0, 1: 2.0})
+        with helpful_threads():
+            assert torch.get_num_threads() == 4 and not tried
+        assert torch.get_num_threads() == 4
+    assert torch.get_num_threads() == 8
+
+
+def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = take(monkeypatch, HYPERTHREADS)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    with helpful_threads():
+        try_threads_again()
+        assert torch.get_num_threads() == 8 and not tried
+
+
+def test_threads_are_as_before_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    take(monkeypatch, HYPERTHREADS)
+    with pytest.raises(ValueError, match="in the block"), helpful_threads():
+        raise ValueError("in the block")
+    assert torch.get_num_threads() == 8
+
+
+def test_real_times_are_taken_without_gradients_too() -> None:
+    with torch.no_grad(), helpful_threads():
+        assert torch.get_num_threads() in (1, 2, 4, 8)
+    assert torch.get_num_threads() == 8
+
+
+@pytest.mark.parametrize(
+    ("duration", "number"),
+    [({"minutes": 0.02}, 4), ({"steps": 2}, 8)],
+    ids=["minutes", "steps"],  # a number of steps is to give the same weights each time
+)
+def test_training_on_a_clock_uses_them(
+    monkeypatch: pytest.MonkeyPatch, duration: dict[str, float], number: int
+) -> None:
+    take(monkeypatch, HYPERTHREADS)
+    seen = set()
+
+    class Watched(ToyUnfoldingNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.add(torch.get_num_threads())
+            return super().forward(x)
+
+    net = Watched(stages=3)
+    lorun = lorun_adapt.convert(net, rank=1)
+    seen.clear()
+    lorun.recover(net, [torch.rand(2, 1, 8, 8)], **duration)
+    assert seen == {number} and torch.get_num_threads() == 8
