@@ -62,9 +62,8 @@ def try_threads_again() -> None:
     threads = _Trials.most
     while threads > 1:
         fewer = threads // 2
-        pairs = [
-            (_seconds_with(threads), _seconds_with(fewer)) for _ in range(REPEATS)
-        ]  # in turn: the same work beside
+        # In turn, so that other work counts for both.
+        pairs = [(_seconds_with(threads), _seconds_with(fewer)) for _ in range(REPEATS)]
         if sum(many for many, _ in pairs) < FASTER * sum(few for _, few in pairs):
             break
         threads = fewer
