@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 REPEATS = 12  # whose sum counts: threads that wait for a core are slow at times, and fast in between
+ENOUGH = 0.5  # seconds after which a comparison ends early
 FASTER = 1.2  # times; half of the threads never are where each thread has a core
 RARELY = 50.0  # times as long as the trials take is between them
 
@@ -32,8 +33,9 @@ class _Trials:
 def helpful_threads() -> Iterator[None]:
     """Within the block, torch uses as many threads as are fastest on this machine now: its own number, or fewer.
 
-    Half of the threads, a quarter and so on are tried, for a quarter of a second or more. Nothing is tried if the user
-    has set ``OMP_NUM_THREADS``, or in a block within such a block. Afterwards, torch has as many threads as before.
+    One thread is tried, then about two, four and so on, until twice as many are slower, for half a second at most each
+    time. Nothing is tried if the user has set ``OMP_NUM_THREADS``, or in a block within such a block. Afterwards, torch
+    has as many threads as before.
 
     >>> import torch
     >>> before = torch.get_num_threads()
@@ -59,17 +61,29 @@ def try_threads_again() -> None:
     started = time.monotonic()
     if started < _Trials.next:
         return
-    threads = _Trials.most
-    while threads > 1:
-        fewer = threads // 2
-        # In turn, so that other work counts for both.
-        pairs = [(_seconds_with(threads), _seconds_with(fewer)) for _ in range(REPEATS)]
-        if sum(many for many, _ in pairs) < FASTER * sum(few for _, few in pairs):
+    numbers = [_Trials.most]
+    while numbers[0] > 1:
+        numbers.insert(0, numbers[0] // 2)
+    # From few to many: where a container has two cores and shows 64, an operation of 64 threads may take seconds.
+    threads = numbers[0]
+    for more in numbers[1:]:
+        if _is_slower(more, threads):
             break
-        threads = fewer
+        threads = more
     torch.set_num_threads(threads)
     ended = time.monotonic()
     _Trials.next = ended + RARELY * (ended - started)
+
+
+def _is_slower(many: int, few: int) -> bool:
+    """Whether many threads take clearly longer than few. They take turns, so that other work counts for both."""
+    seconds_of_many = seconds_of_few = 0.0
+    for _ in range(REPEATS):
+        seconds_of_many += _seconds_with(many)
+        seconds_of_few += _seconds_with(few)
+        if seconds_of_many + seconds_of_few > ENOUGH:
+            break
+    return seconds_of_many >= FASTER * seconds_of_few
 
 
 def _seconds_with(threads: int) -> float:

@@ -12,8 +12,8 @@ from lorun_adapt.util import threads
 from lorun_adapt.util.threads import helpful_threads, try_threads_again
 from lorun_adapt.util.toy import ToyUnfoldingNet
 
-CORES = {8: 1.0, 4: 2.0}  # seconds with so many threads: a core for each,
-HYPERTHREADS = {8: 2.0, 4: 1.0, 2: 2.0}  # or one for two
+CORES = {1: 0.08, 2: 0.04, 4: 0.02, 8: 0.01}  # seconds with so many threads: a core for each,
+HYPERTHREADS = CORES | {8: 0.04}  # or one for two
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +41,12 @@ def take(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float]) -> list[int
     ("seconds", "number"),
     [
         (CORES, 8),
-        ({8: 1.0, 4: 0.9, 2: 0.1}, 8),  # 4 are faster by less than what times vary by
+        (CORES | {8: 0.022}, 8),  # 4 are faster by less than what times vary by
         (HYPERTHREADS, 4),
-        ({8: 8.0, 4: 4.0, 2: 2.0, 1: 1.0}, 1),  # a container with one core
+        ({1: 0.01, 2: 0.02}, 1),  # a container with one core, where more threads are not even tried
     ],
 )
-def test_threads_are_halved_while_that_is_faster(
+def test_threads_are_doubled_until_they_are_slower(
     monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], number: int
 ) -> None:
     take(monkeypatch, seconds)
@@ -55,20 +55,41 @@ def test_threads_are_halved_while_that_is_faster(
     assert torch.get_num_threads() == 8
 
 
+def test_any_number_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(6)
+    tried = take(monkeypatch, {1: 0.06, 3: 0.02, 6: 0.01})
+    with helpful_threads():
+        assert torch.get_num_threads() == 6 and set(tried) == {1, 3, 6}
+
+
+def test_times_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that wait for a core are slow at times only."""
+    take(monkeypatch, CORES)
+    usual, turns = threads._seconds_with, iter(range(10_000))
+    monkeypatch.setattr(
+        threads,
+        "_seconds_with",
+        lambda number: 10 * usual(number) if number == 8 and not next(turns) % 4 else usual(number),
+    )
+    with helpful_threads():
+        assert torch.get_num_threads() == 4
+
+
 def test_they_are_tried_again_when_it_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(threads.time, "monotonic", lambda: now[0])
 
-    def half_a_second(number: int) -> float:
-        now[0] += 0.5
+    def slow(number: int) -> float:
+        now[0] += threads.ENOUGH
         torch.set_num_threads(number)
-        return CORES[number]
+        return threads.ENOUGH
 
-    monkeypatch.setattr(threads, "_seconds_with", half_a_second)
+    monkeypatch.setattr(threads, "_seconds_with", slow)
     with helpful_threads():
-        assert now == [100.0 + threads.REPEATS], "two numbers, half a second each"
+        assert torch.get_num_threads() == 8
+        assert now == [100.0 + 6 * threads.ENOUGH], "three pairs, each of which takes enough time to tell"
         tried = take(monkeypatch, HYPERTHREADS)
-        now[0] += threads.REPEATS * threads.RARELY - 1
+        now[0] += 6 * threads.ENOUGH * threads.RARELY - 1
         try_threads_again()
         assert not tried and torch.get_num_threads() == 8
         now[0] += 1
@@ -87,7 +108,7 @@ def test_they_are_tried_again_when_it_is_time(monkeypatch: pytest.MonkeyPatch) -
 def test_a_block_within_a_block_leaves_the_choice_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     take(monkeypatch, HYPERTHREADS)
     with helpful_threads():
-        tried = take(monkeypatch, {4: 2.0, 2: 1.0, 1: 2.0})
+        tried = take(monkeypatch, {1: 0.01, 2: 0.02})
         with helpful_threads():
             assert torch.get_num_threads() == 4 and not tried
         assert torch.get_num_threads() == 4
