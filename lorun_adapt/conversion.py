@@ -98,13 +98,13 @@ def convert(
         energy: instead of ``config``, the share of the residuals' energy to keep, 0 to 1. Each tensor gets the lowest
             rank that keeps it.
         budget: instead of ``config``, the number of parameters of the converted network, or, between 0 and 1, its
-            share of the original number. The ranks, and which tensors get no base, are chosen to keep as much energy
-            of the weights as possible, weighted, with ``calibration``, by their effect on the output. Where
-            the denoisers are to become five times smaller, a recovery of at least ten minutes or 1,000 steps begins
-            with trials, which show whether a base for every tensor is better.
-        faster: instead of ``config``, how many times fewer operations the converted network may need at most, above 1:
-            the largest budget with which its convolutions and matrix products take 1 / ``faster`` of the original's on
-            the example inputs, which it needs. Tensors without a base save operations, see ``guides/speed.md``.
+            share of the original number. The ranks, and the tensors that get no base, are chosen to keep as much
+            energy of the weights as possible; with ``calibration``, energy counts by its effect on the output. If the
+            denoisers become at least five times smaller, a recovery of at least ten minutes or 1,000 steps begins with
+            trials, which show whether a base for every tensor is better.
+        faster: instead of ``config``, a factor above 1. The conversion uses the largest budget with which the network
+            takes at most 1 / ``faster`` of the original's operations (convolutions and matrix products) on the example
+            inputs, which are required. Tensors without a base save operations, see ``guides/speed.md``.
         stages, example_inputs, calls: as in :func:`find_stages`. The first batch of ``calibration`` serves as example
             inputs, unless others are given.
         beyond: what runs if a module is called in a loop more often than there are stages; see
@@ -208,18 +208,19 @@ def conversions(
 ) -> list[Converted]:
     """Convert without recovery; see :func:`convert` for the arguments not listed here.
 
-    Returns:
-        The conversion. With a budget of a fifth of the denoisers or less, and a recovery that is long enough to try
-        both, a second one that has a base for every tensor, if there is room and the first one has not.
-
     Args:
         calibration: batches to measure the sensitivity of the output on, which decides how a budget is divided.
-        duration: how long recovery takes afterwards; measuring takes a twentieth of the minutes at most.
-        repeatable: measure on a number of batches that does not depend on the clock, as a run that resumes needs the
-            same ranks again.
+        duration: how long recovery takes afterwards; measuring ends after a twentieth of the minutes.
+        repeatable: measure on a fixed number of batches instead, however long that takes, since a run that resumes
+            needs the same ranks again.
         without_base: names of tensors that get no base; with a budget, they are chosen automatically.
-        align_channels: bring the hidden channels of the stages into one order, where ``example_inputs`` prove that
-            nothing else changes. Recovery factorises the original anew, in its own order.
+        align_channels: bring the hidden channels of the stages into one order, if the outputs for ``example_inputs``
+            stay the same. Not useful before recovery, which factorises the original again, in its own order.
+
+    Returns:
+        The conversion. It is followed by a second one, with a base for every tensor, if the budget makes the denoisers
+        at least five times smaller, the first one lacks some bases, the second one fits the budget, and recovery is
+        long enough to try both.
     """
     energy, budget, faster = (n.item() if isinstance(n, np.generic) else n for n in (energy, budget, faster))
     named = {"config": config, "rank": rank, "energy": energy, "budget": budget, "faster": faster}

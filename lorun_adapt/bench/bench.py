@@ -103,7 +103,7 @@ def bench(
         inputs: makes the arguments of a forward for so many pixels a side, and so many images.
         size: pixels a side.
         device: where the networks are.
-        seconds: for each row, beyond one warm-up and three rounds.
+        seconds: for each row, after one warm-up, or three rounds if they take longer; swaps and conversion get a fifth.
 
     Raises:
         LoRunError: the network cannot run on images of this size.

@@ -25,7 +25,7 @@ DEFAULT_SIZE = 128  # pixels a side
 @click.option("--converted", type=FILE, help="Folder of a conversion.  [default: converted without data]")
 @RANK
 @click.option(
-    "--size", type=click.IntRange(min=1), help="Pixels a side.  [default: 128, or what the task's patch is if it must]"
+    "--size", type=click.IntRange(min=1), help="Pixels a side.  [default: 128, or the task's patch if 128 does not fit]"
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads on a CPU.  [default: as many as it has cores]")
 @click.option(
@@ -49,8 +49,8 @@ def bench(
 ) -> None:
     """Time the network, its conversion and the alternatives, and measure their bytes.
 
-    All run in turns in this process. The first column has the plain network's medians; the others have ratios to them,
-    so below 1 is better. ± is half of the range of the middle half of the rounds.
+    They take turns in this process. The first column shows the plain network's medians; the others show ratios to
+    them, so below 1 is better. ± is half the interquartile range of the rounds, in percent of the median.
     """
     import torch
 

@@ -77,7 +77,7 @@ def weights_options(command: Function) -> Function:
     key = click.option(
         "--weights-key",
         metavar="KEY",
-        help="Where in their file they are, such as 'model.ema'.  [default: those that fit, averaged ones first]",
+        help="Key of the weights in their file, such as 'model.ema'.  [default: the one that fits, averages first]",
     )
     file = click.option("--weights", type=FILE, help="Weights of the original network.  [default: the task's]")
     return file(key(command))
@@ -101,7 +101,7 @@ FASTER = click.option(
     "--faster",
     type=click.FloatRange(1, min_open=True),
     metavar="TIMES",
-    help="Instead of a rank: how many times fewer operations the converted network may need at most, such as 2.",
+    help="Instead of a rank: the factor by which to reduce the number of operations, such as 2.",
 )
 NO_SHARE = click.option(
     "--no-share",
@@ -136,7 +136,7 @@ def sigma_option(note: str = "", **settings: Any) -> Callable[[Function], Functi
 
 SIGMA = sigma_option(default=0.0, show_default=True)
 MINUTES = click.option("--minutes", type=float, help="How long to train.")
-STEPS = click.option("--steps", type=int, help="Instead of minutes: how many steps to train, so that runs repeat.")
+STEPS = click.option("--steps", type=int, help="Instead of minutes: how many steps to train, for reproducible runs.")
 BATCH = click.option("--batch", type=click.IntRange(min=1), help="Crops in a batch.  [default: 17,000 pixels]")
 RESUME_FROM = click.option(
     "--resume-from",

@@ -120,8 +120,8 @@ def stage_psnr(
 ) -> list[float]:
     """PSNR in dB of the image after each stage; empty where the stages do not pass images on.
 
-    A stage's output is taken for an image if it has as many values as the final output; the task then restores
-    from it in the place of that.
+    A stage's output counts as an image if it has as many values as the final output. The task's ``restore`` then
+    gets it in place of the final output.
     """
     with torch.no_grad():
         outputs = observer.run(network, arguments, 0)

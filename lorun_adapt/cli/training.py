@@ -99,7 +99,7 @@ def convert_(
 
     if no_share and calibration is not None:
         raise click.UsageError("--no-share leaves nothing to recover: leave --calibration out, and use finetune")
-    if calibration is None and (given := [f"--{name}" for name, value in training.items() if value]):
+    if calibration is None and (given := [f"--{name.replace('_', '-')}" for name, value in training.items() if value]):
         raise click.UsageError(f"{' and '.join(given)} need --calibration: give a folder of images")
     check_none_is_lost(out, [DEFAULT_SET])
     spec, net = trained_network(task, weights, weights_key, seed)
@@ -177,7 +177,7 @@ def recover(
 @click.command()
 @TASK
 @CONVERTED
-@sigma_option(note="  [default: 0, in a set that no noise level chooses]")
+@sigma_option(note="  [default: 0, and no noise level selects the set]")
 @click.option("--adapter-name", required=True, metavar="NAME", help="Name of the new set.")
 @click.option(
     "--start-from",
@@ -218,10 +218,10 @@ def finetune(
 ) -> None:
     """Train a new adapter set for another noise level and add it to a conversion.
 
-    For another mask, scanner or camera, which the task measures with, leave --sigma out. The base, the
-    other sets and the active set do not change, and sets of the same base that are in --out already
-    stay. A fifth of the images, at most 20, is held out: the weights that are best on them are kept,
-    and their PSNR is shown. Ctrl-C saves the best weights so far.
+    For another mask, scanner or camera, let the task measure with it, and leave --sigma out. The base,
+    the other sets and the active set do not change; sets of the same base in --out are kept. A fifth of
+    the images, at most 20, is held out: the weights that do best on these images are kept, and the PSNR
+    on them is shown. Ctrl-C saves the best weights so far.
     """
     from ..files.load import stored_dtype
     from ..files.save import update_cards

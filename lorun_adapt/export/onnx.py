@@ -44,8 +44,8 @@ def save_onnx(exported: Exported, path: Path, sets: Mapping[str, SetInputs] | No
     Args:
         exported: the program, and arguments to compare the outputs on.
         path: the file; it appears whole or not at all.
-        sets: adapter sets of the network. Their tensors become inputs of the file under these names; where none is
-            given as it runs, it takes the tensor of the network.
+        sets: adapter sets of the network. Their tensors become optional inputs of the file, under the same names; for
+            an input that is not given, the file uses the network's tensor.
 
     Raises:
         LoRunError: a library is missing; ONNX has no form of an operation; the outputs differ, with one of the sets.

@@ -32,7 +32,8 @@ class SetInputs(NamedTuple):
 def inputs_of_sets(lorun: LoRunModel, run: Callable[[nn.Module], Any]) -> dict[str, SetInputs]:
     """Return the tensors in which the network differs from set to set, and its outputs with each set.
 
-    All sets have the same names. What one set replaces outside the stages, the others have as the base has it.
+    The tensors have the same names in all sets. If only some sets replace a parameter outside the stages, the others
+    have the base's value of it.
 
     Args:
         lorun: the network; it does not change.

@@ -30,7 +30,7 @@ def untrained_set(
         base: the base.
         stage_map: the positions of its stages.
         config: the tensors to adapt and their ranks.
-        plans: the same for each group.
+        plans: by group, the tensors that get a term, with their ranks and scalings, as :func:`plan` returns them.
         generator: of the random numbers that terms start from.
     """
     kind = kind_of(config.peft_type)

@@ -144,7 +144,9 @@ def list_adapters(source: str, revision: str | None = None) -> tuple[dict[str, A
         description = read_description(folder)
     else:
         folder = as_path(source)
-        if revision is not None or not (folder / CONFIG_FILE).is_file():
+        if revision is not None and folder.is_dir():
+            raise LoRunError(f"{source!r} is a folder, which has no revisions: leave the revision out")
+        if not (folder / CONFIG_FILE).is_file():
             raise LoRunError(
                 f"{source!r} is neither a saved conversion nor a repository user/name of the Hub: name another source"
             )

@@ -263,10 +263,10 @@ class LoRunModel(nn.Module):
     def merge_adapter(self, safe_merge: bool = False) -> None:
         """Compute the weights of the active sets once, until :meth:`unmerge_adapter`, as in PEFT.
 
-        Without it, each forward computes them from the base and the adapters, which takes time where images are small.
-        Merged weights take the memory of the original's. They are dropped by :meth:`set_adapter`, by training
-        (:meth:`train`, :meth:`recover`, :meth:`finetune`), and are made anew where the active sets are replaced. Until
-        then the active sets are frozen. Weights that are faster as factors are not merged.
+        Otherwise each forward computes them from the base and the adapters, which takes noticeable time on small
+        images. Merged weights take as much memory as the original's. The active sets are frozen while merged;
+        :meth:`set_adapter` and training (:meth:`train`, :meth:`recover`, :meth:`finetune`) unmerge them too. An active
+        set that is replaced is merged again. Weights that are faster as factors are not merged.
 
         Args:
             safe_merge: refuse weights with NaN or Inf.
@@ -298,8 +298,8 @@ class LoRunModel(nn.Module):
 
         They take about a quarter of the memory, as their files do with ``save_pretrained(path, torch.int8)``, and are
         rounded likewise. Each forward computes the stages' weights from them, in the dtype that they had before.
-        Tensors in eight bits cannot be trained. Sets that are added later, by :meth:`finetune` and :meth:`copy_adapter`
-        too, hold floating-point numbers. To have these in the base again, load a network that was saved before.
+        Tensors in eight bits cannot be trained. Sets that are added later, also by :meth:`finetune` or
+        :meth:`copy_adapter`, hold floats. To get a base of floats again, load a network that was saved before ``int8``.
 
         Returns:
             This network.
@@ -569,8 +569,8 @@ class LoRunModel(nn.Module):
         Args:
             images: (B, C, H, W), in [0, 1].
             sigma: noise on the measurements (0..255).
-            tile: restore in tiles of so many pixels a side, where :attr:`task` says that the network is local.
-            overlap: of the tiles, in pixels.
+            tile: the side of the tiles to restore in, in pixels; needs a :attr:`task` that sets ``tile``.
+            overlap: the overlap of the tiles, in pixels.
 
         Returns:
             The restored images, (B, C, H, W), float32, on the CPU.
@@ -893,7 +893,8 @@ class LoRunModel(nn.Module):
             loss: a callable ``loss(output, batch)`` to minimise.
             teacher: a network of the original class to distil from, instead of or in addition to ``loss``.
             held_out: batches to judge the weights by, from images that are not in ``batches``. By default the first
-                two of ``batches``; they are left out of training if ``batches`` is a list of more than three.
+                two of ``batches``; they are left out of training if ``batches`` is an iterator, or a list of more than
+                three.
             recompute, resume_from, seed: as in :meth:`recover`. If the state file exists, training of the set
                 ``adapter_name`` continues.
 
@@ -968,7 +969,7 @@ class LoRunModel(nn.Module):
         """Save the base and the adapters as safetensors and JSON. The folder is written completely or not at all.
 
         Args:
-            path: a new or empty folder, or a saved folder, which is replaced with all its sets.
+            path: a new or empty folder, or a saved folder, which is replaced: sets that are only there are deleted.
             dtype: store floating-point tensors in this dtype, such as ``torch.float16`` for smaller files.
                 ``torch.int8`` stores the stages' matrices and kernels in eight bits, with a scale for each channel;
                 other tensors keep their dtype, and PEFT cannot read such adapters.
@@ -1326,8 +1327,8 @@ class LoRunModel(nn.Module):
     def _weighted(self, names: Sequence[str], weights: Sequence[float]) -> AdapterSet:
         if isinstance(names, str) or len(names) == 0 or len(names) != len(weights):
             raise LoRunError(
-                f"expected as many weights as adapters, found {weights!r} for {names!r}: give two lists of the "
-                "same length"
+                f"expected as many weights as adapters, at least one, found {weights!r} for {names!r}: give two lists "
+                "of the same length"
             )
         sets = [self._store.get(name) for name in names]
         for name, held in zip(names, sets):

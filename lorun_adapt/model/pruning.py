@@ -76,7 +76,7 @@ def recover_in_rounds(
         False if it was stopped; the set then has the rank of the round that was stopped.
 
     Raises:
-        LoRunError: as :func:`ranks_of_rounds`; fewer steps than parts of rounds.
+        LoRunError: as :func:`ranks_of_rounds`; no more steps than parts of rounds.
     """
     started = time.monotonic()
     ranks = ranks_of_rounds(get(), rank)

@@ -49,12 +49,13 @@ def recover_best(
     resume_from: Path | None = None,
     seed: int = 0,
 ) -> tuple[LoRunModel, bool]:
-    """Recover one of several conversions of ``dun``: the one that is the closest to it after a tenth of the duration.
+    """Recover the best of several conversions of ``dun``: try each for a tenth of the duration, then go on with one.
 
-    What a conversion keeps of the weights says little about how good it becomes; the first steps say more. Of two that
-    are about as close, it is the first one, and also where a tenth of the minutes has no time for 40 steps. A run of
-    steps takes so many for the one that is chosen. With a state file, trials have files of their own beside it until
-    the run has ended, and a run that goes on from it keeps to the choice that was made.
+    The energy that a conversion keeps says little about the quality that it will reach; the first steps say more. The
+    one closest to ``dun`` after its trial is chosen, or the first one if no other is clearly closer. If a tenth of the
+    minutes is too short for 40 steps, there are no trials, and the first one is chosen. If the duration is in steps,
+    the chosen conversion trains for that many in all, its trial included. With a state file, each trial has its own
+    file beside it until the run ends, and a run that resumes keeps the earlier choice.
 
     Args:
         candidates: the conversions, those that run faster first. They are changed in place; a single one is recovered

@@ -162,7 +162,7 @@ def merge(
 
 
 def put_tensor(module: nn.Module, spec: TensorSpec, value: Tensor) -> None:
-    """Give a denoiser this tensor, under all names of ``spec``; what is no buffer becomes a frozen parameter."""
+    """Give a denoiser this tensor, under all names of ``spec``; a plain tensor in a parameter's place is frozen."""
     if not spec.buffer and not isinstance(value, nn.Parameter):
         value = nn.Parameter(value, requires_grad=False)
     for alias in spec.aliases:

@@ -102,7 +102,7 @@ class AdapterInfo:
     def with_quality(self, quality: Quality) -> AdapterInfo:
         """Return a copy with one more measurement, which replaces one on the same images at the same sigma.
 
-        Of the one that it replaces it keeps the further metrics that it lacks.
+        Further metrics of the replaced measurement are kept unless ``quality`` has them too.
         """
         key = quality.images, quality.sigma
         others = [item for item in self.quality if (item.images, item.sigma) != key]

@@ -95,8 +95,8 @@ def between(sigma: float, known: Mapping[str, float]) -> dict[str, float]:
 def mixed(noises: Sequence[Noise | None], weights: Sequence[float]) -> Noise | None:
     """The noise that a weighted sum of adapter sets is for.
 
-    It is None, unknown, where the weights are no shares of a whole, or a set's noise is unknown, or some sets have a
-    sigma and others a schedule.
+    It is None (unknown) if a weight is negative, the weights do not sum to 1, the noise of a set is unknown, or some
+    sets have a sigma and others a schedule.
 
     >>> mixed([10.0, 50.0], [0.25, 0.75]), mixed([(0.0, 10.0), (10.0, 30.0)], [0.5, 0.5])
     (40.0, (5.0, 20.0))

@@ -170,7 +170,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora_bias": (_is_bool, "true or false"),
     "inference_mode": (_is_bool, "true or false"),
     "lora_dropout": (lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to 1"),
-    "init_lora_weights": (lambda v: _is_bool(v) or (isinstance(v, str) and v in HARMLESS_STARTS), "a start of LoRA's"),
+    "init_lora_weights": (
+        lambda v: _is_bool(v) or (isinstance(v, str) and v in HARMLESS_STARTS),
+        "an initialisation that leaves the base as it is",
+    ),
     "rank_pattern": (
         lambda v: _are_patterns(
             {k: r for k, r in v.items() if (k, r) != (REFUSED, 0)} if isinstance(v, dict) else v,

@@ -80,9 +80,9 @@ class ReadTrace(TorchDispatchMode):
             spans: the first and last time of each stage, in order.
 
         Returns:
-            Whether a tensor that was there before the first stage, and is no weight, is read for two or more later
-            ones. Of two stages only one is later. There, a tensor that weights took part in must be read for both, and
-            not only by a connection past the first.
+            Whether a tensor that exists before the first stage, and is not a weight, is read for two or more of the
+            later stages. With only two stages, it must be read for both; if weights took part in computing it, reading
+            it in a residual or skip connection does not count.
         """
         edges = [START, *(end for _, end in spans)]
         windows = list(zip(edges, edges[1:]))

@@ -105,7 +105,7 @@ class Group:
 
 @dataclass(frozen=True)
 class NotTaken:
-    """Modules that look repeated but are left as they are, and why."""
+    """Modules or parameters that are in no stage, whether they repeat or not, and why."""
 
     modules: tuple[str, ...]
     num_parameters: int
@@ -118,8 +118,8 @@ class StageMap:
 
     Attributes:
         network: the name of the network's class.
-        groups: the denoisers that share a base, in the order in which they stand in the network.
-        not_taken: modules that repeat too, but are left as they are.
+        groups: the denoisers that share a base, in the order of the network.
+        not_taken: what is in no stage: modules that repeat or are like a stage, and what has over 1 % of parameters.
         ranks: by group and tensor, the ranks of the low-rank terms, once these are planned.
         shared: whether the stages share one base; if not, each stage's base is its own weights.
 

@@ -74,7 +74,7 @@ class Crops:
             recovered on these is good on dark images, too. By default a quarter of them, or none if there is noise.
 
     Raises:
-        LoRunError: an image cannot be read, or holds NaN or Inf; a share that is none.
+        LoRunError: no files; an image cannot be read, or holds NaN or Inf; ``dimmed`` is not a share.
 
     >>> from types import SimpleNamespace
     >>> task = SimpleNamespace(
@@ -97,6 +97,10 @@ class Crops:
     ) -> None:
         if dimmed is not None and not (is_number(dimmed) and 0 <= dimmed <= 1):
             raise LoRunError(f"expected a share of dimmed crops from 0 to 1, found {dimmed!r}: give 0.5, for example")
+        if not files:
+            raise LoRunError(
+                "expected image files to make crops of, found none: give the files of a folder with images"
+            )
         images = [task.read(path) for path in files]
         for path, image in zip(files, images):
             if not bool(torch.isfinite(image).all()):

@@ -22,17 +22,17 @@ OTHERWISE = "or define read(path) in the task"
 def read_image(path: Path, channels: int) -> Tensor:
     """Read an image file as a tensor of shape (C, H, W), float32 in [0, 1].
 
-    Integers are divided by the largest one of 1, 8 or 16 bits; floats must be in [0, 1]. The three channels of a grey
-    image are equal; the one channel of a colour image is its luminance.
+    Integers are divided by the largest value of 1, 8 or 16 bits; floats must be in [0, 1]. A grey image read with 3
+    channels has three equal channels; a colour image read with 1 channel becomes its luminance.
 
     Args:
         path: a file that Pillow or tifffile reads.
         channels: 1 or 3.
 
     Raises:
-        LoRunError: the file is missing, no image or damaged, or what it holds has no value in [0, 1] for each pixel:
-            several pages, transparency, integers of 32 bits, floats beyond 0 and 1. So have colours of 16 bits outside
-            TIFF files, which Pillow reads with 8.
+        LoRunError: the file is missing, damaged or not an image; it has several pages, transparent parts, 32-bit
+            integers, floats outside [0, 1], or 16-bit colours in a format other than TIFF (Pillow would reduce these
+            to 8 bits).
     """
     pixels = _pixels(path, channels)
     image = torch.from_numpy(between_0_and_1(pixels, path)).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)

@@ -87,9 +87,9 @@ def restore_files(
 ) -> list[Path]:
     """Restore image files, and write each under its name: as TIFF if it is one, otherwise as PNG.
 
-    The depth is that of the input: 8 or 16 bits, or floats. Colours of more than 8 bits are written as TIFF. What a
-    ``read`` of the task's own reads is written with 8 bits, or as float32 in ``.npy`` if it has neither 1 nor 3
-    channels.
+    The depth is that of the input: 8 or 16 bits, or floats. Colours of more than 8 bits are written as TIFF. Images
+    that the task's own ``read`` returns are written with 8 bits. Images with neither 1 nor 3 channels are written as
+    float32 in ``.npy``.
 
     Args:
         files: the images.

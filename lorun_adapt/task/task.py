@@ -8,7 +8,9 @@ A task file is a Python file (or ``package.module``) with
 
 and optionally
 
-    channels, patch, border, weights            # where the defaults of Task do not fit
+    channels, patch, border, tile               # where the defaults of Task do not fit
+    weights, weights_key                        # the file of the trained weights, and their key in it
+    def arguments(arrays): ...                  # measured arrays, by name -> the arguments of the network's forward
     def read(path): ...                         # an image file -> (C, H, W) in [0, 1]
     def load(path, net): ...                    # a weights file -> a state_dict of the network
     def schedule(net, sigmas): ...              # give each stage its noise level, for sets of several noise levels
@@ -224,7 +226,7 @@ class Task:
         if not isinstance(shown, Tensor) or shown.shape not in [(count, c, *sides) for c in (1, 3)]:
             raise LoRunError(
                 f"expected picture() of {self.name} to return images of shape {(count, 3, *sides)}, found "
-                f"{_shape_or_type(shown)}"
+                f"{_shape_or_type(shown)}: change it in the task file"
             )
         return shown.float().clamp(0, 1)
 

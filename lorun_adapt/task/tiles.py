@@ -31,11 +31,13 @@ def in_tiles(images: Tensor, restore: Callable[[Tensor], Tensor], tile: int, ove
     """
     if tile < unit or tile % unit:
         raise LoRunError(
-            f"expected tiles of a multiple of {unit} pixels, found {tile}: the network works on such blocks"
+            f"expected tiles of a multiple of {unit} pixels, the network's block size, found {tile}: choose such a side"
         )
     stride = (tile - overlap) // unit * unit
     if overlap < 0 or stride < 1:
-        raise LoRunError(f"expected an overlap of 0 to {tile - unit} pixels for tiles of {tile}, found {overlap}")
+        raise LoRunError(
+            f"expected an overlap of 0 to {tile - unit} pixels for tiles of {tile}, found {overlap}: choose another one"
+        )
     total, weights = torch.zeros_like(images), torch.zeros_like(images[:1, :1])
     for top, bottom in _spans(images.shape[-2], tile, stride, unit):
         for left, right in _spans(images.shape[-1], tile, stride, unit):

@@ -70,7 +70,7 @@ class LowRank(Term):
         return (self.lora_B if self.factor is None else self.lora_B * self.factor), self.lora_A
 
     def sizes_of_zeros(self, base: Tensor) -> dict[str, float]:
-        """The size at which B A has the share of the base's energy that so many of its directions have on average."""
+        """The size of B at which the term has the fraction rank / min(rows, columns) of the base's energy."""
         if self.lora_B.any() or not self.lora_A.any():
             return {}
         directions = min(len(self.lora_B), self.lora_A.shape[1])

@@ -154,7 +154,7 @@ class Term(nn.Module):
 
     @classmethod
     def size(cls, spec: TensorSpec, rank: int) -> int:
-        """Return the number of parameters of a term of this rank."""
+        """Return how many numbers a term of this rank stores; 32 further bits count as one number."""
         raise NotImplementedError
 
     @classmethod

@@ -31,7 +31,7 @@ MAX_PROBES = 40  # batches to measure sensitivities on
 STEPS_PER_PROBE = 10  # one probe for every ten steps
 FEW_STEPS = 30  # below so many steps, only the first damping is tried
 MEASURING, FITTING = 0.05, 0.1  # the fractions of a budget in minutes at which measuring and fitting end,
-FITTING_ONCE = 0.3  # and where fitting with the first damping ends, if a single batch took long to measure on
+FITTING_ONCE = 0.3  # and where fitting with the first damping ends at the latest
 
 T = TypeVar("T")
 

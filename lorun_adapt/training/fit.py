@@ -54,34 +54,34 @@ def fit(
 ) -> bool:
     """Train any network in place, with the optimiser and the losses of recovery and fine-tuning.
 
-    Use it to compare other ways of making or tuning a network with a conversion. The network runs in ``eval()``. The
-    tensors that do best on the held-out batches are kept, also after Ctrl-C. Parameters that are not trained are frozen
-    meanwhile.
+    Use it to train the networks that you compare a conversion with, such as a smaller network or other adapters. The
+    network runs in ``eval()`` mode. The weights that do best on the held-out batches are kept, also after Ctrl-C.
+    Parameters that are not trained are frozen meanwhile.
 
     Args:
         network: the network to train.
-        batches: argument tuples of the forward (or tensors, where it takes one), repeated if they end. What they hold
-            beyond the arguments that the forward takes by position is for ``loss``.
+        batches: argument tuples of the forward (or tensors, if it takes one), repeated when they end. Items beyond the
+            positional arguments of the forward are for ``loss``.
         trained: the parameters to train, each with its peak learning rate relative to the root mean square of its
             values, above 0. By default all that have ``requires_grad``, at 0.02.
-        loss: a callable on the network's output and the batch that returns a scalar tensor, to minimise.
-        teacher: a network to distil instead, or besides: its output for the same batch is the target.
+        loss: a callable ``loss(output, batch)`` to minimise, which returns a scalar tensor.
+        teacher: a network to distil from, instead of or in addition to ``loss``: its output for a batch is the target.
         stage_map: the stages of the teacher, as :func:`find_stages` returns them. What they return is a target too, so
             the network needs modules of the same names. By default only the output counts.
-        minutes, steps: how long to train; give one.
+        minutes, steps: how long to train; give exactly one.
         held_out: the batches to judge by; by default the first two of ``batches``.
-        patience: how many checks of the held-out batches, of which there are 25, may pass without a better one before
-            training ends early. After three, six and nine, it goes on from the best weights with half the learning
-            rate. By default it does neither.
-        seed: of all random numbers. The same seed and ``steps`` give the same weights on a CPU.
+        patience: training ends early after this many checks in a row without an improvement; a run has 25 checks on
+            the held-out batches. After three, six and nine such checks, training goes on from the best weights with
+            half the learning rate. By default it does neither.
+        seed: seed of all random numbers. The same seed and ``steps`` give the same weights on a CPU.
 
     Returns:
-        Whether it ran to its end, and was not stopped by Ctrl-C.
+        True if training finished, False if Ctrl-C stopped it.
 
     Raises:
-        LoRunError: neither loss nor teacher; nothing to train, a frozen or 16-bit parameter, or a rate that is no
-            number above 0; a network without the teacher's stages; batches that do not fit the network, or hold NaN
-            alone; minutes and steps, or neither.
+        LoRunError: neither loss nor teacher; nothing to train, a frozen or 16-bit parameter, or a rate that is not
+            above 0; a network without the teacher's stages; batches that do not fit the network, or have only NaN or
+            Inf; both or neither of minutes and steps.
 
     >>> import lorun_adapt, torch
     >>> from lorun_adapt.util.toy import ToyUnfoldingNet

@@ -19,10 +19,10 @@ MAX_BYTES = 1 << 30
 
 
 class Replay(Generic[T]):
-    """Computes something of each batch, and picks a batch for each step: a new one, or one that is kept.
+    """Computes something from each batch, and picks a batch for each step: a new one, or one that is kept.
 
-    Every third step has a new batch. The others have one of those that are kept, at random: the newest ones, as many as
-    fit in 1 GiB with what is computed of them. That is taken to be as large, relative to the batch, as for the first.
+    Every third step uses a new batch; the other steps use a random one of the batches that are kept. These are the
+    newest, as many as fit in 1 GiB with what is computed from them; the size of that is estimated from the first batch.
 
     Args:
         batches: the batches; they are drawn when they are needed.

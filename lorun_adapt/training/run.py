@@ -86,7 +86,7 @@ class Run:
 
 
 def end_of(phase: Phase, run: Run, duration: Duration) -> float:
-    """The fraction of the duration at which a phase ends, as far as its steps so far let foresee."""
+    """The fraction of the duration at which a phase ends, estimated from the pace of its steps so far."""
     steps = run.steps_in(duration)
     until = phase.until_if_slow if run.slow and phase.until_if_slow else phase.until
     if not phase.enough_steps or steps is None:

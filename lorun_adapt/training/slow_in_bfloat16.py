@@ -52,7 +52,7 @@ class SlowInFloat32(TorchFunctionMode):
 
     @staticmethod
     def again() -> AbstractContextManager[object]:
-        """What a stage has to run in that shall run again later as it does now: a backward pass runs in no mode."""
+        """Return the context in which the backward pass must run a stage again: this mode, if it is active now."""
         return SlowInFloat32() if _threads.entered else nullcontext()
 
     def __torch_function__(

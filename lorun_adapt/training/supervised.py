@@ -56,7 +56,7 @@ class Supervised(nn.Module):
         """The loss on an example.
 
         Args:
-            draw: returns the example; a function, since DDP takes tuples that it knows apart.
+            draw: returns the example. It is a function because DDP takes apart the containers it knows.
 
         Returns:
             The loss; the loss without gradient; NaN in the place of a PSNR to the teacher.

@@ -40,10 +40,10 @@ Drawn = Example | Sequence[StageCall]  # what a step trains on
 
 CHECKS = 25  # of the loss on held-out batches, in a run
 CHECKING = 0.05  # the fraction of the time that checks may take
-SPIKE = 30.0  # a step whose loss is this many times that of the steps before it is left out
-WORSE = 4.0  # training returns to the best weights if the loss on held-out batches is this many times the best
-STUCK = 3, 6, 9  # and in a phase with patience after so many checks in a row without a better one
-FORWARDS_OF_FIRST_STEP = 6  # whether the original repeats itself, its output, the step, the check
+SPIKE = 30.0  # a step is left out if its loss is more than this many times the loss of the steps before
+WORSE = 4.0  # training returns to the best weights if the loss on held-out batches is this many times the best,
+STUCK = 3, 6, 9  # and, in a phase with patience, after this many checks in a row without an improvement
+FORWARDS_OF_FIRST_STEP = 6  # for the test whether the teacher is deterministic, its output, the step and the check
 TOO_LATE = 0.5  # the fraction of the duration after which other precisions are not tried out
 LEAST_GAIN = 0.01  # of the loss between two checks: less than this does not count while single stages train
 
@@ -321,7 +321,7 @@ class Trainer:
         warnings.warn(f"{problem}: going on from the best weights so far, with half the learning rate", stacklevel=2)
 
     def _return_to_best(self, phase: Phase) -> None:
-        """Return to the best tensors, or while single stages train to those of the last check; halve the rate."""
+        """Return to the best tensors (while single stages train: to those of the last check); halve the rate."""
         self.run.rollbacks += 1
         self.run.rate_factor /= 2
         self.run.recent_loss = None

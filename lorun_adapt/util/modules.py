@@ -37,7 +37,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(networks: Iterable[nn.Module], but: Iterable[Tensor] = ()) -> Iterator[None]:
-    """After the block, give the parameters and buffers of ``networks``, but for some, their values before it.
+    """After the block, restore the parameters and buffers of ``networks``, except those in ``but``.
 
     >>> layer = nn.BatchNorm1d(2)
     >>> with unchanged([layer], [layer.weight]):

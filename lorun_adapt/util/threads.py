@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 REPEATS = 12  # whose sum counts: threads that wait for a core are slow at times, and fast in between
 ENOUGH = 0.5  # seconds after which a comparison ends early
-FASTER = 1.2  # times; half of the threads never are where each thread has a core
-RARELY = 50.0  # times as long as the trials take is between them
+FASTER = 1.2  # times as fast: half of the threads never are if each thread has its own core
+RARELY = 50.0  # times the seconds that trials took pass before the next ones
 
 
 class _Trials:

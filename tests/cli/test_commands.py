@@ -152,7 +152,8 @@ def test_scores_without_end_are_null(task_file, weights, images, tmp_path, capsy
 def test_mistakes_in_training_options(task_file, weights, images, tmp_path, capsys, monkeypatch) -> None:
     given = ("convert", task_file, "--weights", weights, "--out", tmp_path / "out")
     for arguments, message in (
-        (("--minutes", 3), "need --calibration"),
+        (("--minutes", 3), "--minutes need --calibration"),
+        (("--steps", 3, "--resume-from", tmp_path / "state"), "--steps and --resume-from need --calibration"),
         (("--calibration", images), "neither"),
         (("--calibration", images, "--minutes", 3, "--steps", 3), "both"),
         (("--calibration", images, "--minutes", -3), "above 0"),

@@ -41,7 +41,7 @@ def test_commands_end_with_2(hub: HubServer, lorun: LoRunModel, tmp_path: Path, 
         (("push", tmp_path / "saved", "alice/net"), "is missing or has changed since it was saved"),
         (("pull", "alice/none", "--out", tmp_path / "out"), "no repository alice/none, or it is private"),
         (("list", tmp_path), "neither a saved conversion nor a repository user/name"),
-        (("list", tmp_path / "saved", "--revision", "v1"), "neither a saved conversion nor a repository user/name"),
+        (("list", tmp_path / "saved", "--revision", "v1"), "is a folder, which has no revisions"),
     ):
         code, text = command(capsys, monkeypatch, *arguments)
         assert code == 2 and message in text

@@ -39,3 +39,8 @@ def test_a_share_of_the_crops_is_dimmed(options, share) -> None:
 def test_a_share_that_is_none_is_an_error(dimmed) -> None:
     with pytest.raises(LoRunError, match="a share of dimmed crops from 0 to 1, found"):
         Crops(TASK, [Path("a.png")], dimmed=dimmed)
+
+
+def test_no_files_are_an_error() -> None:
+    with pytest.raises(LoRunError, match="expected image files to make crops of, found none"):
+        Crops(TASK, [])
