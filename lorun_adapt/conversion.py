@@ -99,7 +99,7 @@ def convert(
             rank that keeps it.
         budget: instead of ``config``, the number of parameters of the converted network, or, between 0 and 1, its
             share of the original number. The ranks, and the tensors that get no base, are chosen to keep as much
-            energy of the weights as possible; with ``calibration``, energy counts by its effect on the output. If the
+            energy of the weights as possible; with ``calibration``, it is weighted by its effect on the output. If the
             denoisers become at least five times smaller, a recovery of at least ten minutes or 1,000 steps begins with
             trials, which show whether a base for every tensor is better.
         faster: instead of ``config``, a factor above 1. The conversion uses the largest budget with which the network

@@ -33,9 +33,9 @@ class _Trials:
 def helpful_threads() -> Iterator[None]:
     """Within the block, torch uses as many threads as are fastest on this machine now: its own number, or fewer.
 
-    One thread is tried, then about two, four and so on, until twice as many are slower, for half a second at most each
-    time. Nothing is tried if the user has set ``OMP_NUM_THREADS``, or in a block within such a block. Afterwards, torch
-    has as many threads as before.
+    One thread is tried, then about two, four and so on, until twice as many are slower. Each comparison ends after half
+    a second. Nothing is tried if the user has set ``OMP_NUM_THREADS``, or in a block within such a block. Afterwards,
+    torch has as many threads as before.
 
     >>> import torch
     >>> before = torch.get_num_threads()
