@@ -116,7 +116,7 @@ def _install(module: nn.Module, group: Group, adapter: StageAdapter, stage: int)
 def _beside(term: Term) -> Term:
     """Another module with the tensors of a term: torch.func restores a module wrongly that has two places."""
     result = term.__new__(type(term))
-    result.__dict__ = {key: item.copy() if isinstance(item, dict) else item for key, item in vars(term).items()}
+    vars(result).update({key: item.copy() if isinstance(item, dict) else item for key, item in vars(term).items()})
     return result
 
 

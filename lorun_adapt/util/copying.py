@@ -13,7 +13,7 @@ import functools
 import threading
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import suppress
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar, cast
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import LoRunError
 from .modules import closure_values
+from .plain_copy import Left, copy_plain, copy_rest
 
 Value = TypeVar("Value")
 
@@ -80,7 +81,10 @@ def deep_copy(value: Value, memo: dict[int, Any]) -> Value:
     >>> copied.twice().item()
     0.0
     """
-    parts = _Parts(value)
+    left = copy_plain(value, memo) if isinstance(value, nn.Module) else []
+    if not left and id(value) in memo:
+        return cast(Value, memo[id(value)])
+    parts = _Parts([value, *(item.value for item in left)], known=memo)
     for tensor in parts.of(Tensor):
         if not tensor.is_leaf:
             memo.setdefault(id(tensor), tensor.detach().clone())
@@ -88,8 +92,9 @@ def deep_copy(value: Value, memo: dict[int, Any]) -> Value:
     memo.update({id(lock): threading.Lock() for lock in parts.of(LOCK)})
     memo.update({id(lock): threading.RLock() for lock in parts.of(RLOCK)})
     memo.update({id(condition): threading.Condition() for condition in parts.of(threading.Condition)})
-    for module in parts.of(nn.Module):  # a third of the time: deepcopy is slow with the many dicts that hold no hooks
-        for held in vars(module).values():
+    others = [module for module in parts.of(nn.Module) if id(module) not in memo]
+    for module in others:
+        for held in vars(module).values():  # deepcopy is slow with the many dicts that hold no hooks
             if type(held) in EMPTIED and not held:
                 memo.setdefault(id(held), type(held)())
     dicts = [held for held in parts.dicts_that_hide_deepcopy() if id(held) not in memo]
@@ -99,22 +104,24 @@ def deep_copy(value: Value, memo: dict[int, Any]) -> Value:
     for function in functions:
         memo[id(function)] = _with_empty_cells(function, cells)
     try:
+        copy_rest(left, memo)
         result = copy.deepcopy(value, memo)
         for function in functions:
             _fill(function, memo[id(function)], memo, parts)
         for held in dicts:
             _fill_dict(held, memo[id(held)], memo)
-        for module in parts.of(nn.Module):  # deepcopy keeps the function of a bound method, and weak references
-            for name, method in [*vars(module).items()]:
-                if isinstance(method, MethodType) and id(method.__func__) in memo:
-                    bound = MethodType(memo[id(method.__func__)], copy.deepcopy(method.__self__, memo))
-                    vars(memo[id(module)])[name] = bound
-                elif isinstance(method, weakref.ref) and id(method()) in memo:
-                    vars(memo[id(module)])[name] = weakref.ref(memo[id(method())])
+        copied = [(module, memo[id(module)]) for module in others if id(module) in memo]
+        left += [Left(vars(new), name, held) for module, new in copied for name, held in vars(module).items()]
+        for attributes, name, held in left:  # deepcopy keeps the function of a bound method, and weak references
+            if isinstance(held, MethodType) and id(held.__func__) in memo:
+                attributes[name] = MethodType(memo[id(held.__func__)], copy.deepcopy(held.__self__, memo))
+            elif isinstance(held, weakref.ref) and id(held()) in memo:
+                attributes[name] = weakref.ref(memo[id(held())])
     except Exception as error:  # copying runs the code of whatever the network holds
+        failed = _Parts(value).first_that_fails(memo)
         raise LoRunError(
-            f"cannot copy {parts.first_that_fails(memo)} of {type(value).__name__} ({type(error).__name__}: {error}): "
-            "make it anew in forward, or define __deepcopy__ in its class"
+            f"cannot copy {failed} of {type(value).__name__} ({type(error).__name__}: {error}): make it anew in "
+            "forward, or define __deepcopy__ in its class"
         ) from error
     return result
 
@@ -147,16 +154,30 @@ def tensors_beside_modules(value: object) -> list[Tensor]:
 
 
 class _Parts:
-    """All that a value holds, functions and what they remember included."""
+    """All that a value holds, functions and what they remember included.
 
-    def __init__(self, root: object, *, into_modules: bool = True, follow_globals: bool = False) -> None:
+    Args:
+        root: the value.
+        into_modules: look into modules.
+        follow_globals: look into the global variables that functions read.
+        known: ids of modules not to look into.
+    """
+
+    def __init__(
+        self,
+        root: object,
+        *,
+        into_modules: bool = True,
+        follow_globals: bool = False,
+        known: Collection[int] = (),
+    ) -> None:
         self._values: dict[int, object] = {id(root): root}
         self._found: dict[int, tuple[int, str]] = {}  # for each value, the one that holds it, and by what name
         self._holders: dict[int, list[int]] = {}
         pending = deque([root])
         while pending:
             value = pending.popleft()
-            if isinstance(value, nn.Module) and not into_modules:
+            if isinstance(value, nn.Module) and (not into_modules or id(value) in known):
                 continue
             for name, child in _children(value, follow_globals):
                 if isinstance(child, ATOMS) or (type(child) in CONTAINERS and not child):
