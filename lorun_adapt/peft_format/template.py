@@ -164,9 +164,8 @@ def _copy_of_adapter(adapter: StageAdapter) -> StageAdapter:
 def _copy_of_module(module: Module) -> Module:
     """A module with tables of its own (hooks, parameters, buffers, submodules) and the same content."""
     result = module.__new__(type(module))
-    attributes = module.__dict__.copy()
+    attributes = result.__dict__  # written to directly: this runs for every term, and nn.Module's setattr is slow
     for name, value in module.__dict__.items():
-        if value.__class__ in TABLES:
-            attributes[name] = value.copy() if value else value.__class__()  # quicker than copying an empty table
-    result.__dict__ = attributes
+        kind = value.__class__
+        attributes[name] = value if kind not in TABLES else value.copy() if value else kind()
     return result

@@ -63,7 +63,8 @@ def copy_network(
     """
     memo = {} if memo is None else memo
     if share_tensors:
-        memo.update({id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+        for module in network.modules():
+            memo.update((id(t), t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
     memo.update(replaced or {})
     return deep_copy(network, memo)
 

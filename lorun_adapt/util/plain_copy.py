@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple, cast
 
@@ -98,17 +98,23 @@ def _copied(value: Any, memo: dict[int, Any], made: dict[int, Any]) -> Any:
     if key in memo or key in made:
         return memo[key] if key in memo else made[key]
     if kind is dict or (kind is OrderedDict and not vars(value)):
+        _check_constant(value)
         made[key] = result = kind()
         for name, item in value.items():
-            result[_constant(name)] = _copied(item, memo, made)
+            known = memo.get(id(item))  # most parameters and modules are
+            result[name] = _copied(item, memo, made) if known is None else known
     elif kind is list:
         made[key] = result = []
         result += [_copied(item, memo, made) for item in value]
     elif kind is set:
-        made[key] = result = {_constant(item) for item in value}
+        _check_constant(value)
+        made[key] = result = value.copy()
     elif kind is tuple:
-        items = tuple([_copied(item, memo, made) for item in value])
-        made[key] = result = value if all(new is old for new, old in zip(items, value)) else items
+        result = value
+        if not CONSTANTS.issuperset(map(type, value)):
+            items = tuple([_copied(item, memo, made) for item in value])
+            result = value if all(new is old for new, old in zip(items, value)) else items
+        made[key] = result
     elif isinstance(value, Tensor):
         made[key] = result = copy.deepcopy(value, memo) if value.is_leaf else value.detach().clone()
     elif kind is BuiltinFunctionType or (kind is FunctionType and not _remembers(value)):
@@ -118,10 +124,9 @@ def _copied(value: Any, memo: dict[int, Any], made: dict[int, Any]) -> Any:
     return result
 
 
-def _constant(value: Any) -> Any:
-    if type(value) not in CONSTANTS:
-        raise TypeError(f"a {type(value).__name__} is not constant")
-    return value
+def _check_constant(values: Collection[Any]) -> None:
+    if not CONSTANTS.issuperset(map(type, values)):
+        raise TypeError("keys that are not constant are not plain")
 
 
 def _remembers(function: FunctionType) -> bool:
