@@ -414,7 +414,8 @@ class LoRunModel(nn.Module):
 
         Args:
             adapter_name: a new name.
-            config: the tensors to adapt and their ranks; names are relative to the denoiser.
+            config: the tensors to adapt and their ranks; names are relative to the denoiser. ``peft_config`` has those
+                of the loaded sets.
 
         Raises:
             LoRunError: a name that is already used, or a config that :func:`lorun_adapt.convert` would refuse.

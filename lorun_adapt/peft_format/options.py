@@ -28,8 +28,8 @@ READ = {
     "lora_bias",
 }
 LABELS = {"peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping"}
-KEPT_OF_FILES = READ - {"target_parameters"} | {"inference_mode"}
-READ_IN_FILES = KEPT_OF_FILES | {"lora_dropout", "init_lora_weights"}
+KEPT_OF_FILES = READ - {"target_parameters"}
+READ_IN_FILES = KEPT_OF_FILES | {"inference_mode", "lora_dropout", "init_lora_weights"}  # set_adapter has its own mode
 REFUSED = ".*"  # a rank of 0 for this key of rank_pattern makes PEFT refuse a stage that it would load wrongly
 
 # Ways to initialise the factors that leave the base as it is; PiSSA, OLoRA and others change it.
@@ -48,7 +48,8 @@ def check_config(config: LoraConfig) -> None:
     lorun_adapt.errors.LoRunError: convert and add_adapter do not support lora_dropout=0.1: leave it out
 
     Raises:
-        LoRunError: another kind of config, an option that is not supported, or a rank or alpha out of range.
+        LoRunError: another kind of config, an option that is not supported, a rank or alpha out of range, or a pattern
+            that is no regular expression.
     """
     other_kind = isinstance(config, LoraConfig) and config.peft_type in TERMS
     if type(config) is not LoraConfig and not other_kind:
@@ -68,6 +69,14 @@ def check_config(config: LoraConfig) -> None:
             raise LoRunError(
                 f"expected a number from 1e-6 to 1e9 for {where}, found {alpha!r}: choose how to scale the adapter"
             )
+    names = [name for name in (config.target_modules, config.exclude_modules) if isinstance(name, str)]
+    for pattern in (*names, *(config.rank_pattern or ()), *(config.alpha_pattern or ())):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise LoRunError(
+                f"{pattern!r} is not a regular expression ({error}): escape it with re.escape, or give a list of names"
+            ) from error
 
 
 def config_from_json(options: object, where: str, num_tensors: int) -> LoraConfig:

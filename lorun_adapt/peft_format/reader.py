@@ -139,6 +139,8 @@ class Reader:
             return known
         options = parse_json(content, where)
         found = FileConfig(config_from_json(options, where, len(self.group.tensors)))
+        beside_layers = [n.key for spec, n in self._names if n.layer is None and spec.name in self._adaptable]
+        found.lora_config.target_parameters = [name for name in beside_layers if found.targets(name)] or None
         if not options.get("lora_dropout"):  # parsing a config with dropout must warn each time
             if len(self._configs) >= MAX_CONFIGS:
                 self._configs.clear()
@@ -291,16 +293,17 @@ class FileConfig:
 
     Attributes:
         requires_all: whether the file must hold all tensors of the stage, as the files that PEFT refuses do.
-        lora_config: the config as read.
+        lora_config: the config to make another set with, see ``add_adapter``.
     """
 
     def __init__(self, config: LoraConfig) -> None:
         ranks = config.rank_pattern or {}
         self.requires_all = ranks.get(REFUSED) == 0
-        self.lora_config, self.config = config, copy.copy(config)
+        self.config, self.lora_config = copy.copy(config), copy.copy(config)
         self._ranks: dict[str, int] = {key: rank for key, rank in ranks.items() if (key, rank) != (REFUSED, 0)}
         self._alphas: dict[str, float] = config.alpha_pattern or {}
         self.config.rank_pattern = self._ranks
+        self.lora_config.rank_pattern = dict(self._ranks)
         self.lora_bias = config.lora_bias
         # Cached, since matching patterns is slow and every stage asks again.
         self.rank, self.scaling = functools.cache(self._rank), functools.cache(self._scaling)

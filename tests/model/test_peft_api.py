@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,27 @@ def test_an_added_adapter_adds_nothing_until_it_trains(name: str) -> None:
     with pytest.raises(LoRunError, match="do not support lora_dropout=0.5"):
         lorun.add_adapter("other", LoraConfig(lora_dropout=0.5))
     assert lorun.adapter_names == ["default", "new"]
+
+
+@pytest.mark.parametrize("name", ["list_of_blocks", "list_of_raw_kernels"])  # PEFT can load the first of the two
+def test_the_config_of_a_loaded_set_makes_another(name: str, tmp_path: Path) -> None:
+    net = ZOO[name]().net
+    lorun_adapt.convert(net, LoraConfig(r=2, lora_alpha=6)).save_pretrained(tmp_path / "saved")
+    lorun = lorun_adapt.from_pretrained(tmp_path / "saved", net)
+    config = lorun.peft_config["default"]
+    lorun.add_adapter("new", config)
+    sizes = [sum(p.numel() for p in lorun.adapters[name].parameters()) for name in ("default", "new")]
+    assert sizes[0] == sizes[1]
+    assert lorun.converted().sets["new"].config.lora_alpha == config.lora_alpha
+    assert sum(p.numel() for p in lorun_adapt.convert(net, config).adapters["default"].parameters()) == sizes[0]
+
+
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_a_broken_pattern_is_an_error(option: str, lorun: LoRunModel) -> None:
+    value: Any = {"conv(": 2} if option.endswith("pattern") else "conv("
+    with pytest.raises(LoRunError, match=r"'conv\(' is not a regular expression"):
+        lorun.add_adapter("new", LoraConfig(**{option: value}))
+    assert lorun.adapter_names == ["default"]
 
 
 def test_selected_adapters_are_saved(lorun: LoRunModel, blocks: Case, tmp_path: Path) -> None:
