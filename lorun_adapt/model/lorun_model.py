@@ -744,9 +744,9 @@ class LoRunModel(nn.Module):
         """Recover the quality of the original network by distillation.
 
         This trains the base and the adapters. Parameters outside the stages, such as a sampling matrix, and all buffers
-        stay as they are, to the bit, unless ``also`` names them. Three phases share the time: a factorisation in closed
-        form; training of each stage by itself, on the inputs that the teacher gives to its own stage; training end to
-        end. A phase that does not apply to the network, or stops paying, is left out or ends early.
+        stay as they are, bit for bit, unless ``also`` names them. Three phases share the time: a factorisation in
+        closed form; training of each stage by itself, on the inputs that the teacher gives to its own stage; training
+        end to end. A phase that does not apply to the network, or stops paying, is left out or ends early.
 
         Both networks run in ``eval()`` mode. Progress goes to standard error. The best weights, judged on the first two
         batches, are kept, also after Ctrl-C; a warning says so if these are the weights it began with. If the loss

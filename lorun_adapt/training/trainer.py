@@ -56,7 +56,7 @@ class Trainer:
         trained: the tensors to train, in an order that is the same in each run.
         calibration: the batches to train on.
         duration: how long to train.
-        seed: of all random numbers. On a CPU, the same seed and number of steps give the same tensors to the bit.
+        seed: of all random numbers. On a CPU, the same seed and number of steps give the same tensors bit for bit.
         resume_from: the state file, which keeps the state of the run, also that of its end. If it exists, the run
             resumes from it; the batches that were used up are drawn again.
         run_id: identifies the run, so that it does not resume from the state file of another one.

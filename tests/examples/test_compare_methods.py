@@ -17,7 +17,7 @@ def test_ways_are_compared_at_equal_bytes(tmp_path, images, capsys, monkeypatch)
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     import compare_methods
 
-    # So wide that a file's header, which grows where a stage's bias is not to the bit the base's plus a
+    # So wide that a file's header, which grows where a stage's bias is not bit for bit the base's plus a
     # difference, is no matter.
     task_file, weights = tmp_path / "wide.py", tmp_path / "wide.safetensors"
     task_file.write_text(COLOUR_TASK.replace("Denoiser()", "Denoiser(32)"))

@@ -34,7 +34,7 @@ def unshared(case: Case) -> lorun_adapt.LoRunModel:
 
 
 def same(output: torch.Tensor, expected: torch.Tensor, case: Case) -> bool:
-    """Equal to the bit; nearly so where torch computes attention otherwise because an adapter is there."""
+    """Equal bit for bit; nearly so where torch computes attention otherwise because an adapter is there."""
     attends = any(isinstance(module, torch.nn.MultiheadAttention) for module in case.net.modules())
     return relative(output, expected) < 1e-6 if attends else torch.equal(output, expected)
 
