@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -73,8 +74,9 @@ def save(converted: Converted, path: Path, dtype: torch.dtype | None = None, ada
                 written.config.save_pretrained(str(folder / part))
             if held.outside:
                 _write_tensors(folder / ADAPTERS_FOLDER / name / OUTSIDE_FILE, held.outside, floats, metadata, ())
-        _write_cards(converted, folder, problems)
+        _write_cards(converted, folder, problems, edited)
 
+    edited = _edited_cards(path, converted)
     replace_folder(path, foreign_entries, CONFIG_FILE, fill)
 
 
@@ -115,8 +117,9 @@ def update_cards(converted: Converted, path: Path) -> None:
                 content = saved.content(file, MAX_BYTES)
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 (folder / file).write_bytes(content)
-        _write_cards(converted, folder, problems)
+        _write_cards(converted, folder, problems, edited)
 
+    edited = _edited_cards(path, converted)
     replace_folder(path, foreign_entries, CONFIG_FILE, fill)
 
 
@@ -134,7 +137,20 @@ def foreign_entries(folder: Path) -> list[str]:
     return entries + [name for path in of_sets if (name := path.relative_to(folder).as_posix()) not in known]
 
 
-def _write_cards(converted: Converted, folder: Path, problems: Mapping[str, str]) -> None:
+def _edited_cards(folder: Path, converted: Converted) -> dict[str, bytes]:
+    """Return the cards that someone has edited in a saved folder, by their paths in it; none if its base is another."""
+    try:
+        description = read_description(folder, converted.stage_map.num_tensors)
+    except LoRunError:  # there is no such folder yet, or it is damaged
+        return {}
+    cards = [name for name in description["files"] if Path(name).name == CARD_FILE and (folder / name).is_file()]
+    if description["fingerprint"] != converted.fingerprint:
+        return {}
+    saved, hashes = SavedFolder(folder, None), description["files"]
+    return {name: saved.content(name, MAX_BYTES) for name in cards if sha256(folder / name) != hashes[name]}
+
+
+def _write_cards(converted: Converted, folder: Path, problems: Mapping[str, str], edited: Mapping[str, bytes]) -> None:
     for name, held in converted.sets.items():
         place = folder / ADAPTERS_FOLDER / name
         if held.info != AdapterInfo():
@@ -143,6 +159,11 @@ def _write_cards(converted: Converted, folder: Path, problems: Mapping[str, str]
     (folder / CARD_FILE).write_text(model_card(converted, problems, folder), encoding="utf-8")
     files = {str(p.relative_to(folder).as_posix()): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     (folder / CONFIG_FILE).write_text(as_text(describe(converted, files)), encoding="utf-8")
+    for name in edited.keys() & files.keys():  # the description has the hash of the new card: it still counts as edited
+        (folder / name).write_bytes(edited[name])
+        warnings.warn(
+            f"{name} was edited, so it is kept as it is: delete it before saving to get a new one", stacklevel=2
+        )
 
 
 def _adapters(

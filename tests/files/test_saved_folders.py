@@ -119,6 +119,29 @@ def test_saving_again_replaces(saved: Path, lorun: LoRunModel, blocks: Case) -> 
     assert [p.name for p in saved.parent.iterdir()] == ["saved"]
 
 
+@pytest.mark.parametrize("edited", ["README.md", "adapters/default/README.md"])
+def test_an_edited_card_is_kept_until_it_is_deleted(
+    edited: str, saved: Path, lorun: LoRunModel, blocks: Case, tmp_path: Path
+) -> None:
+    other = "README.md" if edited != "README.md" else "adapters/default/README.md"
+    written = (saved / edited).read_text()
+    for turn in range(2):
+        (saved / edited).write_text(f"my own words {turn}")
+        with pytest.warns(UserWarning, match=f"{edited} was edited, so it is kept"):
+            lorun.save_pretrained(saved)
+        with pytest.warns(UserWarning, match=f"{edited} was edited, so it is kept"):
+            checkpoint.update_cards(lorun.converted(), saved)
+        assert (saved / edited).read_text() == f"my own words {turn}"
+        assert "my own words" not in (saved / other).read_text()
+    lorun_adapt.from_pretrained(saved, blocks.net)
+    (saved / edited).unlink()
+    lorun.save_pretrained(saved)
+    assert (saved / edited).read_text() == written
+    (saved / edited).write_text("words on another base")
+    lorun_adapt.convert(ZOO["list_of_blocks"]().net, rank=1).save_pretrained(saved)
+    assert (saved / edited).read_text() != "words on another base"
+
+
 def test_an_empty_folder_is_filled(lorun: LoRunModel, tmp_path: Path) -> None:
     lorun.save_pretrained(tmp_path)
     assert (tmp_path / "lorun_config.json").is_file()
