@@ -17,6 +17,7 @@ from ..util.nested import device_of, to_device
 from ..util.progress import progress
 from ..util.tables import table
 from ..util.text import shortened
+from ..util.threads import helpful_threads, try_threads_again
 from .metrics import METRICS, WINDOW, check_metrics
 from .task import Task
 
@@ -145,17 +146,19 @@ def evaluate(
     names = tuple(dict.fromkeys((*QUALITY, *([metrics] if isinstance(metrics, str) else metrics))))
     check_metrics(names)
     scores = []
-    for path in progress(files, description, "image", delay=2, leave=False):
-        images = task.read(path)[None]
-        check_size(images, task.border, path)
-        arguments = task.measure(images, sigma)
-        values: dict[str, float | None] = {}
-        for net, suffix in ((original, ""), (converted, "_converted")):
-            restored = None if net is None else task.run(net, to_device(arguments, device_of(net)), images)[0]
-            for name in names:
-                value = METRICS[name].value
-                values[name + suffix] = None if restored is None else value(restored, images[0], task.border)
-        scores.append(Score(path.name, values))
+    with helpful_threads():
+        for path in progress(files, description, "image", delay=2, leave=False):
+            try_threads_again()
+            images = task.read(path)[None]
+            check_size(images, task.border, path)
+            arguments = task.measure(images, sigma)
+            values: dict[str, float | None] = {}
+            for net, suffix in ((original, ""), (converted, "_converted")):
+                restored = None if net is None else task.run(net, to_device(arguments, device_of(net)), images)[0]
+                for name in names:
+                    value = METRICS[name].value
+                    values[name + suffix] = None if restored is None else value(restored, images[0], task.border)
+            scores.append(Score(path.name, values))
     return Evaluation(tuple(scores), names, num_parameters, num_parameters_converted)
 
 

@@ -18,6 +18,7 @@ from ..disk.folder import write_file
 from ..errors import LoRunError
 from ..util.nested import device_of, to_device
 from ..util.progress import progress
+from ..util.threads import helpful_threads, try_threads_again
 from .arrays import ARRAY_SUFFIXES, read_arrays
 from .images import depth_of
 from .task import Task
@@ -108,10 +109,12 @@ def restore_files(
     depths = [np.dtype(np.uint8) if plain else depth_of(path) for path in files]
     written = [out / f"{path.stem}{_suffix(task, path, depth)}" for path, depth in zip(files, depths)]
     _check_written(written, files, overwrite)
-    for target, path, depth in zip(progress(written, "restoring", "image", delay=2, leave=False), files, depths):
-        restored = restore(task, net, task.read(path)[None], sigma, tile, overlap)[0]
-        _check_finite(restored, path)
-        write_file(target, functools.partial(_write, image=restored, suffix=target.suffix, depth=depth))
+    with helpful_threads():
+        for target, path, depth in zip(progress(written, "restoring", "image", delay=2, leave=False), files, depths):
+            try_threads_again()
+            restored = restore(task, net, task.read(path)[None], sigma, tile, overlap)[0]
+            _check_finite(restored, path)
+            write_file(target, functools.partial(_write, image=restored, suffix=target.suffix, depth=depth))
     return written
 
 
@@ -152,11 +155,13 @@ def restore_measurements(
     suffix = {1: ".png", 3: ".tif"}.get(task.channels, ".npy")
     written = [out / f"{path.stem}{suffix}" for path in files]
     _check_written(written, files, overwrite)
-    for target, path in zip(progress(written, "restoring", "image", delay=2, leave=False), files):
-        arguments = _arguments(task, names, path)
-        image = task.image_in(task.run_forward(net, to_device(arguments, device_of(net))))
-        _check_finite(image, path)
-        write_file(target, functools.partial(_write, image=image, suffix=suffix, depth=depth))
+    with helpful_threads():
+        for target, path in zip(progress(written, "restoring", "image", delay=2, leave=False), files):
+            try_threads_again()
+            arguments = _arguments(task, names, path)
+            image = task.image_in(task.run_forward(net, to_device(arguments, device_of(net))))
+            _check_finite(image, path)
+            write_file(target, functools.partial(_write, image=image, suffix=suffix, depth=depth))
     return written
 
 

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 
 import lorun_adapt
+from lorun_adapt.task.evaluate import evaluate
+from lorun_adapt.task.restore import restore_files, restore_measurements
+from lorun_adapt.task.task import load_task
 from lorun_adapt.util import threads
 from lorun_adapt.util.threads import helpful_threads, try_threads_again
 from lorun_adapt.util.toy import ToyUnfoldingNet
 
+TASK = """
+patch = 16
+def build(): ...
+def measure(images, sigma=0.0): return (images,)
+def restore(output, images): return output
+"""
 CORES = {1: 0.08, 2: 0.04, 4: 0.02, 8: 0.01}  # seconds with so many threads: a core for each,
 HYPERTHREADS = CORES | {8: 0.04}  # or one for two
 
@@ -157,3 +170,23 @@ def test_training_on_a_clock_uses_them(
     seen.clear()
     lorun.recover(net, [torch.rand(2, 1, 8, 8)], **duration)
     assert seen == {number} and torch.get_num_threads() == 8
+
+
+def test_images_are_restored_with_the_fastest_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    take(monkeypatch, HYPERTHREADS)
+    used: list[int] = []
+
+    class Net(nn.Identity):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            used.append(torch.get_num_threads())
+            return x
+
+    (tmp_path / "task.py").write_text(TASK)
+    task = load_task(tmp_path / "task.py")
+    Image.fromarray(np.full((16, 16), 128, np.uint8)).save(tmp_path / "a.png")
+    np.save(tmp_path / "y.npy", np.full((1, 1, 16, 16), 0.5, np.float32))
+    evaluate(task, [tmp_path / "a.png"], Net(), None)
+    restore_files(task, Net(), [tmp_path / "a.png"], tmp_path / "out")
+    restore_measurements(task, Net(), {"x": True}, [tmp_path / "y.npy"], tmp_path / "measured")
+    assert used == [4, 4, 4]
+    assert torch.get_num_threads() == 8
