@@ -143,11 +143,9 @@ def _edited_cards(folder: Path, converted: Converted) -> dict[str, bytes]:
         description = read_description(folder, converted.stage_map.num_tensors)
     except LoRunError:  # there is no such folder yet, or it is damaged
         return {}
-    cards = [name for name in description["files"] if Path(name).name == CARD_FILE and (folder / name).is_file()]
-    if description["fingerprint"] != converted.fingerprint:
-        return {}
-    saved, hashes = SavedFolder(folder, None), description["files"]
-    return {name: saved.content(name, MAX_BYTES) for name in cards if sha256(folder / name) != hashes[name]}
+    hashes = description["files"] if description["fingerprint"] == converted.fingerprint else {}
+    cards = [name for name in hashes if Path(name).name == CARD_FILE and (folder / name).is_file()]
+    return {name: (folder / name).read_bytes() for name in cards if sha256(folder / name) != hashes[name]}
 
 
 def _write_cards(converted: Converted, folder: Path, problems: Mapping[str, str], edited: Mapping[str, bytes]) -> None:
@@ -159,7 +157,8 @@ def _write_cards(converted: Converted, folder: Path, problems: Mapping[str, str]
     (folder / CARD_FILE).write_text(model_card(converted, problems, folder), encoding="utf-8")
     files = {str(p.relative_to(folder).as_posix()): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     (folder / CONFIG_FILE).write_text(as_text(describe(converted, files)), encoding="utf-8")
-    for name in edited.keys() & files.keys():  # the description has the hash of the new card: it still counts as edited
+    for name in sorted(edited.keys() & files.keys()):
+        # The description keeps the hash of the new card, so the next save sees again that this one is edited.
         (folder / name).write_bytes(edited[name])
         warnings.warn(
             f"{name} was edited, so it is kept as it is: delete it before saving to get a new one", stacklevel=2

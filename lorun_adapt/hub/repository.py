@@ -31,7 +31,7 @@ from ..disk.folder import sha256
 from ..disk.reading import parse_json, read_file
 from ..errors import LoRunError
 from ..files.description import MAX_BYTES, is_unchanged, parse_description
-from ..files.layout import ADAPTERS_FOLDER, CONFIG_FILE, NAMES
+from ..files.layout import ADAPTERS_FOLDER, CARD_FILE, CONFIG_FILE, NAMES
 
 # In some versions of huggingface_hub, a broken connection raises an error of the HTTP library instead of an OSError.
 CONNECTION_ERRORS: tuple[type[BaseException], ...] = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
@@ -110,8 +110,9 @@ class Repository:
                     f"{self.repo_id} lists {name[:100]!r}, which is not a file of a conversion: use another "
                     "repository, as this one is damaged or forged"
                 )
-            digest = description["files"][name]
-            self._verified(f"{root}/{name}".lstrip("/"), commit, functools.partial(_has_digest, digest))
+            is_card = PurePosixPath(name).name == CARD_FILE  # which people edit on the Hub
+            has_digest = functools.partial(_has_digest, description["files"][name])
+            self._verified(f"{root}/{name}".lstrip("/"), commit, _matches_its_name if is_card else has_digest)
         return found.parent / key
 
     def _fetch_others(self, place: str, needed: FilesNeeded) -> Path:

@@ -6,18 +6,19 @@ import contextlib
 import glob
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from ..disk.folder import as_path, replace_folder, sha256
 from ..disk.reading import parse_json, read_file
 from ..errors import LoRunError
 from ..files.description import MAX_BYTES, read_description
-from ..files.layout import ADAPTERS_FOLDER, BASE_FILE, CONFIG_FILE, NAMES, PEFT_CONFIG_FILE, SET_CONFIG_FILE
+from ..files.layout import ADAPTERS_FOLDER, BASE_FILE, CARD_FILE, CONFIG_FILE, NAMES, PEFT_CONFIG_FILE, SET_CONFIG_FILE
 from ..files.save import check_keeps_base, foreign_entries
 from .repository import HUB_ERRORS, Repository
 from .source import is_repository
@@ -36,7 +37,9 @@ def push(
     """Upload a saved folder; see :meth:`LoRunModel.push_to_hub`."""
     description = read_description(folder)
     for name, digest in description["files"].items():
-        if not NAMES.fullmatch(name) or not (folder / name).is_file() or sha256(folder / name) != digest:
+        is_there = NAMES.fullmatch(name) is not None and (folder / name).is_file()
+        may_differ = Path(name).name == CARD_FILE  # someone may have edited it
+        if not is_there or not (may_differ or sha256(folder / name) == digest):
             raise LoRunError(f"{name[:100]!r} in {folder} is missing or has changed since it was saved: save it again")
     api = HfApi(token=token, library_name="lorun-adapt")
     with Repository(repo_id, revision).translating_errors():
@@ -70,16 +73,31 @@ def _upload(
         )
     if revision is not None and not there:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
+    names = [CONFIG_FILE, *description["files"]]
+    is_ours = sha256(folder / CARD_FILE) == description["files"][CARD_FILE]
+    if there and is_ours and _has_edited_card(api, repo_id, revision):
+        names.remove(CARD_FILE)
+        warnings.warn(f"the {CARD_FILE} of {repo_id} was edited there, so it is kept as it is", stacklevel=3)
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=str(folder),
         revision=revision,
         commit_message=commit_message or f"Upload {', '.join(description['adapters'])} with lorun-adapt",
         create_pr=create_pr,
-        allow_patterns=[CONFIG_FILE, *(glob.escape(name) for name in description["files"])],
+        allow_patterns=[glob.escape(name) for name in names],
         delete_patterns=[f"{ADAPTERS_FOLDER}/*"],  # sets that the folder no longer has
     )
     return str(commit)
+
+
+def _has_edited_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    """Whether the card of a repository is no longer the one that was uploaded with its conversion."""
+    try:
+        config, card = (Path(api.hf_hub_download(repo_id, n, revision=revision)) for n in (CONFIG_FILE, CARD_FILE))
+        known = read_description(config.parent)["files"].get(CARD_FILE)
+    except (EntryNotFoundError, HfHubHTTPError, LoRunError):  # it has none; if there is no access, uploading says so
+        return False
+    return known is not None and sha256(card) != known
 
 
 def _delete_if_empty(api: HfApi, repo_id: str) -> None:

@@ -22,8 +22,9 @@ import lorun_adapt
 from lorun_adapt import LoRunError, LoRunModel
 from lorun_adapt.files.description import as_text
 from lorun_adapt.hub.repository import Repository
-from lorun_adapt.hub.transfer import pull
+from lorun_adapt.hub.transfer import pull, push
 
+CARD = b"---\nlicense: mit\n---\nedited on the Hub"
 STAGE_2 = {f"{SET}/stage_02/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")}
 
 
@@ -418,6 +419,36 @@ def test_what_is_pulled_replaces_what_was_pulled(pushed: HubServer, lorun: LoRun
     with pytest.raises(LoRunError, match="would delete its base.safetensors"):
         lorun.save_pretrained(out, adapters_only=True)
     assert (out / "base.safetensors").exists()
+
+
+@pytest.mark.parametrize("card", ["README.md", f"{SET}/README.md"])
+def test_an_edited_card_is_pulled_and_pushed(
+    card: str, pushed: HubServer, lorun: LoRunModel, tmp_path: Path, monkeypatch
+) -> None:
+    pushed.add_commit("alice/net", {card: CARD})
+    pull(Repository("alice/net"), tmp_path / "out")
+    assert (tmp_path / "out" / card).read_bytes() == CARD
+    (tmp_path / "out" / card).write_bytes(b"---\nlicense: mit\n---\nedited here")
+    push(tmp_path / "out", "alice/other", token="alice-token")
+    assert pushed.files("alice/other")[card].endswith(b"edited here")
+    push(tmp_path / "out", "alice/net", token="alice-token")
+    assert pushed.files("alice/net")[card].endswith(b"edited here")
+
+
+def test_a_card_that_was_edited_on_the_hub_is_kept(pushed: HubServer, lorun: LoRunModel) -> None:
+    written = pushed.files("alice/net")["README.md"]
+    pushed.add_commit("alice/net", {"README.md": CARD})
+    for _ in range(2):
+        lorun.copy_adapter("default", "more") if "more" not in lorun.adapter_names else None
+        with pytest.warns(UserWarning, match="README.md of alice/net was edited there, so it is kept"):
+            lorun.push_to_hub("alice/net", token="alice-token")
+    files = pushed.files("alice/net")
+    assert files["README.md"] == CARD and "adapters/more/README.md" in files
+    lorun.delete_adapter("more")
+    pushed.add_commit("alice/net", {"README.md": written})
+    lorun.copy_adapter("default", "more")
+    with pytest.warns(UserWarning, match="was edited there"):  # the card of an earlier state
+        lorun.push_to_hub("alice/net", token="alice-token")
 
 
 def test_adapters_alone_do_not_replace_a_conversion(
