@@ -241,12 +241,16 @@ class Task:
         if not folder.is_dir():
             raise LoRunError(f"no folder of images at {folder}: give an existing folder")
         suffixes = IMAGE_SUFFIXES if self.channels in (1, 3) else CUBE_SUFFIXES
-        files = sorted(
-            p
-            for p in folder.iterdir()
-            if p.is_file() and not p.name.startswith(".") and (self.reads_itself or p.suffix.lower() in suffixes)
-        )
+
+        def is_image(path: Path) -> bool:
+            is_known = self.reads_itself or path.suffix.lower() in suffixes
+            return path.is_file() and not path.name.startswith(".") and is_known
+
+        files = sorted(filter(is_image, folder.iterdir()))
         if not files:
+            within = sorted({path.parent for path in folder.glob("[!.]*/*") if is_image(path)})
+            if within:
+                raise LoRunError(f"no image files in {folder} itself: give a folder within it, such as {within[0]}")
             raise LoRunError(f"no image files in {folder}: give a folder with files such as {min(suffixes)}")
         return files
 

@@ -167,6 +167,19 @@ def test_own_read_and_load(task_file: Path, tmp_path: Path) -> None:
     assert all(bool((p == 0.5).all()) for p in net.parameters())
 
 
+def test_images_in_folders_within_are_pointed_out(task_file: Path, tmp_path: Path) -> None:
+    task_file.write_text(COLOUR_TASK)
+    task, images = load_task(task_file), tmp_path / "images"
+    for name in (".thumbnails/a.png", "notes/b.txt", "train/c.JPG", "val/d.png"):
+        (images / name).parent.mkdir(parents=True)
+        (images / name).write_bytes(b"")
+    with pytest.raises(LoRunError, match=r"no image files in .*images itself: give .*, such as .*images/train$"):
+        task.images(images)
+    assert [path.name for path in task.images(images / "train")] == ["c.JPG"]
+    with pytest.raises(LoRunError, match=r"no image files in .*notes: give a folder with files such as"):
+        task.images(images / "notes")
+
+
 def test_images_of_many_channels_are_shown_as_the_task_says(task_file: Path) -> None:
     task_file.write_text(COLOUR_TASK)
     images = torch.rand(2, 5, 4, 6) * 1.5 - 0.2
