@@ -138,12 +138,12 @@ def foreign_entries(folder: Path) -> list[str]:
 
 
 def _edited_cards(folder: Path, converted: Converted) -> dict[str, bytes]:
-    """Return the cards that someone has edited in a saved folder, by their paths in it; none if its base is another."""
+    """Return the cards that someone has edited in a saved folder of the same network, by their paths in it."""
     try:
         description = read_description(folder, converted.stage_map.num_tensors)
     except LoRunError:  # there is no such folder yet, or it is damaged
         return {}
-    hashes = description["files"] if description["fingerprint"] == converted.fingerprint else {}
+    hashes = description["files"] if description["network"] == converted.stage_map.network else {}
     cards = [name for name in hashes if Path(name).name == CARD_FILE and (folder / name).is_file()]
     return {name: (folder / name).read_bytes() for name in cards if sha256(folder / name) != hashes[name]}
 

@@ -137,9 +137,11 @@ def test_an_edited_card_is_kept_until_it_is_deleted(
     (saved / edited).unlink()
     lorun.save_pretrained(saved)
     assert (saved / edited).read_text() == written
-    (saved / edited).write_text("words on another base")
-    lorun_adapt.convert(ZOO["list_of_blocks"]().net, rank=1).save_pretrained(saved)
-    assert (saved / edited).read_text() != "words on another base"
+    (saved / edited).write_text("my own words")
+    with pytest.warns(UserWarning, match="was edited"):
+        lorun_adapt.convert(ZOO["list_of_blocks"]().net, rank=1).save_pretrained(saved)
+    lorun_adapt.convert(ZOO["attention"]().net, rank=1).save_pretrained(saved)
+    assert (saved / edited).read_text() != "my own words", "they were on another network"
 
 
 def test_an_empty_folder_is_filled(lorun: LoRunModel, tmp_path: Path) -> None:
