@@ -184,12 +184,14 @@ def report(
 ) -> None:
     """Write an HTML report with images on the conversion in DIR: its size, and its quality by stage."""
     from ..model.pretrained import from_pretrained
+    from ..util.threads import helpful_threads
     from .page import write_page
 
     spec, net = trained_network(task, weights, weights_key, seed)
     lorun = from_pretrained(converted, net.to(device)).eval()
     lorun.task = spec
-    write_page(out, spec, net, lorun, spec.images(images))
+    with helpful_threads():
+        write_page(out, spec, net, lorun, spec.images(images))
     click.echo(f"page: {out}")
 
 
@@ -202,10 +204,11 @@ def demo(task: str, out: Path, device: torch.device, seed: int) -> None:
     """Restore an image with an included network: original, converted, and recovered."""
 
     from ..util.seeds import set_seed
+    from ..util.threads import helpful_threads
     from .demo import run_demo
 
     set_seed(seed)
-    with working("converting the reference network and restoring an image"):
+    with helpful_threads(), working("converting the reference network and restoring an image"):
         lorun, tables, path = run_demo(task, out, device)
     show([*lorun.stage_map.tables(), *lorun.report().tables(), *tables])
     click.echo(f"picture: {path}")
