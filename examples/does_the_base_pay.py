@@ -351,7 +351,7 @@ def plot(rows: list[dict[str, Any]], path: Path, pace: float | None) -> None:
 
     panels = sorted({(row["network"], -row["share"]) for row in rows})
     grid = math.ceil(len(panels) / ACROSS), min(ACROSS, len(panels))
-    figure, axes = pyplot.subplots(*grid, figsize=(4.2 * grid[1], 3.6 * grid[0]), squeeze=False)
+    figure, axes = pyplot.subplots(*grid, figsize=(4.2 * grid[1], 3.6 * grid[0]), squeeze=False, layout="tight")
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (network, share) in zip(axes.flat, panels):
@@ -363,11 +363,11 @@ def plot(rows: list[dict[str, Any]], path: Path, pace: float | None) -> None:
         axis.axhline(part[0]["original"], color="black", linewidth=0.8, linestyle="--", label="original")
         axis.set(title=f"{network}, {-1 / share:.1f} times smaller", xscale="log", ylabel="PSNR (dB)")
         lengths = sorted({row["steps"] / (pace or 1) for row in part})
+        lengths = [a for a, b in zip(lengths, [*lengths[1:], math.inf]) if b > 1.5 * a]  # others would overlap
         axis.set_xticks(lengths, [f"{length:,.0f}" for length in lengths])
         axis.set_xticks([], minor=True)
         axis.set_xlabel(f"minutes, at {pace:g} steps each" if pace else "steps")
         axis.legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(path, dpi=80)
 
 
