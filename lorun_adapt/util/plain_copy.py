@@ -44,7 +44,7 @@ def copy_plain(network: nn.Module, memo: dict[int, Any]) -> list[Left]:
         What is left to copy. The copies are complete if there is nothing and the network is in ``memo``.
 
     >>> layer, memo = nn.Linear(2, 2), {}
-    >>> layer.twice = lambda: 2 * layer.bias
+    >>> layer.twice = lambda layer=layer: 2 * layer.bias
     >>> [left.name for left in copy_plain(layer, memo)]
     ['twice']
     >>> memo[id(layer)].weight is layer.weight, torch.equal(memo[id(layer)].weight, layer.weight)
