@@ -299,25 +299,26 @@ class FileConfig:
     def __init__(self, config: LoraConfig) -> None:
         ranks = config.rank_pattern or {}
         self.requires_all = ranks.get(REFUSED) == 0
-        self.config, self.lora_config = copy.copy(config), copy.copy(config)
+        self.lora_config = copy.copy(config)
         self._ranks: dict[str, int] = {key: rank for key, rank in ranks.items() if (key, rank) != (REFUSED, 0)}
         self._alphas: dict[str, float] = config.alpha_pattern or {}
-        self.config.rank_pattern = self._ranks
-        self.lora_config.rank_pattern = dict(self._ranks)
+        self.lora_config.rank_pattern = self._ranks
         self.lora_bias = config.lora_bias
         # Cached, since matching patterns is slow and every stage asks again.
         self.rank, self.scaling = functools.cache(self._rank), functools.cache(self._scaling)
         self.targets, self.saved = functools.cache(self._targets), functools.cache(self._saved)
 
     def _rank(self, key: str) -> int:
-        return self._ranks.get(get_pattern_key(list(self._ranks), key), self.config.r)
+        return self._ranks.get(get_pattern_key(list(self._ranks), key), self.lora_config.r)
 
     def _scaling(self, key: str, rank: int) -> float:
-        alpha = self._alphas.get(get_pattern_key(list(self._alphas), key), self.config.lora_alpha)
-        return alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank
+        alpha = self._alphas.get(get_pattern_key(list(self._alphas), key), self.lora_config.lora_alpha)
+        return alpha / math.sqrt(rank) if self.lora_config.use_rslora else alpha / rank
 
     def _targets(self, module: str) -> bool:
-        return self.config.target_modules is not None and bool(check_target_module_exists(self.config, module))
+        return self.lora_config.target_modules is not None and bool(
+            check_target_module_exists(self.lora_config, module)
+        )
 
     def _saved(self, spec: TensorSpec) -> bool:
         """Whether ``modules_to_save`` covers a tensor; by PEFT's rule, a module's name must end with an entry."""
@@ -325,6 +326,6 @@ class FileConfig:
             parts = alias.split(".")[:-1]
             for end in range(1, len(parts) + 1):
                 name = ".".join(parts[:end])
-                if any(name.endswith(saved) for saved in self.config.modules_to_save or ()):
+                if any(name.endswith(saved) for saved in self.lora_config.modules_to_save or ()):
                     return True
         return False

@@ -23,14 +23,13 @@ from torch import Tensor, nn
 
 from ..errors import LoRunError
 from .modules import closure_values
-from .plain_copy import Left, copy_plain, copy_rest
+from .plain_copy import EMPTIED, Left, copy_plain, copy_rest
 
 Value = TypeVar("Value")
 
 ATOMS = (str, bytes, int, float, complex, type(None), type, torch.dtype, torch.device)
 LOCK, RLOCK = type(threading.Lock()), type(threading.RLock())
 CONTAINERS = {dict, list, tuple, set, OrderedDict}  # without code of their own; modules have many empty ones
-EMPTIED = {dict, OrderedDict, set}
 REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
