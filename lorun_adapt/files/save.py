@@ -38,7 +38,7 @@ from .layout import (
     TOP_LEVEL,
 )
 from .load import stored_dtype
-from .saved import BASE_KEY, SavedFolder, stage_folder
+from .saved import BASE_KEY, SavedFolder, edited_cards, stage_folder
 
 EIGHT_BITS = "the tensors are stored in eight bits, which PEFT does not read"
 MAX_BYTES = 1 << 40  # of a file that was loaded before, and so passed its own limit
@@ -74,9 +74,8 @@ def save(converted: Converted, path: Path, dtype: torch.dtype | None = None, ada
                 written.config.save_pretrained(str(folder / part))
             if held.outside:
                 _write_tensors(folder / ADAPTERS_FOLDER / name / OUTSIDE_FILE, held.outside, floats, metadata, ())
-        _write_cards(converted, folder, problems, edited)
+        _write_cards(converted, folder, problems, path)
 
-    edited = _edited_cards(path, converted)
     replace_folder(path, foreign_entries, CONFIG_FILE, fill)
 
 
@@ -117,9 +116,8 @@ def update_cards(converted: Converted, path: Path) -> None:
                 content = saved.content(file, MAX_BYTES)
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 (folder / file).write_bytes(content)
-        _write_cards(converted, folder, problems, edited)
+        _write_cards(converted, folder, problems, path)
 
-    edited = _edited_cards(path, converted)
     replace_folder(path, foreign_entries, CONFIG_FILE, fill)
 
 
@@ -143,12 +141,13 @@ def _edited_cards(folder: Path, converted: Converted) -> dict[str, bytes]:
         description = read_description(folder, converted.stage_map.num_tensors)
     except LoRunError:  # there is no such folder yet, or it is damaged
         return {}
-    hashes = description["files"] if description["network"] == converted.stage_map.network else {}
-    cards = [name for name in hashes if Path(name).name == CARD_FILE and (folder / name).is_file()]
-    return {name: (folder / name).read_bytes() for name in cards if sha256(folder / name) != hashes[name]}
+    if description["network"] != converted.stage_map.network:
+        return {}
+    return {name: (folder / name).read_bytes() for name in edited_cards(folder, description)}
 
 
-def _write_cards(converted: Converted, folder: Path, problems: Mapping[str, str], edited: Mapping[str, bytes]) -> None:
+def _write_cards(converted: Converted, folder: Path, problems: Mapping[str, str], replaced: Path) -> None:
+    """Write the cards and the description to ``folder``; edited cards of the folder that it replaces are kept."""
     for name, held in converted.sets.items():
         place = folder / ADAPTERS_FOLDER / name
         if held.info != AdapterInfo():
@@ -157,6 +156,7 @@ def _write_cards(converted: Converted, folder: Path, problems: Mapping[str, str]
     (folder / CARD_FILE).write_text(model_card(converted, problems, folder), encoding="utf-8")
     files = {str(p.relative_to(folder).as_posix()): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     (folder / CONFIG_FILE).write_text(as_text(describe(converted, files)), encoding="utf-8")
+    edited = _edited_cards(replaced, converted)
     for name in sorted(edited.keys() & files.keys()):
         # The description keeps the hash of the new card, so the next save sees again that this one is edited.
         (folder / name).write_bytes(edited[name])

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..disk.folder import sha256
 from ..disk.reading import read_file
 from ..errors import LoRunError
 from ..stages.stage_map import Group, Site, StageMap, stage_key
-from .layout import CONFIG_FILE
+from .layout import CARD_FILE, CONFIG_FILE
 
 BASE_KEY = "lorun_base"  # the fingerprint of the base, in the metadata of a safetensors file
 
@@ -89,6 +90,12 @@ def check_base(expected: str, found: str, where: str) -> None:
             f"expected an adapter for the base {expected[:12]}, found one for {found[:12]} in {where}: load the base "
             "that it was trained on with from_pretrained, or convert the same weights with share=False if it has none"
         )
+
+
+def edited_cards(folder: Path, description: Mapping[str, Any]) -> list[str]:
+    """Return the cards that someone has edited since they were written, by their paths in a saved folder."""
+    cards = [name for name in description["files"] if Path(name).name == CARD_FILE and (folder / name).is_file()]
+    return [name for name in cards if sha256(folder / name) != description["files"][name]]
 
 
 def select_set(description: Mapping[str, Any], name: str, where: object) -> str:

@@ -20,6 +20,7 @@ from ..errors import LoRunError
 from ..files.description import MAX_BYTES, read_description
 from ..files.layout import ADAPTERS_FOLDER, BASE_FILE, CARD_FILE, CONFIG_FILE, NAMES, PEFT_CONFIG_FILE, SET_CONFIG_FILE
 from ..files.save import check_keeps_base, foreign_entries
+from ..files.saved import edited_cards
 from .repository import HUB_ERRORS, Repository
 from .source import is_repository
 
@@ -36,10 +37,10 @@ def push(
 ) -> str:
     """Upload a saved folder; see :meth:`LoRunModel.push_to_hub`."""
     description = read_description(folder)
+    edited = edited_cards(folder, description)
     for name, digest in description["files"].items():
         is_there = NAMES.fullmatch(name) is not None and (folder / name).is_file()
-        may_differ = Path(name).name == CARD_FILE  # someone may have edited it
-        if not is_there or not (may_differ or sha256(folder / name) == digest):
+        if not is_there or (name not in edited and sha256(folder / name) != digest):
             raise LoRunError(f"{name[:100]!r} in {folder} is missing or has changed since it was saved: save it again")
     api = HfApi(token=token, library_name="lorun-adapt")
     with Repository(repo_id, revision).translating_errors():
@@ -74,8 +75,8 @@ def _upload(
     if revision is not None and not there:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     names = [CONFIG_FILE, *description["files"]]
-    is_ours = sha256(folder / CARD_FILE) == description["files"][CARD_FILE]
-    if there and is_ours and _has_edited_card(api, repo_id, revision):
+    is_as_written = CARD_FILE in names and CARD_FILE not in edited_cards(folder, description)
+    if there and is_as_written and _has_edited_card(api, repo_id, revision):
         names.remove(CARD_FILE)
         warnings.warn(f"the {CARD_FILE} of {repo_id} was edited there, so it is kept as it is", stacklevel=3)
     commit = api.upload_folder(
@@ -93,11 +94,11 @@ def _upload(
 def _has_edited_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
     """Whether the card of a repository is no longer the one that was uploaded with its conversion."""
     try:
-        config, card = (Path(api.hf_hub_download(repo_id, n, revision=revision)) for n in (CONFIG_FILE, CARD_FILE))
-        known = read_description(config.parent)["files"].get(CARD_FILE)
+        snapshot = Path(api.hf_hub_download(repo_id, CONFIG_FILE, revision=revision)).parent
+        api.hf_hub_download(repo_id, CARD_FILE, revision=snapshot.name)
+        return CARD_FILE in edited_cards(snapshot, read_description(snapshot))
     except (EntryNotFoundError, HfHubHTTPError, LoRunError):  # it has none; if there is no access, uploading says so
         return False
-    return known is not None and sha256(card) != known
 
 
 def _delete_if_empty(api: HfApi, repo_id: str) -> None:

@@ -120,9 +120,7 @@ def test_saving_again_replaces(saved: Path, lorun: LoRunModel, blocks: Case) -> 
 
 
 @pytest.mark.parametrize("edited", ["README.md", "adapters/default/README.md"])
-def test_an_edited_card_is_kept_until_it_is_deleted(
-    edited: str, saved: Path, lorun: LoRunModel, blocks: Case, tmp_path: Path
-) -> None:
+def test_an_edited_card_is_kept_until_it_is_deleted(edited: str, saved: Path, lorun: LoRunModel, blocks: Case) -> None:
     other = "README.md" if edited != "README.md" else "adapters/default/README.md"
     written = (saved / edited).read_text()
     for turn in range(2):

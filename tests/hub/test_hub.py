@@ -422,9 +422,7 @@ def test_what_is_pulled_replaces_what_was_pulled(pushed: HubServer, lorun: LoRun
 
 
 @pytest.mark.parametrize("card", ["README.md", f"{SET}/README.md"])
-def test_an_edited_card_is_pulled_and_pushed(
-    card: str, pushed: HubServer, lorun: LoRunModel, tmp_path: Path, monkeypatch
-) -> None:
+def test_an_edited_card_is_pulled_and_pushed(card: str, pushed: HubServer, tmp_path: Path) -> None:
     pushed.add_commit("alice/net", {card: CARD})
     pull(Repository("alice/net"), tmp_path / "out")
     assert (tmp_path / "out" / card).read_bytes() == CARD
@@ -438,8 +436,8 @@ def test_an_edited_card_is_pulled_and_pushed(
 def test_a_card_that_was_edited_on_the_hub_is_kept(pushed: HubServer, lorun: LoRunModel) -> None:
     written = pushed.files("alice/net")["README.md"]
     pushed.add_commit("alice/net", {"README.md": CARD})
+    lorun.copy_adapter("default", "more")
     for _ in range(2):
-        lorun.copy_adapter("default", "more") if "more" not in lorun.adapter_names else None
         with pytest.warns(UserWarning, match="README.md of alice/net was edited there, so it is kept"):
             lorun.push_to_hub("alice/net", token="alice-token")
     files = pushed.files("alice/net")
