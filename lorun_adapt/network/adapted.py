@@ -72,6 +72,13 @@ def merge_terms(network: nn.Module) -> None:
             module.__class__ = _adapted_class(cast(Hashable, original_class(module)), readers)
 
 
+def adapted_parameters(network: nn.Module) -> Iterator[tuple[nn.Parameter, Term]]:
+    """Yield the parameters of an assembled network that are read through a term, each with the term."""
+    for module in network.modules():
+        for attribute, _ in getattr(type(module), "lorun_adapted", ()):
+            yield module.get_parameter(_BASE + attribute), cast(Term, module.get_submodule(_TERM + attribute))
+
+
 def merged_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield what :func:`merge_terms` computed, with names."""
     for path, module in network.named_modules():

@@ -67,7 +67,7 @@ def finetune(
         training = Batches(stream)
         judged = finite_batches(kept)
     held = converted.sets[adapter_name]
-    trained = tensors_to_train(converted, held, TERM_RATE)
+    trained = tensors_to_train(network, held, TERM_RATE)
     check_not_empty(trained)
     initial = _tensors_of(held)
     if teacher is not None:

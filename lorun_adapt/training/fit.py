@@ -30,7 +30,7 @@ from .run import Phase
 from .speed import channels_last
 from .stopping import interruptible
 from .supervised import Supervised
-from .trained import TrainedTensor
+from .trained import TrainedTensor, sizes_of_zeros
 from .trainer import Trainer
 
 RATE = 0.02  # learning rate relative to the size of a tensor's values, unless the caller gives others
@@ -63,7 +63,8 @@ def fit(
         batches: argument tuples of the forward (or tensors, if it takes one), repeated when they end. Items beyond the
             positional arguments of the forward are for ``loss``.
         trained: the parameters to train, each with its peak learning rate relative to the root mean square of its
-            values, above 0. By default all that have ``requires_grad``, at 0.02.
+            values, above 0. By default all that have ``requires_grad``, at 0.02. For factors of an adapter that are
+            all zero, it is relative to the size that they would have in a trained adapter.
         loss: a callable ``loss(output, batch)`` to minimise, which returns a scalar tensor.
         teacher: a network to distil from, instead of or in addition to ``loss``: its output for a batch is the target.
         stage_map: the stages of the teacher, as :func:`find_stages` returns them. What they return is a target too, so
@@ -200,7 +201,7 @@ def finite_batches(held_out: Iterable[Any]) -> list[Batch]:
 def _trained(network: nn.Module, trained: Iterable[tuple[nn.Parameter, float]] | None) -> list[TrainedTensor]:
     if trained is None:
         trained = [(parameter, RATE) for parameter in network.parameters() if parameter.requires_grad]
-    tensors = []
+    tensors, sizes = [], sizes_of_zeros(network)
     for parameter, rate in trained:
         if not parameter.requires_grad:
             raise LoRunError(
@@ -209,7 +210,7 @@ def _trained(network: nn.Module, trained: Iterable[tuple[nn.Parameter, float]] |
             )
         if not (is_number(rate) and rate > 0):
             raise LoRunError(f"expected learning rates above 0, found {rate!r}: pass (parameter, rate) pairs")
-        tensors.append(TrainedTensor(parameter, rate))
+        tensors.append(TrainedTensor(parameter, rate, sizes.get(id(parameter), 0.0)))
     if not tensors:
         raise LoRunError(f"there is nothing to train: no parameter of {type(network).__name__} has requires_grad")
     return tensors

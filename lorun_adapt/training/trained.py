@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from ..errors import LoRunError
-from ..network.adapted import is_base
+from ..network.adapted import adapted_parameters, is_base
 from ..network.adapter import StageAdapter, terms_of
 from ..network.converted import AdapterSet, Converted
 from ..stages.tensors import base_tensors, outside_parameters
-from ..util.modules import tensor_of
 from ..util.numbers import is_numeric
 
 # Learning rates relative to the size of a tensor's values. The base moves more slowly than the terms because it affects
@@ -39,31 +38,31 @@ class TrainedTensor:
     beside: tuple[Tensor, ...] = ()
 
 
-def tensors_to_train(converted: Converted, held: AdapterSet, term_rate: float = TERM_RATE) -> list[TrainedTensor]:
+def tensors_to_train(network: nn.Module, held: AdapterSet, term_rate: float = TERM_RATE) -> list[TrainedTensor]:
     """Return the trainable tensors of a set: its terms, private tensors, and parameters outside the stages.
 
     Args:
-        converted: the network that has the set.
+        network: the network, assembled with the set.
         held: the set.
         term_rate: the relative learning rate of terms.
     """
-    sizes = _sizes_of_zeros(converted, held)
+    sizes = sizes_of_zeros(network)
     trained = _of_adapters(held, term_rate) + [
         TrainedTensor(p, PRIVATE_RATE) for p in _trainable(held.outside.values())
     ]
     return [replace(item, size=sizes.get(id(item.parameter), 0.0)) for item in trained]
 
 
-def _sizes_of_zeros(converted: Converted, held: AdapterSet) -> dict[int, float]:
-    """What the size of terms that are zero is taken to be, by the id of their parameters."""
+def sizes_of_zeros(network: nn.Module) -> dict[int, float]:
+    """Return what the size of parameters of terms that are all zero is taken to be, by their id.
+
+    Args:
+        network: any network; without terms, there are none.
+    """
     sizes: dict[int, float] = {}
-    for group in converted.stage_map.groups:
-        for site in group.sites:
-            denoiser = converted.base.get_submodule(site.module)
-            adapter = held.adapters.get(site.stage, {}).get(group.name)
-            for name, term in terms_of(adapter).items() if adapter is not None else ():
-                found = term.sizes_of_zeros(tensor_of(denoiser, name).detach())
-                sizes |= {id(term.get_parameter(parameter)): size for parameter, size in found.items()}
+    for base, term in adapted_parameters(network):
+        found = term.sizes_of_zeros(base.detach())
+        sizes |= {id(term.get_parameter(name)): size for name, size in found.items()}
     return sizes
 
 

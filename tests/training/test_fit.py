@@ -86,3 +86,12 @@ def test_what_cannot_be_trained_is_refused() -> None:
         lorun_adapt.fit(net, BATCHES, [(step, 0.1)], teacher=teacher, steps=1)
     with pytest.raises(LoRunError, match="no parameter of ToyUnfoldingNet has requires_grad"):
         lorun_adapt.fit(net.requires_grad_(False), BATCHES, teacher=teacher, steps=1)
+
+
+def test_adapters_that_start_at_zero_have_the_learning_rates_of_trained_ones() -> None:
+    net = ToyUnfoldingNet()
+    lorun = lorun_adapt.convert(net, rank=2, share=False)
+    zeros = [p for name, p in lorun.named_parameters() if name.endswith("lora_B") and not p.any()]
+    assert lorun_adapt.fit(lorun, BATCHES, [(p, 0.02) for p in zeros], teacher=disturbed(net), steps=20)
+    # Steps relative to a fixed small size, 0.01, could not take them beyond 20 * 0.02 * 0.01.
+    assert zeros and max(float(p.detach().abs().max()) for p in zeros) > 10 * 20 * 0.02 * 0.01
