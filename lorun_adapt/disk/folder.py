@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import glob
 import hashlib
 import os
+import re
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -21,6 +21,7 @@ Loaded = TypeVar("Loaded")
 
 PARTIAL, OLD = ".partial", ".old"
 RETRIES = 20
+LONG = 100  # characters of a name; a temporary name begins with no more of it
 
 
 def sha256(path: Path) -> str:
@@ -53,6 +54,7 @@ def replace_folder(
         LoRunError: ``target`` is a file, a folder without the marker, read-only or the current folder, or the
             disk refuses to write.
 
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as here:
     ...     target = Path(here) / "saved"
     ...     for text in ("old", "new"):
@@ -72,14 +74,13 @@ def replace_folder(
         _check_replaceable(target, marker)
         with locked(target.parent) as is_locked:
             _remove_abandoned(target, is_locked)
-            new = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=PARTIAL, dir=target.parent))
+            new = _made_beside(target, PARTIAL, os.mkdir)
             lock_of_new = lock(new)
     except OSError as error:
         raise LoRunError(
             f"cannot write in {target.parent}: {_reason_of(error)}; choose another folder, or make room"
         ) from error
     try:
-        new.chmod(0o777 & ~_umask())
         fill(new)
         with locked(target.parent):
             for name in foreign(target) if target.is_dir() else ():
@@ -139,6 +140,7 @@ def write_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     Raises:
         LoRunError: the disk refuses to make the folder or to write.
 
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as here:
     ...     write_file(Path(here) / "new/page.html", lambda file: file.write(b"<html>"))
     ...     (Path(here) / "new/page.html").read_bytes()
@@ -146,11 +148,10 @@ def write_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
+        partial = _made_beside(path, PARTIAL, lambda new: new.open("xb").close())
         try:
-            with os.fdopen(handle, "wb") as file:
+            with partial.open("wb") as file:
                 fill(file)
-            os.chmod(partial, 0o666 & ~_umask())
             os.replace(partial, path)
         except BaseException:
             os.unlink(partial)
@@ -159,9 +160,29 @@ def write_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
         raise LoRunError(f"cannot write {path}: {_reason_of(error)}; choose another folder") from error
 
 
+def _made_beside(target: Path, suffix: str, make: Callable[[Path], object]) -> Path:
+    """Make a temporary file or folder beside ``target``, with the permissions that the system gives new ones."""
+    while True:
+        path = target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}{suffix}")
+        try:
+            make(path)
+        except FileExistsError:
+            continue
+        return path
+
+
+def _left_beside(target: Path, suffix: str) -> list[Path]:
+    """The temporary files and folders of ``target``."""
+    own = re.compile(re.escape(_prefix(target)) + "[a-z0-9_]{8}" + re.escape(suffix))
+    return [path for path in target.parent.glob(f".*{suffix}") if own.fullmatch(path.name)]
+
+
 def _prefix(target: Path) -> str:
-    """How the names of temporary folders beside ``target`` begin."""
-    return f".{target.name[:100]}."
+    """How the names of temporary files and folders beside ``target`` begin."""
+    name = target.name
+    if len(name) > LONG:  # two of them may begin alike
+        name = f"{name[:LONG]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
+    return f".{name}."
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -202,10 +223,10 @@ def restore_interrupted_save(target: Path) -> None:
 
     This can only happen on systems that cannot exchange two folders in one step, see :func:`_swap`.
     """
-    if os.path.lexists(target) or not any(target.parent.glob(f"{glob.escape(_prefix(target))}*{OLD}")):
+    if os.path.lexists(target) or not _left_beside(target, OLD):
         return
     with locked(target.parent) as is_locked:
-        olds = [path for path in target.parent.glob(f"{glob.escape(_prefix(target))}*{OLD}") if any(path.iterdir())]
+        olds = [path for path in _left_beside(target, OLD) if any(path.iterdir())]
         if is_locked and olds and not os.path.lexists(target):
             os.rename(max(olds, key=lambda path: path.stat().st_ctime), target)
 
@@ -234,9 +255,9 @@ def _identity(folder: Path) -> tuple[int, ...] | None:
 def _remove_abandoned(target: Path, is_locked: bool) -> None:
     """Remove what killed processes have left beside ``target``; old folders only where the parent is locked."""
     if is_locked and target.is_dir():
-        for path in target.parent.glob(f"{glob.escape(_prefix(target))}*{OLD}"):
+        for path in _left_beside(target, OLD):
             shutil.rmtree(path, ignore_errors=True)
-    for path in target.parent.glob(f"{glob.escape(_prefix(target))}*{PARTIAL}"):
+    for path in _left_beside(target, PARTIAL):
         handle = lock(path) if path.is_dir() and not path.is_symlink() else None
         if handle is not None:
             shutil.rmtree(path, ignore_errors=True)
@@ -251,7 +272,7 @@ def _swap(new: Path, target: Path) -> None:
     if not target.exists():
         os.rename(new, target)
     elif not _exchange(new, target):
-        old = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=OLD, dir=target.parent))
+        old = _made_beside(target, OLD, os.mkdir)
         old.rmdir()  # Windows cannot rename a folder onto another
         os.replace(target, old)
         try:
@@ -300,9 +321,3 @@ def _reason_of(error: OSError) -> str:
     if isinstance(error, shutil.Error):
         return "it holds other files, which cannot be copied"
     return error.strerror or str(error) or type(error).__name__
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

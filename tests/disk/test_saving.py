@@ -94,11 +94,11 @@ def abandoned(place: Path) -> None:
     lorun, target = models()[0], place / "saved"
     lorun.save_pretrained(target)
     (place / ".saved.mine.txt").write_text("not of a save")
-    os.mkdir(place / ".saved.dead.partial")
+    os.mkdir(place / ".saved.deadbeef.partial")
     running = in_child(
         lambda: folder.replace_folder(target, lambda _: [], "lorun_config.json", lambda _: time.sleep(60))
     )
-    while len(list(place.glob(".saved.*.partial"))) < 1 or (place / ".saved.dead.partial").exists():
+    while len(list(place.glob(".saved.*.partial"))) < 1 or (place / ".saved.deadbeef.partial").exists():
         time.sleep(0.01)
     time.sleep(0.3)
     (held,) = place.glob(".saved.*.partial")
@@ -175,6 +175,33 @@ def read_only_folders(place: Path) -> None:
     assert contents(place) == before
 
 
+def beside_a_longer_name(place: Path) -> None:
+    """A process was killed between moving the folder of ``net.2`` away and putting the new one in its place."""
+    small, large = models()
+    left = place / ".net.2.abcd1234.old"
+    small.save_pretrained(left)
+    before = contents(left)
+    with pytest.raises(LoRunError, match="no lorun_config.json in "):
+        lorun_adapt.from_pretrained(place / "net", ZOO["list_of_blocks"]().net)
+    for _ in range(2):
+        large.save_pretrained(place / "net")
+    assert contents(left) == before
+    lorun_adapt.from_pretrained(place / "net.2", ZOO["list_of_blocks"]().net)
+    assert contents(place / "net.2") == before and not left.exists()
+
+
+def as_the_system_makes_them(place: Path) -> None:
+    """Permissions of new files and folders, and the longest names."""
+    os.umask(0o027)
+    models()[0].save_pretrained(place / "saved")
+    for path in [place / "saved", *(place / "saved").rglob("*")]:
+        assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
+    for name in ("n" * 240, "n" * 240 + "2"):
+        folder.write_file(place / name, lambda file, name=name: file.write(name.encode()))
+        assert (place / name).read_text() == name and (place / name).stat().st_mode & 0o777 == 0o640
+    assert len(os.listdir(place)) == 3
+
+
 def interrupted(place: Path) -> None:
     """Ctrl-C within a save."""
     small, large = models()
@@ -225,7 +252,7 @@ def test_saving_beside_others(tmp_path: Path) -> None:
 
 
 def test_saving_that_ends_early(tmp_path: Path) -> None:
-    run(tmp_path, "abandoned", "interrupted", "full_disk")
+    run(tmp_path, "abandoned", "interrupted", "beside_a_longer_name", "as_the_system_makes_them", "full_disk")
 
 
 def test_saving_to_a_read_only_folder(open_place: Path) -> None:
