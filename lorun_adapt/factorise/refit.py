@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 from ..network.adapter import private_tensors, terms_of
 from ..network.converted import Converted
 from ..stages.tensors import stage_parameters, stage_values
-from ..terms.term import Setting, Weighting
+from ..terms.term import Setting, Term, Weighting
 from .sensitivity import Sensitivity
 
 
@@ -24,8 +24,8 @@ def refit(
 ) -> bool:
     """Fit the base and the active adapters of ``converted`` to the weights of ``source``, in place.
 
-    Groups of unknown sensitivity, and tensors that their stages share already, do not change. Private tensors are
-    copied from ``source``.
+    Groups of unknown sensitivity, tensors that their stages share already, and tensors whose terms differ in kind or
+    rank between the stages do not change. Private tensors are copied from ``source``.
 
     Args:
         converted: the network to change.
@@ -48,19 +48,29 @@ def refit(
             if spec.common:
                 continue
             values = stage_values(source, group, spec)
-            if spec.name not in terms[0]:
-                for adapter, value in zip(adapters, values):
+            found = [own[spec.name] for own in terms if spec.name in own]
+            for adapter, own, value in zip(adapters, terms, values):
+                if spec.name not in own:
                     private_tensors(adapter)[spec.name].copy_(value)
-            elif len({id(tensor) for tensor in stage_parameters(source, group, spec)}) > 1:
+            shared = len({id(tensor) for tensor in stage_parameters(source, group, spec)}) == 1
+            if len(found) == len(terms) and not shared and _are_alike(found):
                 if not time_left():
                     return False
-                first, known = terms[0][spec.name], sensitivity.get((group.name, spec.name))
+                first, known = found[0], sensitivity.get((group.name, spec.name))
                 stack = torch.stack([value.cpu() for value in values])
                 setting = Setting(first.rank, first.scaling)
                 weighting = None if known is None else Weighting(known.rows, known.columns, damping)
                 fitted = type(first).fit(stack, spec, setting, weighting=weighting)
                 stage_parameters(converted.base, group, spec)[0].copy_(fitted.base)
-                for own, new in zip(terms, fitted.terms):
-                    for held, value in zip(own[spec.name].state_dict().values(), new.state_dict().values()):
+                for term, new in zip(found, fitted.terms):
+                    for held, value in zip(term.state_dict().values(), new.state_dict().values()):
                         held.copy_(value)
     return True
+
+
+def _are_alike(terms: Sequence[Term]) -> bool:
+    """Whether the terms have the same kind, scaling and shapes; adapters that come from PEFT may differ."""
+    settings = [
+        (type(term), term.scaling, {name: tensor.shape for name, tensor in term.state_dict().items()}) for term in terms
+    ]
+    return all(setting == settings[0] for setting in settings)

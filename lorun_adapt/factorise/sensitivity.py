@@ -167,7 +167,7 @@ class _Moments:
 
 def _projected(tensor: Tensor, generator: torch.Generator, norm: float | None = None) -> Tensor:
     """A random projection of an output, relative to ``norm`` or its own: a number."""
-    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     direction = torch.randn(values.shape, generator=generator).to(values)
     return (values * direction).sum() / (values.detach().norm().clamp_min(1e-20) if norm is None else norm)
 

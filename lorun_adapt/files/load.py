@@ -38,7 +38,7 @@ def load(folder: Path, dun: nn.Module) -> Converted:
     Raises:
         LoRunError: files that are missing, damaged, or for another network.
     """
-    description = read_description(folder, len(tensors_of(dun)))
+    description = read_description(folder)
     check_has_base(description, folder)
     stage_map = stage_map_of(dun, description, folder / CONFIG_FILE)
     check_dense(dun)
@@ -95,7 +95,7 @@ def stored_dtype(converted: Converted, path: Path) -> torch.dtype | None:
         path: a saved folder.
     """
     dtypes = set()
-    for name in read_description(path, converted.stage_map.num_tensors)["files"]:
+    for name in read_description(path)["files"]:
         if name.endswith(Path(BASE_FILE).suffix):
             with safe_open(path / name, "pt") as file:
                 if SCALES in file.keys():

@@ -99,7 +99,7 @@ def update_cards(converted: Converted, path: Path) -> None:
     Raises:
         LoRunError: the sets or the base in ``path`` have changed since it was loaded.
     """
-    description = read_description(path, converted.stage_map.num_tensors)
+    description = read_description(path)
     if description["adapters"] != list(converted.sets) or description["fingerprint"] != converted.fingerprint:
         raise LoRunError(f"{path} has changed since it was loaded: load it again")
 
@@ -138,7 +138,7 @@ def foreign_entries(folder: Path) -> list[str]:
 def _edited_cards(folder: Path, converted: Converted) -> dict[str, bytes]:
     """Return the cards that someone has edited in a saved folder of the same network, by their paths in it."""
     try:
-        description = read_description(folder, converted.stage_map.num_tensors)
+        description = read_description(folder)
     except LoRunError:  # there is no such folder yet, or it is damaged
         return {}
     if description["network"] != converted.stage_map.network:

@@ -91,6 +91,10 @@ class SetReader:
             return self.read_set(saved, key)
         if os.path.isdir(saved.folder / key / stage_key(stage)):
             key = f"{key}/{stage_key(stage)}".lstrip("/")
+        elif held := [name for name in saved.folders(key) if re.fullmatch(r"stage_\d+", name)]:
+            raise LoRunError(
+                f"{saved.folder / key} has no adapter for stage {stage}, only {', '.join(held)}: choose one of these"
+            )
         several = len(stage_map.groups) > 1
         read: dict[str, tuple[StageAdapter, LoraConfig]] = {}
         for group in stage_map.groups:
@@ -153,7 +157,7 @@ class SetReader:
             may_be_within = f"{key}/".startswith(("/", f"{ADAPTERS_FOLDER}/"))
             if not may_be_within or not os.path.lexists(os.path.join(root, CONFIG_FILE)):
                 continue
-            content = description_bytes(root, self.stage_map.num_tensors)
+            content = description_bytes(root)
             known = self._descriptions.get(content)
             description = known or parse_description(content, root / CONFIG_FILE)
             if key and not any(name.startswith(f"{key}/") for name in description["files"]):

@@ -186,8 +186,12 @@ class LoRunModel(nn.Module):
         if value == "last" and all(site.call is None for site in self.stage_map.sites):
             raise LoRunError(f"no stage of {self.stage_map.network} is called in a loop: leave beyond as it is")
         with self._lock:
-            self._beyond = value
-            self._assemble_again()
+            before, self._beyond = self._beyond, value
+            try:
+                self._assemble_again()
+            except BaseException:
+                self._beyond = before
+                raise
 
     # --- adapters --------------------------------------------------------------------------------
 
@@ -232,12 +236,13 @@ class LoRunModel(nn.Module):
             network = self._network_for(active)
             before = self._running.names
             self._running.active, self._running.inference_mode, self._running.merged = active, inference_mode, False
-            self.network = network
+            if not self._disabled:
+                self.network = network
             self._set_trainable({*before, *active.values()})
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the ``with`` block, run the base without adapters in every stage.
+        """Within the ``with`` block, run the base without adapters in every stage; sets activated in it run afterwards.
 
         >>> import lorun_adapt
         >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -654,9 +659,9 @@ class LoRunModel(nn.Module):
         25.0
         """
         unknown = [name for name in self._running.names if self.adapter_info[name].noise is None]
-        for name in unknown:
-            self.set_noise(name, sigma=sigma)
         try:
+            for name in unknown:
+                self.set_noise(name, sigma=sigma)
             yield
         finally:
             for name in unknown:
@@ -779,8 +784,9 @@ class LoRunModel(nn.Module):
         Raises:
             LoRunError: a calibration that is empty, does not fit the network, or has only NaN or Inf; a teacher with
                 other tensors; several adapter sets; stages that share no base; a pattern that matches no parameter
-                outside the stages; both or neither of minutes and steps; with ``recompute``, a stage whose inputs are
-                changed in place; with ``prune``, terms that are not sparse, or a rank that is not below theirs.
+                outside the stages; both or neither of minutes and steps; within :meth:`disable_adapter`; with
+                ``recompute``, a stage whose inputs are changed in place; with ``prune``, terms that are not sparse, or
+                a rank that is not below theirs.
 
         >>> import lorun_adapt, torch
         >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -795,6 +801,7 @@ class LoRunModel(nn.Module):
             raise LoRunError(
                 "the stages keep their own weights, so there is nothing to recover: train a set with finetune"
             )
+        self._check_enabled()
         duration = Duration(minutes, steps)
         path = None if resume_from is None else as_path(resume_from)
         with seeded(seed):
@@ -811,9 +818,10 @@ class LoRunModel(nn.Module):
                 recompute=recompute,
                 seed=seed,
             )
-        before = self._hashes()
+        before, frozen = self._hashes(), self._running.inference_mode
         self.unmerge_adapter()
         try:
+            self._set_inference_mode(False)
             return recover(
                 self.converted(),
                 self.network,
@@ -828,6 +836,7 @@ class LoRunModel(nn.Module):
                 closed_form=not self._recovered,
             )
         finally:
+            self._set_inference_mode(frozen)
             self._recovered |= self._drop_outdated(before)
 
     def _recover_in_rounds(self, rank: int, duration: Duration, path: Path | None, **settings: Any) -> bool:
@@ -904,8 +913,8 @@ class LoRunModel(nn.Module):
 
         Raises:
             LoRunError: neither loss nor teacher; a name that is already used; an unknown set in ``start_from``; a
-                pattern that matches no parameter outside the stages; batches as for :meth:`recover`. No set is added
-                then, and the active sets stay active.
+                pattern that matches no parameter outside the stages; batches as for :meth:`recover`; within
+                :meth:`disable_adapter`. No set is added then, and the active sets stay active.
 
         >>> import lorun_adapt, torch
         >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -918,6 +927,7 @@ class LoRunModel(nn.Module):
         """
         from ..training.finetune import finetune, matching_parameters
 
+        self._check_enabled()
         duration = Duration(minutes, steps)
         path = None if resume_from is None else as_path(resume_from)
         before = self._running.active, self._running.inference_mode
@@ -1220,7 +1230,9 @@ class LoRunModel(nn.Module):
         result = self.__new__(type(self))
         memo[id(self)] = result
         memo[id(self._lock)] = threading.RLock()  # locks cannot be copied
-        result.__dict__ = deep_copy({**self.__dict__, "_reader": None}, memo)
+        result.__dict__ = deep_copy({**self.__dict__, "_reader": None, "_disabled": 0}, memo)
+        if self._disabled:  # the copy is in no block of disable_adapter
+            result.network = result._active_network()
         return result
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -1273,6 +1285,7 @@ class LoRunModel(nn.Module):
         """Return the network for a choice of sets; its modules take the train/eval modes of the current network."""
         return self._running.network(active, lambda: self._assembled(active), self.network, self.training)
 
+    @in_own_modes
     def _assembled(self, active: Mapping[int, str]) -> nn.Module:
         outside, repeats_last = self._outside_of(active), self._beyond == "last"
         network = assemble(self.base, self.stage_map, self._choice(active), outside, repeats_last)
@@ -1314,6 +1327,16 @@ class LoRunModel(nn.Module):
         for name in set(names):
             stages = [] if frozen else [stage for stage, active in running.active.items() if active == name]
             self._store.set_trainable(name, stages, outside=not frozen and running.common_set == name)
+
+    def _set_inference_mode(self, inference_mode: bool) -> None:
+        with self._lock:
+            if self._running.inference_mode is not inference_mode:
+                self._running.inference_mode = inference_mode
+                self._set_trainable(self._running.names)
+
+    def _check_enabled(self) -> None:
+        if self._disabled:
+            raise LoRunError("training needs the adapters: train outside of disable_adapter()")
 
     def _check_active(self, active: Mapping[int, str]) -> None:
         for stage, name in active.items():

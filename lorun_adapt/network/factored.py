@@ -46,7 +46,7 @@ class Factored(Tensor):
     """A tensor B A that was not multiplied out.
 
     It has the shape, dtype and device of the product. The functions of ``FAST`` use the factors; any other function
-    gets the product.
+    gets the product. Code that takes tensors past ``__torch_function__``, such as ``torch.jit.script``, finds NaN.
 
     Attributes:
         lorun_b: (rows, rank).

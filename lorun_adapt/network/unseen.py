@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,9 +44,16 @@ def check_adapters_are_seen(converted: Converted, inputs: Sequence[Any]) -> None
     for ours, plain in zip(adapted, merged):
         limit = TOLERANCE.get(plain.dtype, 0.05)
         difference = float(relative_error(ours, plain)) ** 0.5
-        if bool(plain.isfinite().all()) and difference > limit:
+        if not bool(plain.isfinite().all()) or difference <= limit:
+            continue
+        groups = converted.stage_map.groups
+        if math.isnan(difference) and any(spec.without_base for group in groups for spec in group.tensors):
             raise LoRunError(
-                f"{converted.stage_map.network} computes something else with adapters than with the same weights in "
-                f"plain tensors, a difference of {difference:.1%}: its stages must "
-                "not list their parameters, ask for the exact type of a layer, or change a weight in place"
+                f"{converted.stage_map.network} passes a weight of its stages to code that cannot use tensors without "
+                "a base, such as a function of torch.jit.script or torch.vmap: give rank=, so that all have a base"
             )
+        raise LoRunError(
+            f"{converted.stage_map.network} computes something else with adapters than with the same weights in "
+            f"plain tensors, a difference of {difference:.1%}: its stages must "
+            "not list their parameters, ask for the exact type of a layer, or change a weight in place"
+        )

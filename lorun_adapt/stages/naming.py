@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -57,11 +57,15 @@ def _matching(dun: nn.Module, pattern: str) -> list[str]:
     if not _is_pattern(pattern):
         _check_module(dun, pattern, "stages=")
         return [pattern]
-    expression = re.sub(r"\\([\[\]\-])", r"\1", re.escape(pattern)).replace(r"\*", "[^.]*").replace(r"\?", "[^.]")
-    paths = [path for path, _ in dun.named_modules(remove_duplicate=False) if path and re.fullmatch(expression, path)]
+    paths = [path for path, _ in dun.named_modules(remove_duplicate=False) if path and _matches(path, pattern)]
     if not paths:
         raise LoRunError(f"no module of {type(dun).__name__} matches {pattern!r}: {_modules_of(dun)}")
     return paths
+
+
+def _matches(path: str, pattern: str) -> bool:
+    parts, patterns = path.split("."), pattern.split(".")
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
 
 
 def _check_module(dun: nn.Module, name: str, where: str) -> None:

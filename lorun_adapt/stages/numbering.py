@@ -9,6 +9,8 @@ from torch import nn
 
 from .locations import Location
 
+LONGEST = 90  # characters of a name, which may get a number
+
 
 def stage_indices(stages_of_groups: Sequence[Sequence[Location]]) -> list[list[int]]:
     """Return the index of the stage for each location of each group.
@@ -31,13 +33,13 @@ def stage_indices(stages_of_groups: Sequence[Sequence[Location]]) -> list[list[i
 
 
 def group_name(locations: Sequence[Location], used: Collection[str]) -> str:
-    """Return a name for a group, from the names of its modules without their numbers.
+    """Return a name for a group, from the names of its modules without their numbers; it can name a folder.
 
     >>> group_name([("stage1.encoder", None), ("stage2.encoder", None)], [])
     'stage_encoder'
     """
     parts = re.split(r"[^A-Za-z-]+", locations[0][0])
-    name = "_".join(part for part in parts if part) or "denoiser"
+    name = "_".join(part for part in parts if part).lstrip("-")[:LONGEST] or "denoiser"
     return name if name not in used and not hasattr(nn.ModuleDict(), name) else f"{name}_{len(used)}"
 
 

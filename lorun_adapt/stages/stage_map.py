@@ -166,12 +166,12 @@ class StageMap:
         >>> StageMap("Net", (Group("denoiser", (Site(0, "p", 0), Site(1, "p", 1)), ()),)).as_arguments()
         {'calls': {'p': 2}}
         """
-        if any(site.call is not None for site in self.sites):
-            calls: dict[str, int] = {}
-            for site in self.sites:
-                calls[site.module] = calls.get(site.module, 0) + 1
+        looped = [site.module for site in self.sites if site.call is not None]
+        calls = {module: looped.count(module) for module in looped}
+        modules = [list(dict.fromkeys(site.module for site in group.sites)) for group in self.groups]
+        if len(looped) == len(self.sites):
             return {"calls": calls}
-        return {"stages": [[site.module for site in group.sites] for group in self.groups]}
+        return {"stages": modules, "calls": calls} if calls else {"stages": modules}
 
     def adapted(self, group: Group) -> dict[str, int]:
         """Return the rank of each tensor with a low-rank term: as planned, or else the default."""

@@ -14,7 +14,8 @@ from torch import nn
 from ..errors import LoRunError
 from ..util.copying import copy_network
 from ..util.modules import hint_on_arguments
-from ..util.nested import tensors_in
+from ..util.nested import device_of, tensors_in, to_device
+from ..util.seeds import seeded
 from .locations import Location
 from .reads import ReadTrace
 
@@ -126,7 +127,9 @@ class CallTrace:
 
 
 def trace_calls(dun: nn.Module, example_inputs: Sequence[object]) -> CallTrace:
-    """Run a copy of ``dun`` in evaluation mode and note what it calls and reads; the random state is left as it was.
+    """Run a copy of ``dun`` in evaluation mode, on copies of its inputs, and note what it calls and reads.
+
+    Random states are left as they were.
 
     Raises:
         LoRunError: the forward fails on ``example_inputs``.
@@ -158,8 +161,8 @@ def trace_calls(dun: nn.Module, example_inputs: Sequence[object]) -> CallTrace:
         module.register_forward_pre_hook(begin, with_kwargs=True)
         module.register_forward_hook(finish)
     try:
-        with torch.no_grad(), torch.random.fork_rng(), reads:
-            network(*example_inputs)
+        with torch.no_grad(), seeded(0), reads:
+            network(*to_device(tuple(example_inputs), device_of(network)))
     except Exception as error:
         raise LoRunError(
             f"{type(dun).__name__} cannot run on its example inputs ({type(error).__name__}: {error}): pass the "

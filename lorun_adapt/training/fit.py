@@ -19,7 +19,7 @@ from ..network.observe import Observer
 from ..network.recording import denoiser_at
 from ..stages.stage_map import StageMap
 from ..util.modules import evaluating
-from ..util.numbers import is_number
+from ..util.numbers import is_number, is_whole_number
 from ..util.seeds import seeded
 from ..util.threads import helpful_threads
 from ..util.torch_modes import in_own_modes
@@ -80,9 +80,9 @@ def fit(
         True if training finished, False if Ctrl-C stopped it.
 
     Raises:
-        LoRunError: neither loss nor teacher; nothing to train, a frozen or 16-bit parameter, or a rate that is not
-            above 0; a network without the teacher's stages; batches that do not fit the network, or have only NaN or
-            Inf; both or neither of minutes and steps.
+        LoRunError: neither loss nor teacher; nothing to train, a frozen or 16-bit parameter, one that is listed twice,
+            or a rate that is not above 0; patience below 1; a network without the teacher's stages; batches that do not
+            fit the network, or have only NaN or Inf; both or neither of minutes and steps.
 
     >>> import lorun_adapt, torch
     >>> from lorun_adapt.util.toy import ToyUnfoldingNet
@@ -92,6 +92,8 @@ def fit(
     """
     started = time.monotonic()
     duration = Duration(minutes, steps)
+    if patience is not None and not is_whole_number(patience, least=1):
+        raise LoRunError(f"expected patience of 1 or more checks, found {patience!r}: leave it out to train to the end")
     check_target(loss, teacher)
     tensors = _trained(network, trained)
     _check_stages(network, stage_map)
@@ -211,6 +213,8 @@ def _trained(network: nn.Module, trained: Iterable[tuple[nn.Parameter, float]] |
         if not (is_number(rate) and rate > 0):
             raise LoRunError(f"expected learning rates above 0, found {rate!r}: pass (parameter, rate) pairs")
         tensors.append(TrainedTensor(parameter, rate, sizes.get(id(parameter), 0.0)))
+    if len({id(item.parameter) for item in tensors}) < len(tensors):
+        raise LoRunError("a parameter is to be trained twice: list each once")
     if not tensors:
         raise LoRunError(f"there is nothing to train: no parameter of {type(network).__name__} has requires_grad")
     return tensors

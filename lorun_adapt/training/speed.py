@@ -113,13 +113,16 @@ def rounding_psnr(objective: Distillation | Supervised, example: Example) -> flo
 def _seconds_of_step(objective: Distillation | Supervised, batch: Batch, seed: int) -> float:
     """What a forward and a backward take in the current memory format and precision; inf if they fail."""
     started = time.perf_counter()
+    gradients = [(parameter, parameter.grad) for parameter in objective.student.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
     try:
         objective(lambda: objective.example(batch, seed))[0].backward()
     except Exception:  # an operation that doesn't support them may raise anything
         return math.inf
     finally:
-        for parameter in objective.student.parameters():
-            parameter.grad = None
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
     return time.perf_counter() - started
 
 

@@ -74,8 +74,8 @@ def read_state(path: Path, run_id: str) -> dict[str, Any]:
         )
     if metadata.get("kind") != run_id:
         raise LoRunError(
-            f"the state file {path} belongs to another run, with another network, config or seed: remove it to start "
-            "anew, or give resume_from= another path"
+            f"the state file {path} belongs to another run, with another network, config, calibration or seed: "
+            "remove it to start anew, or give resume_from= another path"
         )
     return _from_json(json.loads(metadata["state"]), tensors)
 

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 def interruptible() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C sets, so that the current step can end; a second Ctrl-C interrupts at once."""
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)  # as of a command with & in a script
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield event
         return
 

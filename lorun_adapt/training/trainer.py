@@ -20,7 +20,7 @@ from ..errors import LoRunError
 from ..network.batches import IN_A_ROW, Batch, Batches, finite_batches_of, is_finite
 from ..network.divergence import FAR
 from ..network.recording import StageCall
-from ..util.modules import tensors_in_state
+from ..util.modules import restore, tensors_in_state
 from ..util.progress import progress
 from ..util.threads import try_threads_again
 from .distill import Distillation, Example
@@ -93,7 +93,8 @@ class Trainer:
         self.duration, self.seed, self.resume_from = duration, seed, resume_from
         self.accelerator = make_accelerator()
         shapes = [tuple(item.parameter.shape) for item in trained]
-        self.run_id = f"{run_id}, seed {seed}, {self.accelerator.num_processes} processes, {shapes}"
+        processes = self.accelerator.num_processes
+        self.run_id = f"{run_id}, seed {seed}, {processes} processes, {len(phases)} phases, {shapes}"
         self.optimised = Optimised(trained, self.accelerator)
         self.loss_of: Any = None  # the objective, distributed over the processes
         self.run, self.started = Run(), started
@@ -389,8 +390,7 @@ class Trainer:
         state = read_state(path, self.run_id)
         self.run, self.best, self.checked = Run(**state["run"]), state["best"], state["checked"]
         self.optimised.restore(state["weights"])
-        for tensor, value in zip(self._restored_tensors(), state["others"]):
-            tensor.copy_(value)
+        restore(self._restored_tensors(), state["others"])
         if self._done() >= 1:
             warnings.warn(f"the run in {path} was over already: remove the file to train anew", stacklevel=2)
 

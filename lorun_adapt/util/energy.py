@@ -14,7 +14,7 @@ def energy(tensor: Tensor) -> Tensor:
     >>> float(energy(torch.tensor([3 + 4j, 2])))
     29.0
     """
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square().sum()
 
 

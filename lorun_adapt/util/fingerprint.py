@@ -35,5 +35,6 @@ def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
         if tensor.is_floating_point():
             tensor = tensor.float()
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        tensor = tensor.resolve_conj().resolve_neg()  # without these, a view of its bytes fails
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -37,7 +37,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(networks: Iterable[nn.Module], but: Iterable[Tensor] = ()) -> Iterator[None]:
-    """After the block, restore the parameters and buffers of ``networks``, except those in ``but``.
+    """After the block, restore the parameters and buffers of ``networks``, except the values of those in ``but``.
 
     >>> layer = nn.BatchNorm1d(2)
     >>> with unchanged([layer], [layer.weight]):
@@ -46,24 +46,34 @@ def unchanged(networks: Iterable[nn.Module], but: Iterable[Tensor] = ()) -> Iter
     (tensor([0., 0.]), tensor([0., 0.]))
     """
     changing = {id(tensor) for tensor in but}
-    held: list[tuple[dict[str, Any], str, Tensor]] = [
-        (tensors, name, tensor)
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (tensors, dict(tensors))
         for network in networks
         for module in network.modules()
         for tensors in (module._parameters, module._buffers)
-        for name, tensor in tensors.items()
-        if tensor is not None
     ]
-    values = {id(tensor): tensor.detach().clone() for _, _, tensor in held if id(tensor) not in changing}
+    held = {id(tensor): tensor for _, named in before for tensor in named.values() if tensor is not None}
+    values = {key: tensor.detach().clone() for key, tensor in held.items() if key not in changing}
     try:
         yield
     finally:
-        with torch.no_grad():
-            for tensors, name, tensor in held:
-                tensors[name] = tensor  # a forward may put another tensor in its place
-                value = values.get(id(tensor))
-                if value is not None and not equal(tensor, value):  # otherwise it would count as changed
-                    tensor.copy_(value)
+        for tensors, named in before:  # a forward may put another tensor in the place of one, or of None
+            for name in [name for name in tensors if name not in named]:
+                del tensors[name]
+            tensors |= named
+        restore((held[key] for key in values), values.values())
+
+
+@torch.no_grad()
+def restore(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Write to the tensors that do not have these values; some, such as expanded ones, cannot be written to.
+
+    >>> ones = torch.ones(1).expand(3)
+    >>> restore([ones], [torch.ones(3)])
+    """
+    for tensor, value in zip(tensors, values):
+        if not equal(tensor, value.to(tensor.device)):
+            tensor.copy_(value)
 
 
 def equal(a: Tensor, b: Tensor) -> bool:

@@ -73,3 +73,23 @@ def test_what_goes_with_it() -> None:
         lorun_adapt.convert(Wide(), faster=2, budget=0.5, example_inputs=INPUTS)
     with pytest.raises(LoRunError, match="share=False keeps"):
         lorun_adapt.convert(Wide(), faster=2, share=False, example_inputs=INPUTS)
+
+
+def test_counting_changes_nothing_of_the_network() -> None:
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stages = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32)) for _ in range(3)
+            )
+
+        def forward(self, y: Tensor) -> Tensor:
+            x = y
+            for stage in self.stages:
+                x = x + stage(x) + 0.1 * (y - x)
+            return x
+
+    net = Normalised().train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    lorun_adapt.convert(net, faster=2, example_inputs=(torch.rand(2, 32, 8, 8),))
+    assert net.training and all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ import lorun_adapt
 from lorun_adapt import LoRunError
 from lorun_adapt.files.layout import INTERPOLATED
 from lorun_adapt.network.converted import AdapterInfo
+from lorun_adapt.util.toy import ToyUnfoldingNet
 
 BATCH = noisy(1)[0][:2]
 
@@ -139,3 +141,31 @@ def test_a_set_begins_between_those_for_other_noise() -> None:
     lorun.finetune(noisy(), "mean", ["sigma10", "default"], sigma=50, **nothing)
     lorun.add_weighted_adapter(["sigma10", "default"], [0.5, 0.5], "halves")
     assert same(lorun.adapters["mean"].state_dict(), lorun.adapters["halves"].state_dict())
+
+
+def test_noise_that_a_task_refuses_is_not_assumed() -> None:
+    class Refusing:
+        def schedule(self, net: nn.Module, sigmas: Sequence[float]) -> None:
+            raise ValueError("no such noise")
+
+    lorun = lorun_adapt.convert(ToyUnfoldingNet(), rank=1)
+    lorun.copy_adapter("default", "other")
+    lorun.set_adapter({0: "other"})
+    lorun.task = Refusing()
+    with pytest.raises(ValueError, match="no such noise"), lorun.assume_noise(25):
+        pass
+    assert [info.sigma for info in lorun.adapter_info.values()] == [None, None]
+
+
+def test_a_schedule_that_is_set_in_inference_mode_trains() -> None:
+    class Steps:
+        def schedule(self, net: nn.Module, sigmas: Sequence[float]) -> None:
+            for stage, sigma in zip(net.stages, sigmas):
+                stage.step.data.fill_(0.5 + sigma / 1000)
+
+    net, batches = ToyUnfoldingNet(), [torch.rand(2, 1, 8, 8)]
+    lorun = lorun_adapt.convert(net, rank=1)
+    lorun.set_noise("default", sigma=10)
+    with torch.inference_mode():
+        lorun.task = Steps()
+    assert lorun.recover(net, batches, steps=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,39 @@ def test_adapters_of_another_base_are_refused(lorun: LoRunModel, saved: Path, bl
     with pytest.raises(LoRunError, match="no folder at"):
         lorun.load_adapter(saved / "nothing", "first")
     assert torch.equal(lorun(*blocks.inputs), expected)
+
+
+def test_a_set_that_is_activated_in_a_block_without_adapters_runs_after_it(two, blocks: Case) -> None:
+    lorun, *_ = two
+    with lorun.disable_adapter():
+        lorun.set_adapter("first")
+        assert lorun.network is lorun.base
+        duplicate = copy.deepcopy(lorun)
+        with pytest.raises(LoRunError, match=r"training needs the adapters: train outside of disable_adapter\(\)"):
+            lorun.recover(blocks.net, [blocks.inputs], steps=1)
+        with pytest.raises(LoRunError, match=r"train outside of disable_adapter\(\)"):
+            lorun.finetune([blocks.inputs], "new", teacher=blocks.net, steps=1)
+    assert lorun.active_adapters == ["first"] and lorun.network is not lorun.base
+    expected = lorun(*blocks.inputs)
+    assert torch.equal(duplicate(*blocks.inputs), expected)
+    with duplicate.disable_adapter():
+        assert not torch.equal(duplicate(*blocks.inputs), expected)
+    assert torch.equal(duplicate(*blocks.inputs), expected)
+
+
+def test_a_set_without_the_stage_that_is_asked_for(lorun: LoRunModel, saved: Path, tmp_path: Path) -> None:
+    lorun.load_adapter(saved / "adapters/default/stage_01", "part", stage=1)
+    lorun.save_pretrained(tmp_path / "new")
+    with pytest.raises(LoRunError, match="has no adapter for stage 0, only stage_01: choose"):
+        lorun.load_adapter(tmp_path / "new/adapters/part", "other", stage=0)
+    assert lorun.adapter_names == ["default", "part"]
+
+
+def test_more_sets_than_a_folder_may_have(lorun: LoRunModel, tmp_path: Path) -> None:
+    for number in range(100):
+        lorun.copy_adapter("default", f"set{number}")
+    with pytest.raises(LoRunError, match="expected at most 100 to save, found 101 sets: name some in selected_ad"):
+        lorun.save_pretrained(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+    lorun.save_pretrained(tmp_path / "new", selected_adapters=lorun.adapter_names[1:])
+    assert len(lorun_adapt.from_pretrained(tmp_path / "new", lorun.base).adapter_names) == 100

@@ -81,3 +81,20 @@ def test_torch_func_in_a_loop() -> None:
     assert torch.equal(output, net(y)) and output.requires_grad
     output.sum().backward()
     assert any(p.grad is not None for p in lorun.parameters())
+
+
+def test_a_choice_that_fails_is_not_kept() -> None:
+    class Refusing:
+        refuses = False
+
+        def schedule(self, net: nn.Module, sigmas: object) -> None:
+            if self.refuses:
+                raise ValueError("no such noise")
+
+    lorun = lorun_adapt.convert(UntilConverged(), rank=1, calls={"p": 3})
+    lorun.set_noise("default", sigma=3)
+    lorun.task = task = Refusing()
+    task.refuses = True
+    with pytest.raises(ValueError, match="no such noise"):
+        lorun.beyond = "last"
+    assert lorun.beyond == "error"

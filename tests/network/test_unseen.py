@@ -131,3 +131,39 @@ def test_a_class_without_subclasses_is_named() -> None:
     net = ListOfBlocks([Block(Final()) for _ in range(3)])
     with pytest.raises(LoRunError, match="Final allows no subclass .*kind.*, which adapters need"):
         lorun_adapt.convert(net, LoraConfig(r=1, target_parameters=["denoiser.scale"]))
+
+
+class WideStage(nn.Module):
+    def __init__(self, normalised: bool) -> None:
+        super().__init__()
+        self.normalised = normalised
+        self.head, self.body, self.tail = (
+            nn.Parameter(0.1 * torch.randn(shape)) for shape in ((32, 1, 3, 3), (32, 32, 3, 3), (1, 32, 3, 3))
+        )
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        hidden = torch.relu(nn.functional.conv2d(x, self.head, padding=1))
+        body = torch.vmap(lambda row: row / (1 + row.norm()))(self.body) if self.normalised else self.body
+        hidden = nn.functional.conv2d(hidden, body, padding=1)
+        return x + nn.functional.conv2d(torch.relu(hidden), self.tail, padding=1) + 0.1 * (y - x)
+
+
+class Wide(nn.Module):
+    def __init__(self, normalised: bool) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(WideStage(normalised) for _ in range(3))
+
+    def forward(self, y: Tensor) -> Tensor:
+        x = y
+        for stage in self.stages:
+            x = stage(x, y)
+        return x
+
+
+def test_code_that_no_factors_reach_is_refused() -> None:
+    torch.manual_seed(0)
+    inputs = (torch.rand(1, 1, 8, 8),)
+    plain = lorun_adapt.convert(Wide(normalised=False), budget=0.15, example_inputs=inputs)
+    assert plain.report().num_without_base and plain(*inputs).isfinite().all()
+    with pytest.raises(LoRunError, match="code that cannot use tensors without a base, .*: give rank=, so"):
+        lorun_adapt.convert(Wide(normalised=True), budget=0.15, example_inputs=inputs)

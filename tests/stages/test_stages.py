@@ -9,10 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dun_zoo import ZOO, Block, Denoiser, EncoderDecoder, HeadBodyTail, ListOfBlocks, ListOfDenoisers, Looped
-from torch import nn
+from torch import Tensor, nn
 
 import lorun_adapt
 from lorun_adapt import LoRunError, find_stages
+from lorun_adapt.files.layout import is_adapter_name
+from lorun_adapt.stages.numbering import group_name
+from lorun_adapt.util.toy import ToyStage, ToyUnfoldingNet
 
 
 def names(found) -> list[list[str]]:
@@ -560,3 +563,59 @@ def test_sentences_that_say_what_to_do() -> None:
     net = ListOfBlocks([Block(Denoiser()) for _ in range(3)])
     with pytest.raises(LoRunError, match=r"in each batch of calibration=$"):  # no word of deepinv
         find_stages(net, example_inputs=(torch.rand(1, 1, 8, 8), torch.rand(2, 3), torch.rand(1)))
+
+
+def test_characters_that_a_pattern_leaves_out() -> None:
+    net = ToyUnfoldingNet(stages=4)
+    (group,) = lorun_adapt.find_stages(net, stages="stages.[!01]").groups
+    assert [site.module for site in group.sites] == ["stages.2", "stages.3"]
+    with pytest.raises(LoRunError, match=r"no module of ToyUnfoldingNet matches 'stages\.\[0'"):
+        lorun_adapt.find_stages(net, stages="stages.[0")
+
+
+class LoopBesideList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.q = ToyStage(), nn.ModuleList(ToyStage(6) for _ in range(3))
+
+    def forward(self, y: Tensor) -> Tensor:
+        x = y
+        for q in self.q:
+            x = q(self.p(x, y), y)
+        return x
+
+
+class HeadAndLoop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body = ToyStage(), ToyStage()
+
+    def forward(self, y: Tensor) -> Tensor:
+        x = self.head(y, y)
+        for _ in range(3):
+            x = self.body(x, y)
+        return x
+
+
+@pytest.mark.parametrize("kind", [ToyUnfoldingNet, LoopBesideList, HeadAndLoop])
+def test_a_map_as_arguments_finds_the_same(kind: type[nn.Module]) -> None:
+    net = kind()
+    found = lorun_adapt.find_stages(net, example_inputs=(torch.rand(1, 1, 8, 8),))
+    again = lorun_adapt.find_stages(net, **found.as_arguments())
+    assert [group.sites for group in again.groups] == [group.sites for group in found.groups]
+
+
+def test_looking_leaves_the_inputs_alone() -> None:
+    class InPlace(ToyUnfoldingNet):
+        def forward(self, y: Tensor) -> Tensor:
+            return super().forward(y.mul_(2))
+
+    y = torch.ones(1, 1, 8, 8)
+    assert len(lorun_adapt.find_stages(InPlace(), example_inputs=(y,))) == 3
+    assert torch.equal(y, torch.ones(1, 1, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["reconstruction" * 8, "-a", "___"])
+def test_groups_have_names_that_folders_can_have(name: str) -> None:
+    first = group_name([(f"{name}.0", None), (f"{name}.1", None)], [])
+    assert is_adapter_name(first) and is_adapter_name(group_name([(f"{name}.0", None)], [first]))

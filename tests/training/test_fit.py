@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import lorun_adapt
 from lorun_adapt import LoRunError
+from lorun_adapt.training.stopping import interruptible
 from lorun_adapt.util.toy import ToyUnfoldingNet
 
 BATCHES = [torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
@@ -95,3 +97,34 @@ def test_adapters_that_start_at_zero_have_the_learning_rates_of_trained_ones() -
     assert lorun_adapt.fit(lorun, BATCHES, [(p, 0.02) for p in zeros], teacher=disturbed(net), steps=20)
     # Steps relative to a fixed small size, 0.01, could not take them beyond 20 * 0.02 * 0.01.
     assert zeros and max(float(p.detach().abs().max()) for p in zeros) > 10 * 20 * 0.02 * 0.01
+
+
+@pytest.mark.parametrize("patience", [0, -1, 1.5, "a"])
+def test_patience_that_is_no_number_of_checks(patience: object) -> None:
+    with pytest.raises(LoRunError, match="expected patience of 1 or more checks, found"):
+        lorun_adapt.fit(ToyUnfoldingNet(), BATCHES, teacher=ToyUnfoldingNet(), patience=patience, steps=1)
+
+
+def test_a_parameter_that_is_listed_twice() -> None:
+    net = ToyUnfoldingNet()
+    with pytest.raises(LoRunError, match="a parameter is to be trained twice: list each once"):
+        lorun_adapt.fit(net, BATCHES, [(net.stages[0].step, 0.1)] * 2, teacher=ToyUnfoldingNet(), steps=1)
+
+
+def test_gradients_of_what_does_not_train_stay() -> None:
+    net = ToyUnfoldingNet()
+    gradient = net.stages[1].step.grad = torch.ones(())
+    assert lorun_adapt.fit(net, BATCHES, [(net.stages[0].step, 0.1)], teacher=ToyUnfoldingNet(), minutes=0.02)
+    assert net.stages[1].step.grad is gradient
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    """As in a command that a script has started with ``&``."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruptible() as stop:
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGINT)
+            assert not stop.is_set()
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from lorun_adapt.task.task import load_task
 from lorun_adapt.training import distill, recovery
 from lorun_adapt.training.distill import Distillation
 from lorun_adapt.training.state_file import read_state, write_state
+from lorun_adapt.util.toy import ToyStage, ToyUnfoldingNet
 
 
 def test_every_shape_of_network_recovers(case: Case) -> None:
@@ -509,3 +511,68 @@ def distance_of(lorun: lorun_adapt.LoRunModel, case: Case) -> float:
     with torch.no_grad():
         inputs = [tuple(tensor.clone() for tensor in case.inputs) for _ in range(2)]
         return float((lorun(*inputs[0]) - case.net(*inputs[1])).norm())
+
+
+def test_terms_of_unlike_ranks_recover() -> None:
+    """As in a set of adapters that were trained in PEFT, each by itself."""
+    torch.manual_seed(0)
+    net = ToyUnfoldingNet()
+    lorun, larger = (lorun_adapt.convert(net, rank=rank) for rank in (1, 2))
+    with tempfile.TemporaryDirectory() as folder:
+        larger.base.load_state_dict(lorun.base.state_dict())
+        larger.save_pretrained(folder)
+        lorun.load_adapter(f"{folder}/adapters/default/stage_00", "default", stage=0)
+    ranks = {len(parameter) for name, parameter in lorun.adapters.named_parameters() if name.endswith("lora_A")}
+    inputs = (torch.rand(2, 1, 8, 8),)
+    before = distance(lorun, net, inputs)
+    assert lorun.recover(net, [inputs], steps=30)
+    assert len(ranks) == 2 and distance(lorun, net, inputs) < before
+
+
+def test_a_frozen_set_trains_and_is_frozen_again() -> None:
+    torch.manual_seed(0)
+    net = ToyUnfoldingNet()
+    lorun = lorun_adapt.convert(net, rank=1)
+    lorun.set_adapter("default", inference_mode=True)
+    before = {name: tensor.clone() for name, tensor in lorun.adapters.named_parameters()}
+    assert lorun.recover(net, [torch.rand(2, 1, 8, 8)], steps=20)
+    changed = [name for name, tensor in lorun.adapters.named_parameters() if not torch.equal(tensor, before[name])]
+    assert len(changed) > len(before) // 2
+    assert not any(parameter.requires_grad for parameter in lorun.parameters())
+
+
+def test_buffers_that_no_copy_can_be_written_to() -> None:
+    class Expanded(ToyUnfoldingNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("window", torch.full((1,), 0.9).expand(1, 1, 8, 8))
+            self.register_buffer("transfer", torch.fft.fft2(torch.rand(1, 1, 8, 8)).conj())
+            self.register_buffer("mask", None)
+
+        def forward(self, y: Tensor) -> Tensor:
+            if self.mask is None:
+                self.mask = torch.ones_like(y[:1])
+            spectrum = torch.fft.fft2(super().forward(y * self.window * self.mask)) * self.transfer
+            return spectrum.conj()  # a view that is conjugated when it is read
+
+    torch.manual_seed(0)
+    net, batches = Expanded(), [torch.rand(2, 1, 8, 8)]
+    lorun = lorun_adapt.convert(net, budget=0.9, calibration=batches, steps=20)
+    assert lorun.recover(net, batches, steps=20)
+    assert net.mask is None and "mask" not in net.state_dict()
+    assert torch.equal(lorun.base.window, net.window) and torch.equal(lorun.base.transfer, net.transfer)
+
+
+def test_a_state_for_stages_that_could_run_alone_is_refused(tmp_path) -> None:
+    class NoisyWhereLarge(ToyStage):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            out = super().forward(x, y)
+            return out + 0.5 * torch.rand_like(out) if x.shape[-1] > 8 else out
+
+    torch.manual_seed(0)
+    net = ToyUnfoldingNet()
+    net.stages = nn.ModuleList(NoisyWhereLarge() for _ in range(3))
+    state = tmp_path / "state"
+    assert lorun_adapt.convert(net, rank=1).recover(net, [torch.rand(2, 1, 8, 8)], steps=20, resume_from=state)
+    with pytest.raises(LoRunError, match="belongs to another run, with another network, config, calibration or seed"):
+        lorun_adapt.convert(net, rank=1).recover(net, [torch.rand(2, 1, 16, 16)], steps=40, resume_from=state)
