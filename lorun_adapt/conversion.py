@@ -327,8 +327,7 @@ def _convert_to(
         _warn_if_it_grows(converted)
     if example_inputs is not None:
         check_nothing_is_kept(dun, stage_map, example_inputs)
-        if share:
-            check_adapters_are_seen(converted, example_inputs)
+        check_adapters_are_seen(converted, example_inputs)
     return converted
 
 

@@ -93,3 +93,35 @@ def test_counting_changes_nothing_of_the_network() -> None:
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     lorun_adapt.convert(net, faster=2, example_inputs=(torch.rand(2, 32, 8, 8),))
     assert net.training and all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_operations_of_stages_that_compute_gradients() -> None:
+    class DataTerm(nn.Module):
+        def forward(self, z: Tensor, y: Tensor) -> Tensor:
+            return (nn.functional.avg_pool2d(z, 3, 1, 1) - y).square().sum()
+
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.term, self.body = DataTerm(), nn.Conv2d(32, 32, 3, padding=1)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            with torch.enable_grad():
+                z = x.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(self.term(z, y), z)
+            return x - 0.3 * gradient + self.body(x).relu()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stages = nn.ModuleList(Stage() for _ in range(3))
+
+        def forward(self, y: Tensor) -> Tensor:
+            x = y
+            for stage in self.stages:
+                x = stage(x, y)
+            return x
+
+    net, y = Net(), torch.rand(1, 32, 8, 8)
+    lorun = lorun_adapt.convert(net, faster=1.5, example_inputs=(y,))
+    assert count_operations(net, [y]) >= 1.5 * count_operations(lorun, [y]) > 0

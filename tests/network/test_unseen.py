@@ -55,6 +55,13 @@ def test_they_are_refused_if_there_are_inputs(block: type[Block]) -> None:
     assert relative(net(*inputs), net(*inputs)) == 0
 
 
+def test_they_are_refused_where_stages_keep_their_weights_too() -> None:
+    torch.manual_seed(0)
+    net = ListOfBlocks([ExactType(Denoiser()) for _ in range(3)]).eval()
+    with pytest.raises(LoRunError, match="computes something else with adapters"):
+        lorun_adapt.convert(net, rank=1, share=False, example_inputs=ZOO["list_of_blocks"]().inputs)
+
+
 class Kept(Block):
     """Normalises its first kernel once; ``how`` says how it notices that this is still to be done."""
 
