@@ -58,7 +58,7 @@ def test_they_are_refused_if_there_are_inputs(block: type[Block]) -> None:
 def test_they_are_refused_where_stages_keep_their_weights_too() -> None:
     torch.manual_seed(0)
     net = ListOfBlocks([ExactType(Denoiser()) for _ in range(3)]).eval()
-    with pytest.raises(LoRunError, match="computes something else with adapters"):
+    with pytest.raises(LoRunError, match="computes something else with adapters|cannot run with adapters"):
         lorun_adapt.convert(net, rank=1, share=False, example_inputs=ZOO["list_of_blocks"]().inputs)
 
 
