@@ -28,7 +28,7 @@ from .layout import CONFIG_FILE, NAMES, is_adapter_name
 
 FORMATS = {True: 1, False: 2}  # by whether the stages share the base, as 0.1.0 takes for granted
 MAX_SETS, MAX_STAGES = 100, 1000
-MAX_BYTES = 64 << 20
+MAX_BYTES = 64 << 20  # of a file
 
 
 def describe(converted: Converted, files: Mapping[str, str]) -> dict[str, Any]:
@@ -83,23 +83,29 @@ def as_text(description: Mapping[str, Any]) -> str:
     return json.dumps({**description, "sha256": _digest(description)}, indent=2) + "\n"
 
 
-def read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path, num_tensors: int | None = None) -> dict[str, Any]:
     """Read and validate the description in ``folder``.
+
+    Args:
+        folder: a saved folder.
+        num_tensors: the number of tensors of the network or its stages, which limits the size of the file; None if the
+            network is unknown.
 
     Raises:
         LoRunError: no description, a damaged one, or one in a newer format.
     """
-    return parse_description(description_bytes(folder), folder / CONFIG_FILE)
+    return parse_description(description_bytes(folder, num_tensors), folder / CONFIG_FILE)
 
 
-def description_bytes(folder: Path) -> bytes:
+def description_bytes(folder: Path, num_tensors: int | None = None) -> bytes:
     """Return the bytes of the description in ``folder``; see :func:`read_description`."""
     if not os.path.isfile(folder / CONFIG_FILE):
         raise LoRunError(
             f"no {CONFIG_FILE} in {folder}: give a folder that save_pretrained wrote, or a repository of the Hub as "
             "user/name"
         )
-    return read_file(folder, CONFIG_FILE, MAX_BYTES)
+    limit = MAX_BYTES if num_tensors is None else 1_000_000 + 100 * MAX_STAGES * num_tensors
+    return read_file(folder, CONFIG_FILE, min(limit, MAX_BYTES))
 
 
 def parse_description(content: bytes, file: Path) -> dict[str, Any]:

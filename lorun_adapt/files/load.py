@@ -38,7 +38,7 @@ def load(folder: Path, dun: nn.Module) -> Converted:
     Raises:
         LoRunError: files that are missing, damaged, or for another network.
     """
-    description = read_description(folder)
+    description = read_description(folder, len(tensors_of(dun)))
     check_has_base(description, folder)
     stage_map = stage_map_of(dun, description, folder / CONFIG_FILE)
     check_dense(dun)

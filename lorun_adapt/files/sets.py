@@ -157,7 +157,7 @@ class SetReader:
             may_be_within = f"{key}/".startswith(("/", f"{ADAPTERS_FOLDER}/"))
             if not may_be_within or not os.path.lexists(os.path.join(root, CONFIG_FILE)):
                 continue
-            content = description_bytes(root)
+            content = description_bytes(root, self.stage_map.num_tensors)
             known = self._descriptions.get(content)
             description = known or parse_description(content, root / CONFIG_FILE)
             if key and not any(name.startswith(f"{key}/") for name in description["files"]):

@@ -23,6 +23,7 @@ def count_operations(network: nn.Module, inputs: Sequence[object]) -> int:
     As PyTorch's ``FlopCounterMode`` counts them: other operations do not count. Nothing of the network or of the
     inputs changes.
 
+    >>> import torch
     >>> count_operations(nn.Linear(8, 4), [torch.zeros(2, 8)])
     128
     """
