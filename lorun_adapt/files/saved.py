@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,11 +66,12 @@ class SavedFolder:
             return os.path.lexists(self.folder / name)
         return name in self.description["files"]
 
-    def folders(self, key: str) -> list[str]:
-        """Return the names of the folders in the subfolder ``key``."""
+    def stage_folders(self, key: str) -> list[str]:
+        """Return the names of the folders of stages in the subfolder ``key``."""
         try:
             with os.scandir(os.path.join(self.folder, key)) as entries:
-                return sorted(entry.name for entry in entries if entry.is_dir())
+                names = sorted(entry.name for entry in entries if entry.is_dir())
+                return [name for name in names if re.fullmatch(r"stage_\d+", name)]
         except OSError:
             return []
 

@@ -91,7 +91,7 @@ class SetReader:
             return self.read_set(saved, key)
         if os.path.isdir(saved.folder / key / stage_key(stage)):
             key = f"{key}/{stage_key(stage)}".lstrip("/")
-        elif held := [name for name in saved.folders(key) if re.fullmatch(r"stage_\d+", name)]:
+        elif held := saved.stage_folders(key):
             raise LoRunError(
                 f"{saved.folder / key} has no adapter for stage {stage}, only {', '.join(held)}: choose one of these"
             )
@@ -113,7 +113,7 @@ class SetReader:
         stage_map = self.stage_map
         parts = {stage_folder(stage_map, g, s): (g, s) for g in stage_map.groups for s in g.sites}
         stages = {part.partition("/")[0] for part in parts}
-        extra = [name for name in saved.folders(key) if re.fullmatch(r"stage_\d+", name) and name not in stages]
+        extra = [name for name in saved.stage_folders(key) if name not in stages]
         if extra:
             raise LoRunError(
                 f"expected {len(stage_map)} stages, found {extra[-1]} in {saved.folder / key}: load it on the "

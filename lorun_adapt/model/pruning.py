@@ -20,7 +20,7 @@ from ..network.converted import AdapterSet
 from ..stages.stage_map import StageMap
 from ..terms.term import Term
 from ..training.duration import Duration
-from ..util.modules import restore
+from ..util.modules import write_back
 from ..util.numbers import is_whole_number
 from .short_runs import remove, say, state_files, without_advice
 
@@ -102,7 +102,7 @@ def recover_in_rounds(
             held, values = early
             early = _pruned(held, get(), stage_map, ranks[number - 1]), values
             put(copy.deepcopy(early[0]))
-            restore(_tensors(base), values)
+            write_back(_tensors(base), values)
             say(f"round {number} of {len(ranks)}: pruned to rank {ranks[number - 1]}")
     if duration.steps:
         rest = Duration(steps=max(1, duration.steps - sum(length.steps or 0 for length in lengths)))

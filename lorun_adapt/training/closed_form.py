@@ -18,7 +18,7 @@ from ..factorise.sensitivity import Sensitivity, sensitivities_of_stages
 from ..factorise.weigh import sensitivity_on
 from ..network.batches import Batch, while_there_is_time
 from ..network.converted import Converted
-from ..util.modules import restore, tensors_in_state
+from ..util.modules import tensors_in_state, write_back
 from ..util.progress import progress
 from .distill import Distillation, Example
 from .duration import Duration
@@ -81,7 +81,7 @@ def fit_in_closed_form(
                 if not complete:
                     break
     finally:
-        restore(tensors, best)
+        write_back(tensors, best)
 
 
 def _clock(duration: Duration, stop: threading.Event) -> Callable[[float], bool]:

@@ -20,7 +20,7 @@ from ..errors import LoRunError
 from ..network.batches import IN_A_ROW, Batch, Batches, finite_batches_of, is_finite
 from ..network.divergence import FAR
 from ..network.recording import StageCall
-from ..util.modules import restore, tensors_in_state
+from ..util.modules import tensors_in_state, write_back
 from ..util.progress import progress
 from ..util.threads import try_threads_again
 from .distill import Distillation, Example
@@ -390,7 +390,7 @@ class Trainer:
         state = read_state(path, self.run_id)
         self.run, self.best, self.checked = Run(**state["run"]), state["best"], state["checked"]
         self.optimised.restore(state["weights"])
-        restore(self._restored_tensors(), state["others"])
+        write_back(self._restored_tensors(), state["others"])
         if self._done() >= 1:
             warnings.warn(f"the run in {path} was over already: remove the file to train anew", stacklevel=2)
 

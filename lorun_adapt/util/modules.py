@@ -61,15 +61,15 @@ def unchanged(networks: Iterable[nn.Module], but: Iterable[Tensor] = ()) -> Iter
             for name in [name for name in tensors if name not in named]:
                 del tensors[name]
             tensors |= named
-        restore((held[key] for key in values), values.values())
+        write_back((held[key] for key in values), values.values())
 
 
 @torch.no_grad()
-def restore(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+def write_back(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     """Write to the tensors that do not have these values; some, such as expanded ones, cannot be written to.
 
     >>> ones = torch.ones(1).expand(3)
-    >>> restore([ones], [torch.ones(3)])
+    >>> write_back([ones], [torch.ones(3)])
     """
     for tensor, value in zip(tensors, values):
         if not equal(tensor, value.to(tensor.device)):

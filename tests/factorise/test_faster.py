@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import lorun_adapt
 from lorun_adapt import LoRunError
 from lorun_adapt.network.operations import count_operations
+from lorun_adapt.util.toy import ToyUnfoldingNet
 
 
 class Wide(nn.Module):
@@ -111,17 +112,7 @@ def test_operations_of_stages_that_compute_gradients() -> None:
                 (gradient,) = torch.autograd.grad(self.term(z, y), z)
             return x - 0.3 * gradient + self.body(x).relu()
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stages = nn.ModuleList(Stage() for _ in range(3))
-
-        def forward(self, y: Tensor) -> Tensor:
-            x = y
-            for stage in self.stages:
-                x = stage(x, y)
-            return x
-
-    net, y = Net(), torch.rand(1, 32, 8, 8)
+    net, y = ToyUnfoldingNet(), torch.rand(1, 32, 8, 8)
+    net.stages = nn.ModuleList(Stage() for _ in range(3))
     lorun = lorun_adapt.convert(net, faster=1.5, example_inputs=(y,))
     assert count_operations(net, [y]) >= 1.5 * count_operations(lorun, [y]) > 0
